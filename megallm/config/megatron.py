@@ -1,0 +1,315 @@
+"""What a Megatron command line may hold beyond our own flags: aliases, flags without effect here, flags refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A switch that sets a field of the tree to one value.
+
+    A `yields` alias gives way where another flag or the file sets the field: it repeats what follows from that.
+    """
+
+    flag: str
+    path: str
+    value: Any
+    yields: bool = False
+
+
+ALIASES = (
+    Alias("--swiglu", "model.activation", "swiglu"),
+    Alias("--squared-relu", "model.activation", "squared_relu"),
+    Alias("--openai-gelu", "model.activation", "gelu_tanh"),
+    Alias("--use-rotary-position-embeddings", "model.position_embedding_type", "rope"),
+    # Megatron's scripts write it beside a rotary flag, to say that there is no table of positions.
+    Alias("--no-position-embedding", "model.position_embedding_type", "none", yields=True),
+    Alias("--recompute-activations", "training.recompute_granularity", "selective"),
+)
+
+LAYERS_PER_VIRTUAL_STAGE = "--num-layers-per-virtual-pipeline-stage"
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """A flag (or a pattern of flags) without effect on what a run computes here, and why."""
+
+    flag: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A flag (or a pattern of flags) that would change the run in a way we do not have, and what to do instead.
+
+    With one of the values in `harmless` it asks for what happens here anyway, and is ignored.
+    """
+
+    flag: str
+    reason: str
+    harmless: tuple[str, ...] = ()
+
+
+IGNORED = (
+    Ignored("--rope-scaling-factor", "it only acts with --use-rope-scaling"),
+    Ignored("--apply-query-key-layer-scaling", "scores are scaled and their softmax taken in float32"),
+    Ignored("--attention-softmax-in-fp32", "the softmax is always taken in float32 at least"),
+    Ignored("--transformer-impl", "there is one implementation"),
+    Ignored("--attention-backend", "the fastest kernel that the mask allows is chosen"),
+    Ignored("--use-flash-attn", "the fastest kernel that the mask allows is chosen"),
+    Ignored("--sgd-momentum", "the optimizer is AdamW"),
+    Ignored("--lr-wsd-decay-*", "it only acts with --lr-decay-style WSD"),
+    Ignored("--override-opt_param-scheduler", "the schedule always comes from the command line"),
+    Ignored("--override-opt-param-scheduler", "the schedule always comes from the command line"),
+    Ignored("--manual-gc*", "it changes no result"),
+    Ignored("--empty-unused-memory-level", "it changes no result"),
+    Ignored("--calculate-per-token-loss", "the loss is always averaged over the tokens of the whole batch"),
+    Ignored("--cross-entropy-loss-fusion", "the fastest implementation is chosen"),
+    Ignored("--cross-entropy-fusion-impl", "the fastest implementation is chosen"),
+    Ignored("--no-check-for-nan-in-loss-and-grad", "a step with a non-finite gradient is always skipped"),
+    Ignored("--loss-scale*", "it only acts with --fp16"),
+    Ignored("--initial-loss-scale", "it only acts with --fp16"),
+    Ignored("--min-loss-scale", "it only acts with --fp16"),
+    Ignored("--hysteresis", "it only acts with --fp16"),
+    Ignored("--accumulate-allreduce-grads-in-fp32", "gradients are always accumulated and reduced in float32 at least"),
+    Ignored("--no-overlap-p2p-communication", "it changes no result"),
+    Ignored("--tp-comm-overlap*", "it changes no result"),
+    Ignored("--overlap-param-gather-with-optimizer-step", "it changes no result"),
+    Ignored("--ddp-num-buckets", "buckets are cut by --ddp-bucket-size"),
+    Ignored("--ddp-average-in-collective", "it changes no result beyond rounding"),
+    Ignored("--ddp-pad-buckets-for-high-nccl-busbw", "it changes no result"),
+    Ignored("--account-for-embedding-in-pipeline-split", "layers are always split by cost, embedding included"),
+    Ignored("--account-for-loss-in-pipeline-split", "layers are always split by cost, output layer included"),
+    Ignored("--cp-comm-type", "it only acts with --context-parallel-size"),
+    Ignored("--use-cpu-initialization", "initial weights are the same on every device and layout"),
+    Ignored("--local-rank", "ranks come from the launcher's environment"),
+    Ignored("--use-mcore-models", "there is one implementation"),
+    Ignored("--no-*-fusion", "the fastest implementation is chosen"),
+    Ignored("--no-persist-layer-norm", "the fastest implementation is chosen"),
+    Ignored("--no-async-tensor-model-parallel-allreduce", "it changes no result"),
+    Ignored("--cuda-graph-*", "it changes no result"),
+    Ignored("--nccl-communicator-config-path", "it changes no result"),
+    Ignored("--no-create-attention-mask-in-dataloader", "masks are never made by the data loader"),
+    Ignored("--create-attention-mask-in-dataloader", "masks are never made by the data loader"),
+    Ignored("--no-mmap-bin-files", "it changes no result"),
+    Ignored("--num-dataset-builder-threads", "it changes no result"),
+    Ignored("--tiktoken-*", "it only acts with a tiktoken tokenizer"),
+    Ignored("--no-save-rng", "randomness is a function of seed and step: there is no state to save"),
+    Ignored("--no-load-rng", "randomness is a function of seed and step: there is no state to load"),
+    Ignored("--ckpt-format", "there is one native format"),
+    Ignored("--dist-ckpt-format", "there is one native format"),
+    Ignored("--use-dist-ckpt", "there is one native format"),
+    Ignored("--auto-detect-ckpt-format", "there is one native format"),
+    Ignored("--async-save", "it changes no result; saving waits for the disk"),
+    Ignored("--ckpt-fully-parallel-save", "every rank always writes its own share"),
+    Ignored("--ckpt-fully-parallel-load", "every rank always reads its own share"),
+    Ignored("--dist-ckpt-optim-fully-reshardable", "optimizer state loads under any layout"),
+    Ignored("--dist-ckpt-strictness", "a checkpoint that does not fit is always refused"),
+    Ignored("--log-*", "it only adds to the log"),
+    Ignored("--no-log-*", "it only takes from the log"),
+    Ignored("--tensorboard-log-interval", "scalars are written at every --log-interval"),
+    Ignored("--tensorboard-queue-size", "it changes no result"),
+    Ignored("--timing-log-*", "it only adds to the log"),
+    Ignored("--wandb-*", "Weights & Biases is not written; use --tensorboard-dir or --metrics-jsonl"),
+    Ignored("--profile*", "there is no profiler yet; --timeline measures the pipeline"),
+    Ignored("--use-pytorch-profiler", "there is no profiler yet; --timeline measures the pipeline"),
+    Ignored("--no-one-logger", "there is no such logger"),
+    Ignored("--enable-experimental", "there is nothing to enable"),
+)
+
+REFUSED = (
+    Refused("--rotary-percent", "all channels of a head are rotated; leave it out", ("1", "1.0")),
+    Refused("--rotary-interleaved", "channels are paired by halves; leave it out, or permute the weights"),
+    Refused("--rotary-seq-len-interpolation-factor", "positions are not scaled; use --rotary-base", ("1",)),
+    Refused("--use-rope-scaling", "rotary frequencies are not scaled; use --rotary-base"),
+    Refused("--apply-layernorm-1p", "norm weights are stored as they are, around 1; leave it out"),
+    Refused("--qk-layernorm", "queries and keys are not normalised; leave it out"),
+    Refused("--init-method-xavier-uniform", "weights are drawn from a normal distribution; use --init-method-std"),
+    Refused("--window-size", "attention sees all earlier positions; leave it out"),
+    Refused("--multi-latent-attention", "attention is multi-head or grouped; use --num-query-groups"),
+    Refused("--mtp-num-layers", "one token is predicted at a time; leave it out", ("0",)),
+    Refused("--num-experts", "layers are dense; leave it out"),
+    Refused("--moe-*", "layers are dense; leave it out"),
+    Refused("--rampup-batch-size", "the batch size is constant; use --global-batch-size alone"),
+    Refused("--step-batch-size-schedule", "the batch size is constant; use --global-batch-size alone"),
+    Refused("--train-samples", "runs are counted in steps; use --train-iters = samples / global batch size"),
+    Refused("--lr-decay-samples", "runs are counted in steps; use --lr-decay-iters = samples / global batch size"),
+    Refused(
+        "--lr-warmup-samples", "runs are counted in steps; use --lr-warmup-iters = samples / global batch size", ("0",)
+    ),
+    Refused(
+        "--lr-warmup-fraction", "warm-up is given in steps; use --lr-warmup-iters = fraction x --lr-decay-iters", ("0",)
+    ),
+    Refused("--optimizer", "the optimizer is AdamW; use --optimizer adam", ("adam",)),
+    Refused("--start-weight-decay", "weight decay is constant; use --weight-decay"),
+    Refused("--end-weight-decay", "weight decay is constant; use --weight-decay"),
+    Refused("--weight-decay-incr-style", "weight decay is constant; use --weight-decay", ("constant",)),
+    Refused("--decoupled-lr", "all parameters learn at one rate; use --lr"),
+    Refused("--decoupled-min-lr", "all parameters learn at one rate; use --min-lr"),
+    Refused("--use-checkpoint-opt_param-scheduler", "the schedule always comes from the command line; leave it out"),
+    Refused("--use-checkpoint-opt-param-scheduler", "the schedule always comes from the command line; leave it out"),
+    Refused("--data-parallel-random-init", "initial weights are a function of the seed alone; use --seed"),
+    Refused("--exit-duration-in-mins", "time is not watched; use --save-interval, or --exit-interval with --save"),
+    Refused("--exit-signal-handler", "signals are not caught; use --save-interval to lose little work"),
+    Refused("--deterministic-mode", "there is no such mode for GPUs; leave it out (CPU runs are deterministic)"),
+    Refused("--fp16", "float16 needs a loss scale that is not there; use --bf16, or nothing for float32"),
+    Refused("--fp16-lm-cross-entropy", "the loss is computed in float32; leave it out"),
+    Refused("--grad-reduce-in-bf16", "gradients are reduced in float32; leave it out"),
+    Refused("--fp8-*", "there is no float8; use --bf16"),
+    Refused(
+        "--context-parallel-size", "sequences are not cut over processes; use --tensor-model-parallel-size", ("1",)
+    ),
+    Refused("--expert-model-parallel-size", "layers are dense; use --tensor-model-parallel-size", ("1",)),
+    Refused("--use-tp-pp-dp-mapping", "ranks are ordered tensor, data, pipeline; leave it out"),
+    Refused(
+        "--microbatch-group-size-per-virtual-pipeline-stage",
+        "micro-batches go through a virtual stage in groups of the pipeline's size; leave it out",
+    ),
+    Refused("--decoder-first-pipeline-num-layers", "layers are split by cost; leave it out"),
+    Refused("--decoder-last-pipeline-num-layers", "layers are split by cost; leave it out"),
+    Refused("--pipeline-model-parallel-layout", "layers are split by cost; use --num-virtual-stages-per-pipeline-rank"),
+    Refused("--num-distributed-optimizer-instances", "there is one; leave it out", ("1",)),
+    Refused("--use-torch-fsdp2", "weights are not sharded over data ranks; use --use-distributed-optimizer"),
+    Refused("--use-megatron-fsdp", "weights are not sharded over data ranks; use --use-distributed-optimizer"),
+    Refused("--data-parallel-sharding-strategy", "use --use-distributed-optimizer", ("no_shard",)),
+    Refused("--recompute-method", "every layer is recomputed on its own; use --recompute-method uniform", ("uniform",)),
+    Refused("--recompute-num-layers", "every layer is recomputed on its own; use --recompute-num-layers 1", ("1",)),
+    Refused("--recompute-modules", "only attention is recomputed selectively; use core_attn", ("core_attn",)),
+    Refused("--distribute-saved-activations", "leave it out; sequence parallelism splits what is saved already"),
+    Refused("--train-data-path", "use --data-path with --split"),
+    Refused("--valid-data-path", "use --data-path with --split"),
+    Refused("--test-data-path", "use --data-path with --split"),
+    Refused("--data-args-path", "use --data-path, or data.data_path in the file of --config"),
+    Refused("--per-split-data-args-path", "use --data-path with --split, or the file of --config"),
+    Refused("--dataloader-type", "samples are read once, in the order of the index; use single", ("single",)),
+    Refused("--vocab-file", "use --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json"),
+    Refused("--merge-file", "use --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json"),
+    Refused("--vocab-extra-ids", "use --vocab-size for room beyond the tokenizer", ("0",)),
+    Refused("--no-save-optim", "a checkpoint always holds the optimizer; leave it out"),
+    Refused("--no-load-optim", "a checkpoint is always loaded whole; leave it out"),
+    Refused("--finetune", "a checkpoint is always resumed where it was; leave out --load to start afresh"),
+    Refused("--ckpt-step", "the newest checkpoint is loaded; leave it out"),
+    Refused(
+        "--use-checkpoint-args", "the model comes from the command line; use --config with the saved configuration"
+    ),
+    Refused("--exit-on-missing-checkpoint", "a folder without a checkpoint starts a fresh run; leave it out"),
+    Refused("--skip-train", "this program trains; leave it out"),
+    Refused("--yaml-cfg", "use --config FILE.yaml"),
+    Refused("--bert-no-binary-head", "this program trains decoder-only models; leave it out"),
+    Refused("--mask-prob", "this program trains decoder-only models; leave it out"),
+    Refused("--short-seq-prob", "this program trains decoder-only models; leave it out"),
+    Refused("--encoder-num-layers", "this program trains decoder-only models; use --num-layers"),
+    Refused("--decoder-num-layers", "this program trains decoder-only models; use --num-layers"),
+    Refused("--encoder-seq-length", "this program trains decoder-only models; use --seq-length"),
+    Refused("--decoder-seq-length", "this program trains decoder-only models; use --seq-length"),
+)
+
+
+def answer(flag: str, values: Sequence[str]) -> Ignored | Refused | None:
+    """What to say to a flag of Megatron's that is none of ours; None where it is unknown there too.
+
+    The result's `flag` is the flag as it was written. An exact entry goes before a pattern.
+    """
+    refused = _find(REFUSED, flag)
+    if refused is not None:
+        if values and all(value in refused.harmless for value in values):
+            return Ignored(flag, f"{' '.join(values)} is what happens here anyway")
+        return Refused(flag, refused.reason)
+    ignored = _find(IGNORED, flag)
+    return None if ignored is None else Ignored(flag, ignored.reason)
+
+
+def _find(table: Sequence[Any], flag: str) -> Any:
+    exact = [entry for entry in table if entry.flag == flag]
+    pattern = [entry for entry in table if "*" in entry.flag and fnmatchcase(flag, entry.flag)]
+    return (exact + pattern + [None])[0]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A point in which we differ from Megatron on purpose."""
+
+    subject: str
+    megatron: str
+    here: str
+    reason: str
+
+
+DIFFERENCES = (
+    Difference(
+        "Sequence parallelism",
+        "off, `--sequence-parallel` turns it on",
+        "on with tensor parallelism, `--no-sequence-parallel` turns it off",
+        "it costs no communication and saves memory",
+    ),
+    Difference(
+        "Dropout",
+        "`--attention-dropout 0.1 --hidden-dropout 0.1`",
+        "both 0",
+        "large models see their data about once and are trained without",
+    ),
+    Difference(
+        "Average of the loss",
+        "mean over micro-batches of their means, unless `--calculate-per-token-loss`",
+        "always over the tokens of the whole batch",
+        "with masked tokens a mean of means depends on how the batch is cut",
+    ),
+    Difference(
+        "Initial weights and dropout masks",
+        "depend on tensor and pipeline sizes",
+        "functions of `--seed`, step, name and position in the whole tensor",
+        "a layout must not change the result",
+    ),
+    Difference(
+        "Vocabulary padding",
+        "`--make-vocab-size-divisible-by 128`; the padded size is in the checkpoint",
+        "1; padding exists at run time only",
+        "checkpoints must load under any layout",
+    ),
+    Difference(
+        "Key/value heads",
+        "`--num-query-groups` is 1 by default and ignored without `--group-query-attention`",
+        "as many as query heads; fewer need both flags",
+        "neither flag may change the model in silence",
+    ),
+    Difference(
+        "`--activation gelu`",
+        "the fused kernel computes the tanh approximation",
+        "exact; `--openai-gelu` or `--activation gelu_tanh` gives the approximation",
+        "a fusion must not change the function",
+    ),
+    Difference(
+        "`--max-position-embeddings`",
+        "required",
+        "the sequence length by default",
+        "most runs want that",
+    ),
+    Difference(
+        "`--num-layers` over stages",
+        "must divide, or is cut by hand",
+        "any number; split by cost, embedding and output layer included",
+        "balanced stages waste less time",
+    ),
+    Difference(
+        "`--num-workers`",
+        "2",
+        "0: samples are read in the training process",
+        "reading from memory-mapped files is faster than passing samples between processes",
+    ),
+    Difference(
+        "`--distributed-backend`",
+        "`nccl`",
+        "`nccl` with one GPU a process, `gloo` otherwise",
+        "the same command runs on a CPU",
+    ),
+    Difference(
+        "Evaluation",
+        "`--eval-interval` must be given",
+        "none without `--eval-interval`",
+        "a run without evaluation is a sound run",
+    ),
+)

@@ -1,0 +1,35 @@
+"""How problems of a configuration reach the person who wrote it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+
+def numbered(problems: Sequence[str]) -> str:
+    """One problem a line, numbered from 1."""
+    return "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, start=1))
+
+
+def stop(prog: str, problems: Sequence[str]) -> NoReturn:
+    """Print all problems on the standard error stream and leave with exit code 2, without a traceback.
+
+    Under a launcher (`LOCAL_RANK` is set) only the first process of each machine prints. The others wait, to be ended
+    by the launcher: it ends all processes as soon as one fails, and would cut the first one short if they left before.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        time.sleep(10.0)
+        raise SystemExit(2)
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    print(f"{prog}: {count} in the configuration; nothing was started.\n{numbered(problems)}", file=sys.stderr)
+    print(f"`{prog} --help` lists every flag.", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def warn_once(prog: str, sentences: Sequence[str]) -> None:
+    """Print one warning that holds all sentences, on the first process of the job only."""
+    if sentences and int(os.environ.get("RANK", "0")) == 0:
+        print(f"{prog}: some flags have no effect here:\n{numbered(sentences)}", file=sys.stderr, flush=True)

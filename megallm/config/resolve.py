@@ -1,0 +1,105 @@
+"""The values that follow from others: what a field left at None stands for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megallm.config.tree import Config, ModelConfig, ParallelConfig
+
+GATED_ACTIVATIONS = ("swiglu", "geglu")
+"""Activations whose MLP has a gate matrix beside the up matrix."""
+
+
+def resolve(config: Config, world_size: int, tokenizer_vocab_size: int | None = None) -> Config:
+    """`config` with every derived default filled in, for `world_size` processes.
+
+    Fields that are given stay as they are, so resolving twice changes nothing. `vocab_size` stays None where neither
+    the configuration nor the tokenizer (`tokenizer_vocab_size` entries) gives it; a given size may exceed the
+    tokenizer's. Raises ValueError where a default cannot be derived, each of which `megallm.plan.validate` explains
+    with all other problems of the configuration.
+    """
+    model, parallel, training, optimizer = config.model, config.parallel, config.training, config.optimizer
+    replicas = data_parallel_size(parallel, world_size)
+    return replace(
+        config,
+        model=replace(
+            model,
+            ffn_hidden_size=ffn_hidden_size(model),
+            num_query_groups=num_query_groups(model),
+            kv_channels=kv_channels(model),
+            max_position_embeddings=_given(model.max_position_embeddings, config.data.seq_length),
+            vocab_size=_vocab_size(model, tokenizer_vocab_size),
+        ),
+        parallel=replace(
+            parallel,
+            pipeline_schedule=pipeline_schedule(parallel),
+            ddp_bucket_size=_given(parallel.ddp_bucket_size, max(40_000_000, 1_000_000 * replicas)),
+        ),
+        training=replace(
+            training, global_batch_size=_given(training.global_batch_size, training.micro_batch_size * replicas)
+        ),
+        optimizer=replace(optimizer, lr_decay_iters=_given(optimizer.lr_decay_iters, training.train_iters)),
+    )
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Copies of the model among `world_size` processes. Raises ValueError where they do not come out even."""
+    model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if model_parallel < 1 or world_size < 1 or world_size % model_parallel:
+        raise ValueError(
+            f"{world_size} processes cannot be laid out: a copy of the model takes "
+            f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} x "
+            f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size} = {model_parallel} of them; "
+            f"start a multiple of {model_parallel}."
+        )
+    return world_size // model_parallel
+
+
+def ffn_hidden_size(model: ModelConfig) -> int:
+    """Width inside the MLP: as given, or 4 x hidden, or for gated activations 8/3 x hidden cut to a multiple of 64.
+
+    Three matrices of 8/3 x hidden hold as much as two of 4 x hidden.
+    """
+    if model.ffn_hidden_size is not None:
+        return model.ffn_hidden_size
+    if model.activation in GATED_ACTIVATIONS:
+        return model.hidden_size * 8 // 3 // 64 * 64
+    return 4 * model.hidden_size
+
+
+def num_query_groups(model: ModelConfig) -> int:
+    """Number of key/value heads: as given, or as many as query heads."""
+    return _given(model.num_query_groups, model.num_attention_heads)
+
+
+def kv_channels(model: ModelConfig) -> int:
+    """Width of one attention head: as given, or hidden / heads. Raises ValueError where that is not whole."""
+    if model.kv_channels is not None:
+        return model.kv_channels
+    if model.num_attention_heads < 1 or model.hidden_size % model.num_attention_heads:
+        raise ValueError(
+            f"--hidden-size {model.hidden_size} does not divide by --num-attention-heads {model.num_attention_heads}; "
+            "give a multiple, or the width of a head with --kv-channels."
+        )
+    return model.hidden_size // model.num_attention_heads
+
+
+def pipeline_schedule(parallel: ParallelConfig) -> str:
+    """The schedule by name; "auto" becomes "interleaved" with virtual stages and "1f1b" without."""
+    if parallel.pipeline_schedule != "auto":
+        return parallel.pipeline_schedule
+    return "interleaved" if parallel.num_virtual_stages_per_pipeline_rank > 1 else "1f1b"
+
+
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _vocab_size(model: ModelConfig, tokenizer_vocab_size: int | None) -> int | None:
+    given = model.vocab_size
+    if given is not None and tokenizer_vocab_size is not None and given < tokenizer_vocab_size:
+        raise ValueError(
+            f"--vocab-size {given} is smaller than the tokenizer's {tokenizer_vocab_size} entries, whose highest "
+            f"tokens would have no embedding; leave it out or give at least {tokenizer_vocab_size}."
+        )
+    return tokenizer_vocab_size if given is None else given

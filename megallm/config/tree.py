@@ -1,0 +1,280 @@
+"""The configuration: one tree of frozen dataclasses, the only truth about a run.
+
+Every field carries its command-line flag and its help text in its metadata, so that the parser, the YAML file, the
+saved configuration and the documentation all come from this file. Flags have Megatron's names and meaning where the
+thing is the same. A number of 0 as default of a required field means "not given".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(
+    default: Any, flag: str, help: str, *, choices: tuple[Any, ...] | None = None, off_flag: str | None = None
+) -> Any:
+    """A field of the tree with its flag.
+
+    `off_flag` names the switch that turns a boolean off whose default is on. A list default makes the flag take
+    several values.
+    """
+    metadata = {"flag": flag, "help": help, "choices": choices, "off_flag": off_flag}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and numerics of the transformer."""
+
+    num_layers: int = option(0, "--num-layers", "number of transformer layers")
+    hidden_size: int = option(0, "--hidden-size", "width of the residual stream")
+    ffn_hidden_size: int | None = option(
+        None,
+        "--ffn-hidden-size",
+        "width inside the MLP; default 4 x hidden, with a gated activation 8/3 x hidden rounded down to a "
+        "multiple of 64",
+    )
+    num_attention_heads: int = option(0, "--num-attention-heads", "number of query heads")
+    group_query_attention: bool = option(
+        False,
+        "--group-query-attention",
+        "share each key and value head among several query heads; needs --num-query-groups",
+    )
+    num_query_groups: int | None = option(
+        None,
+        "--num-query-groups",
+        "number of key/value heads; 1 is multi-query attention; default: as many as query heads",
+    )
+    kv_channels: int | None = option(None, "--kv-channels", "width of one attention head; default hidden / heads")
+    max_position_embeddings: int | None = option(
+        None,
+        "--max-position-embeddings",
+        "length of the learned or sinusoidal position table; default: the sequence length",
+    )
+    position_embedding_type: str = option(
+        "learned_absolute",
+        "--position-embedding-type",
+        "how positions enter the model",
+        choices=("learned_absolute", "sinusoidal", "rope", "none"),
+    )
+    rotary_base: float = option(10000.0, "--rotary-base", "base of the rotary frequencies")
+    normalization: str = option("LayerNorm", "--normalization", "kind of norm", choices=("LayerNorm", "RMSNorm"))
+    norm_epsilon: float = option(1e-5, "--norm-epsilon", "added to the variance inside the norm")
+    activation: str = option(
+        "gelu",
+        "--activation",
+        "activation of the MLP; the switches --swiglu, --squared-relu and --openai-gelu set it too",
+        choices=("gelu", "gelu_tanh", "relu", "squared_relu", "swiglu", "geglu"),
+    )
+    add_bias_linear: bool = option(
+        True, "--add-bias-linear", "biases on every linear layer", off_flag="--disable-bias-linear"
+    )
+    add_qkv_bias: bool = option(False, "--add-qkv-bias", "biases on the query, key and value projection only")
+    tie_embeddings: bool = option(
+        True,
+        "--tie-embeddings-and-output-weights",
+        "one matrix serves as input embedding and output layer",
+        off_flag="--untie-embeddings-and-output-weights",
+    )
+    attention_dropout: float = option(0.0, "--attention-dropout", "dropout probability of attention weights")
+    hidden_dropout: float = option(
+        0.0, "--hidden-dropout", "dropout probability of embeddings and of each block's output before the residual sum"
+    )
+    init_method_std: float = option(
+        0.02,
+        "--init-method-std",
+        "standard deviation of the initial weights; output projections of each block use it divided by sqrt(2 x "
+        "layers)",
+    )
+    vocab_size: int | None = option(None, "--vocab-size", "true size of the vocabulary; default: the tokenizer's")
+    make_vocab_size_divisible_by: int = option(
+        1,
+        "--make-vocab-size-divisible-by",
+        "the vocabulary is padded at run time to a multiple of this times the tensor parallel size; the "
+        "description, norms and checkpoints keep the true size",
+    )
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the batch are laid out over processes."""
+
+    tensor_model_parallel_size: int = option(
+        1, "--tensor-model-parallel-size", "processes that share each layer's matrices"
+    )
+    pipeline_model_parallel_size: int = option(
+        1, "--pipeline-model-parallel-size", "processes that share the stack of layers"
+    )
+    num_virtual_stages_per_pipeline_rank: int = option(
+        1,
+        "--num-virtual-stages-per-pipeline-rank",
+        "model chunks on each pipeline rank; above 1 the schedule is interleaved 1F1B",
+    )
+    sequence_parallel: bool = option(
+        True,
+        "--sequence-parallel",
+        "split norms, dropouts and residuals along the sequence over the tensor ranks; has no effect at tensor size 1",
+        off_flag="--no-sequence-parallel",
+    )
+    pipeline_schedule: str = option(
+        "auto",
+        "--pipeline-schedule",
+        "order of forwards and backwards; auto is 1f1b, or interleaved with virtual stages",
+        choices=("auto", "gpipe", "1f1b", "interleaved"),
+    )
+    use_distributed_optimizer: bool = option(
+        False,
+        "--use-distributed-optimizer",
+        "each data parallel rank keeps and updates its share of the optimizer state (ZeRO-1)",
+    )
+    overlap_grad_reduce: bool = option(
+        False, "--overlap-grad-reduce", "reduce gradients while the backward pass still runs"
+    )
+    overlap_param_gather: bool = option(
+        False,
+        "--overlap-param-gather",
+        "gather updated parameters while the next forward pass already runs; needs the distributed optimizer",
+    )
+    ddp_bucket_size: int | None = option(
+        None,
+        "--ddp-bucket-size",
+        "elements in a gradient bucket; default max(40,000,000, 1,000,000 x data parallel size)",
+    )
+    distributed_backend: str | None = option(
+        None, "--distributed-backend", "default: nccl with one GPU a process, gloo otherwise", choices=("nccl", "gloo")
+    )
+    distributed_timeout_minutes: float = option(
+        10.0, "--distributed-timeout-minutes", "a collective that takes longer ends the job"
+    )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Batches, precision, recomputation, evaluation and length of the run."""
+
+    micro_batch_size: int = option(
+        0, "--micro-batch-size", "sequences that one data parallel rank takes through the model at once"
+    )
+    global_batch_size: int | None = option(
+        None,
+        "--global-batch-size",
+        "sequences of one optimizer step over all ranks; default micro-batch x data parallel size",
+    )
+    train_iters: int = option(0, "--train-iters", "number of optimizer steps")
+    eval_interval: int | None = option(None, "--eval-interval", "steps between evaluations; default: none")
+    eval_iters: int = option(100, "--eval-iters", "global batches in one evaluation")
+    exit_interval: int | None = option(
+        None,
+        "--exit-interval",
+        "save and leave after the first step that this divides; the run's length and schedules stay as given",
+    )
+    seed: int = option(1234, "--seed", "seeds initial weights, dropout and the order of the data")
+    bf16: bool = option(False, "--bf16", "bfloat16 weights and activations, float32 master weights and gradients")
+    fp64: bool = option(
+        False, "--fp64", "everything in float64: the oracle against which other precisions and layouts are checked"
+    )
+    recompute_granularity: str | None = option(
+        None,
+        "--recompute-granularity",
+        "full: keep only each layer's input and compute the layer again in the backward pass; selective: the core "
+        "of attention only",
+        choices=("full", "selective"),
+    )
+    device: str = option("auto", "--device", "where to run", choices=("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, clipping and the learning rate."""
+
+    lr: float = option(0.0, "--lr", "peak learning rate")
+    min_lr: float = option(0.0, "--min-lr", "learning rate after the decay")
+    lr_decay_style: str = option(
+        "linear", "--lr-decay-style", "shape of the decay", choices=("constant", "linear", "cosine")
+    )
+    lr_decay_iters: int | None = option(
+        None, "--lr-decay-iters", "steps until the learning rate is at its minimum; default: the length of the run"
+    )
+    lr_warmup_iters: int = option(0, "--lr-warmup-iters", "steps of linear warm-up")
+    lr_warmup_init: float = option(0.0, "--lr-warmup-init", "learning rate at the start of the warm-up")
+    weight_decay: float = option(0.01, "--weight-decay", "decoupled weight decay; norms and biases do not decay")
+    adam_beta1: float = option(0.9, "--adam-beta1", "decay of the first moment")
+    adam_beta2: float = option(0.999, "--adam-beta2", "decay of the second moment")
+    adam_eps: float = option(1e-8, "--adam-eps", "added to the root of the second moment")
+    clip_grad: float = option(1.0, "--clip-grad", "largest global norm of the gradient; 0 switches clipping off")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from."""
+
+    data_path: list[str] = option(  # noqa: RUF009 (a fresh list for each tree: see `option`)
+        [], "--data-path", "prefix of a .bin/.idx dataset, or several, each optionally preceded by its weight"
+    )
+    split: str = option("969, 30, 1", "--split", "shares of training, validation and test data")
+    data_cache_path: str | None = option(
+        None, "--data-cache-path", "folder for the sample indices; default: beside the dataset"
+    )
+    mock_data: bool = option(False, "--mock-data", "synthetic data that needs no files")
+    seq_length: int = option(0, "--seq-length", "tokens in a sequence")
+    num_workers: int = option(0, "--num-workers", "processes that read data ahead")
+    tokenizer_type: str | None = option(
+        None,
+        "--tokenizer-type",
+        "kind of tokenizer",
+        choices=(
+            "HuggingFaceTokenizer",
+            "SentencePieceTokenizer",
+            "GPTSentencePieceTokenizer",
+            "Llama2Tokenizer",
+            "NullTokenizer",
+        ),
+    )
+    tokenizer_model: str | None = option(
+        None, "--tokenizer-model", "tokenizer.json, its folder, or a SentencePiece model"
+    )
+    reset_position_ids: bool = option(False, "--reset-position-ids", "positions start again after each end of document")
+    reset_attention_mask: bool = option(False, "--reset-attention-mask", "no attention across an end of document")
+    eod_mask_loss: bool = option(False, "--eod-mask-loss", "end-of-document tokens do not count in the loss")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving and loading."""
+
+    save: str | None = option(None, "--save", "folder for checkpoints")
+    load: str | None = option(
+        None, "--load", "folder to resume from, written under any layout; starts afresh if it holds none"
+    )
+    save_interval: int | None = option(None, "--save-interval", "steps between checkpoints; default: only at the end")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What a run tells."""
+
+    log_interval: int = option(100, "--log-interval", "steps between log lines")
+    tensorboard_dir: str | None = option(None, "--tensorboard-dir", "folder for TensorBoard")
+    metrics_jsonl: str | None = option(
+        None, "--metrics-jsonl", "file that takes one JSON object per step with every scalar at full precision"
+    )
+    timeline: str | None = option(
+        None, "--timeline", "file prefix for the measured pipeline timeline of the step --timeline-step"
+    )
+    timeline_step: int = option(10, "--timeline-step", "step whose pipeline timeline is measured")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything about a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -1,0 +1,134 @@
+"""Parameters and floating point operations of a model by formula. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megallm.config.resolve import GATED_ACTIVATIONS, ffn_hidden_size, kv_channels, num_query_groups
+from megallm.config.tree import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model at the true size of its vocabulary, by where they stand."""
+
+    embedding: int
+    positions: int
+    per_layer: int
+    num_layers: int
+    final_norm: int
+    head: int  # 0 where the embedding serves as output layer too
+
+    @property
+    def layers(self) -> int:
+        """Parameters of all layers."""
+        return self.num_layers * self.per_layer
+
+    @property
+    def total(self) -> int:
+        """Parameters of the whole model; a tied matrix counts once."""
+        return self.embedding + self.positions + self.layers + self.final_norm + self.head
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """Floating point operations per token of one training step: matrix products, forward and backward.
+
+    A product of [m, k] and [k, n] takes 2 m k n operations, its backward pass twice as many. The two conventions for
+    the products of queries, keys and values are both in use: `half` counts what a causal mask leaves (half of the
+    square), `full` counts the whole square. Recomputation, norms, activations, softmax and the lookup of the embedding
+    count in neither; the output layer counts in both.
+    """
+
+    weights: int  # products with weights, output layer included
+    attention_full: int  # scores and their product with values, over the whole square
+
+    @property
+    def half(self) -> float:
+        """Operations per token with causal attention counted half."""
+        return self.weights + self.attention_full / 2
+
+    @property
+    def full(self) -> int:
+        """Operations per token with attention counted over the whole square."""
+        return self.weights + self.attention_full
+
+
+def parameter_count(model: ModelConfig, sequence_length: int | None = None) -> ParameterCount:
+    """Parameters of `model`, at the true size of its vocabulary (padding exists at run time only).
+
+    `sequence_length` stands in for a `max_position_embeddings` that is not given. Raises ValueError where the
+    vocabulary or a learned position table has no size.
+    """
+    vocabulary = _vocab_size(model)
+    positions = 0
+    if model.position_embedding_type == "learned_absolute":
+        length = model.max_position_embeddings or sequence_length
+        if length is None:
+            raise ValueError("The length of the position table is not known: give --max-position-embeddings.")
+        positions = length * model.hidden_size
+    norm = model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
+    return ParameterCount(
+        embedding=vocabulary * model.hidden_size,
+        positions=positions,
+        per_layer=_layer_weights(model) + _layer_biases(model) + 2 * norm,
+        num_layers=model.num_layers,
+        final_norm=norm,
+        head=0 if model.tie_embeddings else vocabulary * model.hidden_size,
+    )
+
+
+def padded_vocab_size(model: ModelConfig, tensor_parallel_size: int) -> int:
+    """Rows of the embedding at run time: the vocabulary rounded up to a multiple of what the layout divides it by."""
+    multiple = model.make_vocab_size_divisible_by * tensor_parallel_size
+    return -(-_vocab_size(model) // multiple) * multiple
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int) -> ModelFlops:
+    """Operations that one token of a training step takes, forward and backward; a step takes this times its tokens.
+
+    Raises ValueError where the size of the vocabulary is not known.
+    """
+    # Scores and their product with the values: 4 x sequence x width forward, over the whole square.
+    attention_forward = 4 * sequence_length * _query_width(model)
+    return ModelFlops(
+        weights=6 * model.num_layers * _layer_weights(model) + head_flops_per_token(model),
+        attention_full=3 * model.num_layers * attention_forward,
+    )
+
+
+def head_flops_per_token(model: ModelConfig) -> int:
+    """The part of the output layer in `flops_per_token`."""
+    return 6 * _vocab_size(model) * model.hidden_size
+
+
+def _layer_weights(model: ModelConfig) -> int:
+    """Elements of the matrices of one layer."""
+    hidden, ffn = model.hidden_size, ffn_hidden_size(model)
+    return hidden * (_qkv_width(model) + _query_width(model) + ffn * _mlp_inputs(model) + ffn)
+
+
+def _layer_biases(model: ModelConfig) -> int:
+    """Elements of the biases of one layer."""
+    qkv = _qkv_width(model) if model.add_bias_linear or model.add_qkv_bias else 0
+    others = 2 * model.hidden_size + _mlp_inputs(model) * ffn_hidden_size(model) if model.add_bias_linear else 0
+    return qkv + others
+
+
+def _mlp_inputs(model: ModelConfig) -> int:
+    """Matrices from the residual stream into the MLP: gate and up, or one."""
+    return 2 if model.activation in GATED_ACTIVATIONS else 1
+
+
+def _query_width(model: ModelConfig) -> int:
+    return model.num_attention_heads * kv_channels(model)
+
+
+def _qkv_width(model: ModelConfig) -> int:
+    return _query_width(model) + 2 * num_query_groups(model) * kv_channels(model)
+
+
+def _vocab_size(model: ModelConfig) -> int:
+    if model.vocab_size is None:
+        raise ValueError("The size of the vocabulary is not known: give --vocab-size, or a tokenizer that tells it.")
+    return model.vocab_size

@@ -1,0 +1,150 @@
+"""Rules about the layout: processes, stages, batches, and the switches that need each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megallm.config.resolve import pipeline_schedule
+from megallm.config.tree import Config
+from megallm.plan.problem import Problem, divisors_near, multiples_near, rule
+
+
+@rule("parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size")
+def layout_divides_world(config: Config, world_size: int) -> Iterator[Problem]:
+    """The processes make whole copies of the model."""
+    tensor, pipeline = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    model_parallel = tensor * pipeline
+    if world_size % model_parallel == 0:
+        return
+    ways = [f"start {multiples_near(world_size, model_parallel)} processes"]
+    if world_size % pipeline == 0:
+        ways.append(f"use --tensor-model-parallel-size {divisors_near(world_size // pipeline, tensor)}")
+    if world_size % tensor == 0:
+        ways.append(f"use --pipeline-model-parallel-size {divisors_near(world_size // tensor, pipeline)}")
+    yield Problem(
+        ("--tensor-model-parallel-size", "--pipeline-model-parallel-size"),
+        f"{world_size} processes do not make whole copies of a model that takes {model_parallel}",
+        f"{world_size} % ({tensor} x {pipeline}) = {world_size % model_parallel}",
+        ", or ".join(ways),
+    )
+
+
+@rule(
+    "parallel.tensor_model_parallel_size",
+    "parallel.pipeline_model_parallel_size",
+    "training.micro_batch_size",
+    "training.global_batch_size",
+)
+def global_batch_divides(config: Config, world_size: int) -> Iterator[Problem]:
+    """Each data parallel rank takes equally many whole micro-batches."""
+    model_parallel = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    batch, micro_batch = config.training.global_batch_size, config.training.micro_batch_size
+    if batch is None or world_size % model_parallel:
+        return
+    replicas = world_size // model_parallel
+    if batch % (micro_batch * replicas) == 0:
+        return
+    ways = [f"use --global-batch-size {multiples_near(batch, micro_batch * replicas)}"]
+    if batch % replicas == 0:
+        ways.append(f"--micro-batch-size {divisors_near(batch // replicas, micro_batch)}")
+    yield Problem(
+        ("--global-batch-size", "--micro-batch-size"),
+        f"a batch of {batch} sequences cannot be cut into micro-batches of {micro_batch} on each of {replicas} data "
+        "parallel ranks",
+        f"{batch} % ({micro_batch} x {replicas}) = {batch % (micro_batch * replicas)}",
+        ", or ".join(ways),
+    )
+
+
+@rule("parallel.pipeline_model_parallel_size", "parallel.num_virtual_stages_per_pipeline_rank")
+def virtual_stages_need_pipeline(config: Config, world_size: int) -> Iterator[Problem]:
+    """On one pipeline rank virtual stages would only cost."""
+    stages = config.parallel.num_virtual_stages_per_pipeline_rank
+    if stages > 1 and config.parallel.pipeline_model_parallel_size == 1:
+        yield Problem(
+            ("--num-virtual-stages-per-pipeline-rank", "--pipeline-model-parallel-size"),
+            f"{stages} virtual stages are given, but there is one pipeline rank",
+            "",
+            "use --pipeline-model-parallel-size 2 or more, or --num-virtual-stages-per-pipeline-rank 1",
+        )
+
+
+@rule(
+    "model.num_layers",
+    "parallel.pipeline_model_parallel_size",
+    "parallel.num_virtual_stages_per_pipeline_rank",
+)
+def layers_fill_stages(config: Config, world_size: int) -> Iterator[Problem]:
+    """Every virtual stage holds at least one layer. They need not hold equally many."""
+    layers = config.model.num_layers
+    pipeline = config.parallel.pipeline_model_parallel_size
+    virtual = config.parallel.num_virtual_stages_per_pipeline_rank
+    if layers >= pipeline * virtual:
+        return
+    ways = [f"use --num-layers {pipeline * virtual} or more"]
+    if layers // pipeline:
+        ways.append(f"--num-virtual-stages-per-pipeline-rank {layers // pipeline}")
+    else:
+        ways.append(f"--pipeline-model-parallel-size {max(layers // virtual, 1)}")
+    yield Problem(
+        ("--num-layers", "--pipeline-model-parallel-size", "--num-virtual-stages-per-pipeline-rank"),
+        f"{layers} layers leave some of {pipeline * virtual} stages empty; stages may be uneven, but each holds at "
+        "least one layer",
+        f"{layers} < {pipeline} x {virtual}",
+        ", or ".join(ways),
+    )
+
+
+@rule("parallel.pipeline_schedule", "parallel.num_virtual_stages_per_pipeline_rank")
+def schedule_fits_virtual_stages(config: Config, world_size: int) -> Iterator[Problem]:
+    """Only the interleaved schedule has virtual stages, and it needs them."""
+    virtual, schedule = config.parallel.num_virtual_stages_per_pipeline_rank, pipeline_schedule(config.parallel)
+    if (schedule == "interleaved") == (virtual > 1):
+        return
+    if schedule == "interleaved":
+        way_out = "use --num-virtual-stages-per-pipeline-rank 2 or more, or --pipeline-schedule 1f1b"
+    else:
+        way_out = "use --pipeline-schedule interleaved, or --num-virtual-stages-per-pipeline-rank 1"
+    yield Problem(
+        ("--pipeline-schedule", "--num-virtual-stages-per-pipeline-rank"),
+        f"the schedule {schedule} does not run with {virtual} virtual stage{'s' if virtual > 1 else ''}",
+        "",
+        way_out,
+    )
+
+
+@rule("data.seq_length", "parallel.tensor_model_parallel_size")
+def tensor_size_divides_sequence(config: Config, world_size: int) -> Iterator[Problem]:
+    """Under sequence parallelism each tensor rank holds an equal piece of the sequence."""
+    length, tensor = config.data.seq_length, config.parallel.tensor_model_parallel_size
+    if config.parallel.sequence_parallel and length % tensor:
+        yield Problem(
+            ("--seq-length", "--tensor-model-parallel-size"),
+            f"sequences of {length} tokens cannot be cut over {tensor} tensor ranks, as sequence parallelism does",
+            f"{length} % {tensor} = {length % tensor}",
+            f"use --seq-length {multiples_near(length, tensor)}, or --no-sequence-parallel",
+        )
+
+
+@rule()
+def param_gather_overlap_needs_distributed_optimizer(config: Config, world_size: int) -> Iterator[Problem]:
+    """Without the distributed optimizer there is nothing to gather."""
+    if config.parallel.overlap_param_gather and not config.parallel.use_distributed_optimizer:
+        yield Problem(
+            ("--overlap-param-gather", "--use-distributed-optimizer"),
+            "parameters are gathered only where the optimizer is distributed",
+            "",
+            "add --use-distributed-optimizer, or leave out --overlap-param-gather",
+        )
+
+
+@rule("parallel.distributed_backend", "training.device")
+def backend_runs_on_device(config: Config, world_size: int) -> Iterator[Problem]:
+    """NCCL moves memory of GPUs only."""
+    if config.parallel.distributed_backend == "nccl" and config.training.device == "cpu":
+        yield Problem(
+            ("--distributed-backend", "--device"),
+            "nccl does not run on a CPU",
+            "",
+            "use --distributed-backend gloo, or --device cuda",
+        )

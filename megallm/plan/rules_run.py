@@ -1,0 +1,205 @@
+"""Rules about the course of a run: precision, learning rate, evaluation, saving, and its data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from megallm.config.tree import Config
+from megallm.plan.problem import Problem, rule
+
+
+@rule()
+def one_precision(config: Config, world_size: int) -> Iterator[Problem]:
+    """A run has one precision."""
+    if config.training.bf16 and config.training.fp64:
+        yield Problem(
+            ("--bf16", "--fp64"),
+            "both bfloat16 and float64 are asked for",
+            "",
+            "leave out --bf16 or --fp64; without both the run is in float32",
+        )
+
+
+@rule("optimizer.lr", "optimizer.min_lr")
+def minimum_is_below_peak(config: Config, world_size: int) -> Iterator[Problem]:
+    """The learning rate decays from its peak down to its minimum."""
+    peak, minimum = config.optimizer.lr, config.optimizer.min_lr
+    if minimum > peak:
+        yield Problem(
+            ("--min-lr", "--lr"),
+            "the learning rate would decay upwards",
+            f"{minimum} > {peak}",
+            f"use --min-lr {peak / 10:g}, or at most --lr's {peak}",
+        )
+
+
+@rule("optimizer.lr", "optimizer.lr_warmup_init")
+def warmup_starts_below_peak(config: Config, world_size: int) -> Iterator[Problem]:
+    """The learning rate warms up from its start to its peak."""
+    peak, start = config.optimizer.lr, config.optimizer.lr_warmup_init
+    if start > peak:
+        yield Problem(
+            ("--lr-warmup-init", "--lr"),
+            "the learning rate would warm up downwards",
+            f"{start} > {peak}",
+            f"use --lr-warmup-init 0.0, or at most --lr's {peak}",
+        )
+
+
+@rule("optimizer.lr_warmup_iters", "optimizer.lr_decay_iters", "training.train_iters")
+def warmup_ends_before_decay(config: Config, world_size: int) -> Iterator[Problem]:
+    """The warm-up is a part of the steps over which the learning rate decays."""
+    warmup, given = config.optimizer.lr_warmup_iters, config.optimizer.lr_decay_iters
+    decay = config.training.train_iters if given is None else given
+    if warmup > decay:
+        source = "--train-iters, the default of --lr-decay-iters" if given is None else "--lr-decay-iters"
+        yield Problem(
+            ("--lr-warmup-iters", "--lr-decay-iters"),
+            f"a warm-up of {warmup} steps does not fit into the {decay} steps of {source}",
+            f"{warmup} > {decay}",
+            f"use --lr-warmup-iters {decay} or less, or --lr-decay-iters {warmup} or more",
+        )
+
+
+@rule("training.eval_interval", "training.eval_iters")
+def evaluation_has_batches(config: Config, world_size: int) -> Iterator[Problem]:
+    """An evaluation takes at least one batch."""
+    interval = config.training.eval_interval
+    if interval is not None and config.training.eval_iters == 0:
+        yield Problem(
+            ("--eval-iters", "--eval-interval"),
+            f"an evaluation every {interval} steps is asked for, of no batch",
+            "",
+            "use --eval-iters 10, or leave out --eval-interval",
+        )
+
+
+@rule("checkpoint.save_interval")
+def saving_has_a_folder(config: Config, world_size: int) -> Iterator[Problem]:
+    """Checkpoints go somewhere."""
+    interval = config.checkpoint.save_interval
+    if interval is not None and not config.checkpoint.save:
+        yield Problem(
+            ("--save-interval", "--save"),
+            f"a checkpoint every {interval} steps is asked for, but no folder for it is given",
+            "",
+            "add --save FOLDER, or leave out --save-interval",
+        )
+
+
+@rule("training.train_iters", "logging.timeline_step")
+def timeline_step_is_in_the_run(config: Config, world_size: int) -> Iterator[Problem]:
+    """The step whose timeline is measured happens."""
+    step, steps = config.logging.timeline_step, config.training.train_iters
+    if config.logging.timeline is not None and step > steps:
+        yield Problem(
+            ("--timeline-step", "--train-iters"),
+            f"the timeline of step {step} is asked for, but the run ends after step {steps}",
+            f"{step} > {steps}",
+            f"use --timeline-step {steps} or less",
+        )
+
+
+@rule()
+def one_source_of_data(config: Config, world_size: int) -> Iterator[Problem]:
+    """Samples come from files or are synthetic."""
+    if config.data.mock_data and config.data.data_path:
+        yield Problem(
+            ("--data-path", "--mock-data"), "both files and synthetic data are given", "", "leave out --mock-data"
+        )
+    elif not config.data.mock_data and not config.data.data_path:
+        yield Problem(
+            ("--data-path", "--mock-data"),
+            "there is no data",
+            "",
+            "give the prefix of a .bin/.idx dataset with --data-path, or use --mock-data",
+        )
+
+
+@rule()
+def data_weights_are_numbers(config: Config, world_size: int) -> Iterator[Problem]:
+    """`--data-path` is one prefix, several prefixes, or pairs of a weight and a prefix."""
+    words = config.data.data_path
+    weights = [_number(word) for word in words[::2]]
+    numbers = [word for word in words if _number(word) is not None]
+    if len(words) % 2 == 0 and None not in weights:
+        bad = [word for word in words[::2] if not (0 < float(word) < math.inf)]
+        wrong = f"the weight {' and '.join(bad)} is not a positive number" if bad else ""
+    elif numbers:
+        wrong = f"some words are weights ({', '.join(numbers)}), but weights and prefixes do not alternate"
+    else:
+        wrong = ""
+    if wrong:
+        yield Problem(
+            ("--data-path",), wrong, "", "write --data-path 0.3 first_prefix 0.7 second_prefix, or prefixes alone"
+        )
+
+
+@rule()
+def split_is_three_shares(config: Config, world_size: int) -> Iterator[Problem]:
+    """`--split` is up to three shares, and some of the data is for training."""
+    shares = _shares(config.data.split)
+    if shares is None:
+        wrong = f"'{config.data.split}' is not a list of one to three shares"
+    elif shares[0] <= 0:
+        wrong = f"'{config.data.split}' leaves nothing for training"
+    else:
+        return
+    yield Problem(("--split",), wrong, "", "write training, validation and test shares as in --split 969,30,1")
+
+
+@rule("training.eval_interval")
+def evaluation_has_data(config: Config, world_size: int) -> Iterator[Problem]:
+    """An evaluation needs validation data."""
+    shares = _shares(config.data.split)
+    wanted = config.training.eval_interval is not None and not config.data.mock_data
+    if wanted and shares is not None and shares[1] <= 0:
+        yield Problem(
+            ("--split", "--eval-interval"),
+            f"evaluations are asked for, but '{config.data.split}' leaves nothing for validation",
+            "",
+            "use --split 969,30,1, or leave out --eval-interval",
+        )
+
+
+@rule("data.tokenizer_type")
+def tokenizer_has_a_model(config: Config, world_size: int) -> Iterator[Problem]:
+    """A tokenizer is read from a file, except the one that does nothing."""
+    kind = config.data.tokenizer_type
+    if kind != "NullTokenizer" and not config.data.tokenizer_model:
+        wanted = "tokenizer.json" if kind == "HuggingFaceTokenizer" else "tokenizer.model"
+        yield Problem(
+            ("--tokenizer-model", "--tokenizer-type"),
+            f"{kind} is read from a file, and none is given",
+            "",
+            f"add --tokenizer-model {wanted}, or use --tokenizer-type NullTokenizer with --vocab-size",
+        )
+
+
+@rule("data.tokenizer_type", "model.vocab_size")
+def null_tokenizer_has_a_vocabulary(config: Config, world_size: int) -> Iterator[Problem]:
+    """A tokenizer that does nothing knows no vocabulary."""
+    if config.data.tokenizer_type == "NullTokenizer" and config.model.vocab_size is None:
+        yield Problem(
+            ("--vocab-size", "--tokenizer-type"),
+            "NullTokenizer does not tell the size of the vocabulary",
+            "",
+            "add --vocab-size 32000",
+        )
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def _shares(split: str) -> list[float] | None:
+    """The three shares of a split text, the missing ones 0; None where it is no such text."""
+    shares = [_number(word) for word in split.replace(",", " ").split()]
+    if not 1 <= len(shares) <= 3:
+        return None
+    found = [share for share in shares if share is not None and 0 <= share < math.inf]
+    return found + [0.0] * (3 - len(shares)) if len(found) == len(shares) else None

@@ -1,0 +1,75 @@
+"""Validation of a whole configuration: every error at once, before anything starts. Needs no torch."""
+
+from __future__ import annotations
+
+from megallm.config.report import numbered
+from megallm.config.tree import Config
+from megallm.plan import rules_model, rules_parallel, rules_run, rules_values
+from megallm.plan.problem import Problem, Rule
+
+VALUE_RULES = (
+    rules_values.required_value_is_given,
+    rules_values.number_is_in_range,
+    rules_values.text_is_a_choice,
+)
+"""Rules about single values; a value that breaks one is left alone by the rules below."""
+
+RULES = (
+    rules_model.heads_divide_hidden_size,
+    rules_model.query_groups_are_asked_for,
+    rules_model.query_groups_are_numbered,
+    rules_model.query_groups_divide_heads,
+    rules_model.tensor_size_divides_heads,
+    rules_model.tensor_size_divides_query_groups,
+    rules_model.default_ffn_is_not_empty,
+    rules_model.tensor_size_divides_ffn,
+    rules_model.positions_reach_sequence_length,
+    rules_model.rotary_width_is_even,
+    rules_model.sinusoidal_width_is_even,
+    rules_parallel.layout_divides_world,
+    rules_parallel.global_batch_divides,
+    rules_parallel.virtual_stages_need_pipeline,
+    rules_parallel.layers_fill_stages,
+    rules_parallel.schedule_fits_virtual_stages,
+    rules_parallel.tensor_size_divides_sequence,
+    rules_parallel.param_gather_overlap_needs_distributed_optimizer,
+    rules_parallel.backend_runs_on_device,
+    rules_run.one_precision,
+    rules_run.minimum_is_below_peak,
+    rules_run.warmup_starts_below_peak,
+    rules_run.warmup_ends_before_decay,
+    rules_run.evaluation_has_batches,
+    rules_run.saving_has_a_folder,
+    rules_run.timeline_step_is_in_the_run,
+    rules_run.one_source_of_data,
+    rules_run.data_weights_are_numbers,
+    rules_run.split_is_three_shares,
+    rules_run.evaluation_has_data,
+    rules_run.tokenizer_has_a_model,
+    rules_run.null_tokenizer_has_a_vocabulary,
+)
+"""Rules about values that must fit together."""
+
+
+def validate(config: Config, world_size: int) -> list[Problem]:
+    """Every error of `config`, resolved or not, for `world_size` processes. Files are not looked at. Never raises."""
+    return [problem for _, problem in found_by_rule(config, world_size)]
+
+
+def check(config: Config, world_size: int) -> None:
+    """Raise ValueError with a numbered list of every error of `config` for `world_size` processes, if there is one."""
+    problems = validate(config, world_size)
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ValueError(f"{count} in the configuration:\n{numbered(list(map(str, problems)))}")
+
+
+def found_by_rule(config: Config, world_size: int) -> list[tuple[Rule, Problem]]:
+    """Every error with the rule that found it."""
+    assert world_size >= 1, f"a job has at least one process, not {world_size}"
+    found = [(rule, problem) for rule in VALUE_RULES for problem in rule.find(config, world_size)]
+    broken = rules_values.broken_paths([problem for _, problem in found])
+    for rule in RULES:
+        if broken.isdisjoint(rule.needs):
+            found += [(rule, problem) for problem in rule.find(config, world_size)]
+    return found

@@ -1,0 +1,322 @@
+"""Every rule of the validation: it fires, names its flag, says what to do, and is silent once that is done."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from megallm.config import Config, resolve
+from megallm.config.dictionary import build
+from megallm.config.fields import REQUIRED, all_fields, get
+from megallm.plan import rules_model, rules_parallel, rules_run, rules_values
+from megallm.plan.problem import Rule, divisors_near, multiples_near
+from megallm.plan.rules_values import RANGES
+from megallm.plan.validate import RULES, VALUE_RULES, check, found_by_rule, validate
+
+SOUND = {
+    "model.num_layers": 4,
+    "model.hidden_size": 48,
+    "model.num_attention_heads": 12,
+    "training.micro_batch_size": 2,
+    "training.train_iters": 100,
+    "optimizer.lr": 1e-3,
+    "data.seq_length": 64,
+    "data.mock_data": True,
+    "data.tokenizer_type": "NullTokenizer",
+    "model.vocab_size": 100,
+}
+TENSOR = "parallel.tensor_model_parallel_size"
+PIPELINE = "parallel.pipeline_model_parallel_size"
+VIRTUAL = "parallel.num_virtual_stages_per_pipeline_rank"
+FILES = {"data.mock_data": False, "data.data_path": ["corpus"]}
+
+# rule -> cases of (world size, what breaks it, what its message proposes). The proposal must stand in the message.
+CASES: dict[str, list[tuple[int, dict, dict]]] = {
+    "required_value_is_given": [
+        (1, {"model.num_layers": 0}, {"model.num_layers": 12}),
+        (1, {"model.hidden_size": 0}, {"model.hidden_size": 768}),
+        (1, {"model.num_attention_heads": 0}, {"model.num_attention_heads": 12}),
+        (1, {"training.micro_batch_size": 0}, {"training.micro_batch_size": 1}),
+        (1, {"training.train_iters": 0}, {"training.train_iters": 1000}),
+        (1, {"optimizer.lr": 0.0}, {"optimizer.lr": "3e-4"}),
+        (1, {"data.seq_length": 0}, {"data.seq_length": 1024}),
+        (1, {"data.tokenizer_type": None}, {"data.tokenizer_type": "HuggingFaceTokenizer"}),
+    ],
+    "number_is_in_range": [
+        (1, {"model.num_layers": -3}, {"model.num_layers": 1}),
+        (1, {"model.attention_dropout": 1.0}, {"model.attention_dropout": 0.0}),
+        (1, {"optimizer.adam_beta2": 1.5}, {"optimizer.adam_beta2": 0.999}),
+        (1, {"optimizer.adam_beta1": -0.1}, {"optimizer.adam_beta1": 0.0}),
+        (1, {"optimizer.adam_eps": 0.0}, {"optimizer.adam_eps": 1e-08}),
+        (1, {"optimizer.lr": -1e-3}, {"optimizer.lr": 0.0001}),
+        (1, {"optimizer.weight_decay": math.inf}, {"optimizer.weight_decay": 0.0}),
+        (1, {"optimizer.clip_grad": math.nan}, {"optimizer.clip_grad": 0.0}),
+        (1, {"training.seed": 2**32}, {"training.seed": 4294967295}),
+        (1, {"model.vocab_size": -1}, {"model.vocab_size": 1}),
+        (1, {"training.exit_interval": 0}, {"training.exit_interval": 1}),
+    ],
+    "text_is_a_choice": [
+        (1, {"model.activation": "gelux"}, {"model.activation": "gelu"}),
+        (1, {"data.tokenizer_type": "GPT2BPETokenizer"}, {"data.tokenizer_type": "NullTokenizer"}),
+    ],
+    "heads_divide_hidden_size": [
+        (1, {"model.num_attention_heads": 7}, {"model.num_attention_heads": 6}),
+        (1, {"model.num_attention_heads": 7}, {"model.hidden_size": 49}),
+    ],
+    "query_groups_are_asked_for": [
+        (1, {"model.num_query_groups": 4}, {"model.group_query_attention": True}),
+    ],
+    "query_groups_are_numbered": [
+        (1, {"model.group_query_attention": True}, {"model.num_query_groups": 1}),
+    ],
+    "query_groups_divide_heads": [
+        (1, {"model.group_query_attention": True, "model.num_query_groups": 5}, {"model.num_query_groups": 4}),
+        (1, {"model.group_query_attention": True, "model.num_query_groups": 5}, {"model.num_attention_heads": 15}),
+    ],
+    "tensor_size_divides_heads": [
+        (8, {TENSOR: 8}, {TENSOR: 6}),
+        (8, {TENSOR: 8}, {"model.num_attention_heads": 16}),
+    ],
+    "tensor_size_divides_query_groups": [
+        (
+            12,
+            {TENSOR: 12, "model.group_query_attention": True, "model.num_query_groups": 2, "model.kv_channels": 5},
+            {TENSOR: 10},
+        ),
+        (
+            12,
+            {TENSOR: 12, "model.group_query_attention": True, "model.num_query_groups": 2, "model.kv_channels": 5},
+            {"model.num_query_groups": 12},
+        ),
+    ],
+    "default_ffn_is_not_empty": [
+        (
+            1,
+            {"model.activation": "swiglu", "model.hidden_size": 16, "model.num_attention_heads": 4},
+            {"model.ffn_hidden_size": 64},
+        ),
+        (
+            1,
+            {"model.activation": "geglu", "model.hidden_size": 16, "model.num_attention_heads": 4},
+            {"model.hidden_size": 24},
+        ),
+    ],
+    "tensor_size_divides_ffn": [
+        (4, {TENSOR: 4, "model.ffn_hidden_size": 90}, {"model.ffn_hidden_size": 92}),
+        (4, {TENSOR: 4, "model.ffn_hidden_size": 90}, {TENSOR: 3}),
+    ],
+    "positions_reach_sequence_length": [
+        (1, {"model.max_position_embeddings": 32}, {"model.max_position_embeddings": 64}),
+        (1, {"model.max_position_embeddings": 32}, {"data.seq_length": 32}),
+    ],
+    "rotary_width_is_even": [
+        (1, {"model.position_embedding_type": "rope", "model.kv_channels": 5}, {"model.kv_channels": 6}),
+    ],
+    "sinusoidal_width_is_even": [
+        (
+            1,
+            {
+                "model.position_embedding_type": "sinusoidal",
+                "model.hidden_size": 49,
+                "model.num_attention_heads": 7,
+            },
+            {"model.hidden_size": 50},
+        ),
+    ],
+    "layout_divides_world": [
+        (8, {TENSOR: 3}, {TENSOR: 4}),
+        (8, {PIPELINE: 3}, {PIPELINE: 2}),
+        (2, {TENSOR: 4}, {TENSOR: 2}),
+    ],
+    "global_batch_divides": [
+        (2, {"training.global_batch_size": 10}, {"training.global_batch_size": 8}),
+        (2, {"training.global_batch_size": 10}, {"training.micro_batch_size": 5}),
+        (4, {"training.global_batch_size": 3}, {"training.global_batch_size": 8}),
+    ],
+    "virtual_stages_need_pipeline": [
+        (2, {VIRTUAL: 2}, {PIPELINE: 2}),
+        (2, {VIRTUAL: 2}, {VIRTUAL: 1}),
+    ],
+    "layers_fill_stages": [
+        (2, {PIPELINE: 2, VIRTUAL: 3}, {"model.num_layers": 6}),
+        (2, {PIPELINE: 2, VIRTUAL: 3}, {VIRTUAL: 2}),
+        (8, {PIPELINE: 8}, {PIPELINE: 4}),
+    ],
+    "schedule_fits_virtual_stages": [
+        (2, {PIPELINE: 2, "parallel.pipeline_schedule": "interleaved"}, {VIRTUAL: 2}),
+        (2, {PIPELINE: 2, VIRTUAL: 2, "parallel.pipeline_schedule": "gpipe"}, {VIRTUAL: 1}),
+        (
+            2,
+            {PIPELINE: 2, VIRTUAL: 2, "parallel.pipeline_schedule": "1f1b"},
+            {"parallel.pipeline_schedule": "interleaved"},
+        ),
+    ],
+    "tensor_size_divides_sequence": [
+        (4, {TENSOR: 4, "data.seq_length": 66}, {"data.seq_length": 68}),
+        (4, {TENSOR: 4, "data.seq_length": 66}, {"parallel.sequence_parallel": False}),
+    ],
+    "param_gather_overlap_needs_distributed_optimizer": [
+        (1, {"parallel.overlap_param_gather": True}, {"parallel.use_distributed_optimizer": True}),
+    ],
+    "backend_runs_on_device": [
+        (
+            1,
+            {"parallel.distributed_backend": "nccl", "training.device": "cpu"},
+            {"parallel.distributed_backend": "gloo"},
+        ),
+    ],
+    "one_precision": [(1, {"training.bf16": True, "training.fp64": True}, {"training.bf16": False})],
+    "minimum_is_below_peak": [(1, {"optimizer.min_lr": 0.1}, {"optimizer.min_lr": 0.0001})],
+    "warmup_starts_below_peak": [(1, {"optimizer.lr_warmup_init": 0.1}, {"optimizer.lr_warmup_init": 0.0})],
+    "warmup_ends_before_decay": [
+        (1, {"optimizer.lr_warmup_iters": 101}, {"optimizer.lr_warmup_iters": 100}),
+        (1, {"optimizer.lr_warmup_iters": 11, "optimizer.lr_decay_iters": 10}, {"optimizer.lr_decay_iters": 11}),
+    ],
+    "evaluation_has_batches": [
+        (1, {"training.eval_interval": 5, "training.eval_iters": 0}, {"training.eval_iters": 10}),
+    ],
+    "saving_has_a_folder": [(1, {"checkpoint.save_interval": 5}, {"checkpoint.save": "FOLDER"})],
+    "timeline_step_is_in_the_run": [
+        (1, {"logging.timeline": "t", "logging.timeline_step": 101}, {"logging.timeline_step": 100}),
+    ],
+    "one_source_of_data": [
+        (1, {"data.mock_data": False}, {"data.mock_data": True}),
+        (1, {"data.data_path": ["corpus"]}, {"data.mock_data": False}),
+    ],
+    "data_weights_are_numbers": [
+        (1, {**FILES, "data.data_path": words}, {"data.data_path": ["0.3", "first_prefix", "0.7", "second_prefix"]})
+        for words in (["0.3", "a", "0.7"], ["a", "0.3"], ["0.3", "a", "-1", "b"], ["nan", "a"], ["0", "a"])
+    ],
+    "split_is_three_shares": [
+        (1, {**FILES, "data.split": split}, {"data.split": "969,30,1"})
+        for split in ("", "a,b,c", "1,2,3,4", "0,1,1", "-1,1", "90;10")
+    ],
+    "evaluation_has_data": [
+        (1, {**FILES, "training.eval_interval": 5, "data.split": "100,0,0"}, {"data.split": "969,30,1"}),
+        (1, {**FILES, "training.eval_interval": 5, "data.split": "100"}, {"data.split": "969,30,1"}),
+    ],
+    "tokenizer_has_a_model": [
+        (1, {"data.tokenizer_type": "HuggingFaceTokenizer"}, {"data.tokenizer_model": "tokenizer.json"}),
+        (1, {"data.tokenizer_type": "Llama2Tokenizer"}, {"data.tokenizer_model": "tokenizer.model"}),
+    ],
+    "null_tokenizer_has_a_vocabulary": [(1, {"model.vocab_size": None}, {"model.vocab_size": 32000})],
+}
+FLAT_CASES = [(name, *case) for name, cases in CASES.items() for case in cases]
+BY_PATH = {entry.path: entry for entry in all_fields()}
+
+
+def configuration(*changes: dict) -> Config:
+    values = dict(SOUND)
+    for change in changes:
+        values.update(change)
+    return build(values)
+
+
+def words_of(path: str, value: object) -> list[str]:
+    """How a proposal of this value may be written on the command line."""
+    entry = BY_PATH[path]
+    if isinstance(value, bool):
+        return [entry.flag if value else entry.off_flag or f"leave out {entry.flag}"]
+    return [entry.flag, " ".join(value) if isinstance(value, list) else str(value)]
+
+
+def test_every_rule_has_a_case() -> None:
+    assert set(CASES) == {rule.name for rule in VALUE_RULES + RULES}
+    assert all(CASES.values())
+
+
+def test_every_rule_of_the_files_is_asked() -> None:
+    modules = (rules_values, rules_model, rules_parallel, rules_run)
+    written = [value for module in modules for value in vars(module).values() if isinstance(value, Rule)]
+    assert len(written) == len(VALUE_RULES + RULES)
+    assert set(written) == set(VALUE_RULES + RULES)
+
+
+def test_the_sound_configuration_is_sound_before_and_after_resolving() -> None:
+    assert validate(configuration(), 8) == []
+    assert validate(resolve(configuration(), 8), 8) == []
+    assert validate(configuration(FILES), 8) == []
+
+
+@pytest.mark.parametrize(("name", "world_size", "broken", "proposal"), FLAT_CASES)
+def test_rule_fires_and_its_way_out_works(name: str, world_size: int, broken: dict, proposal: dict) -> None:
+    found = [problem for rule, problem in found_by_rule(configuration(broken), world_size) if rule.name == name]
+    assert len(found) == 1
+    problem = found[0]
+    assert problem.flags
+    assert all(flag in str(problem) for flag in problem.flags)
+    for path, value in proposal.items():
+        for word in words_of(path, value):
+            assert word in problem.way_out
+    fixed = {path: float(value) if path == "optimizer.lr" else value for path, value in proposal.items()}
+    still = [problem for rule, problem in found_by_rule(configuration(broken, fixed), world_size) if rule.name == name]
+    assert still == []
+
+
+@pytest.mark.parametrize("path", [path for path in BY_PATH if BY_PATH[path].kind in (int, float)])
+def test_every_number_has_a_range_that_refuses_minus_one(path: str) -> None:
+    assert path in RANGES
+    assert BY_PATH[path].default is None or path in REQUIRED or BY_PATH[path].default in RANGES[path]
+    kind = BY_PATH[path].kind
+    found = [
+        problem
+        for rule, problem in found_by_rule(configuration({path: kind(-1)}), 1)
+        if rule is rules_values.number_is_in_range
+    ]
+    assert [problem.flags for problem in found] == [(BY_PATH[path].flag,)]
+    # The proposed value stands at the end of the sentence and is in the range.
+    assert float(found[0].way_out.split()[-1]) in RANGES[path]
+
+
+def test_every_flag_in_a_message_exists() -> None:
+    known = {flag for entry in all_fields() for flag in (entry.flag, entry.off_flag) if flag}
+    for _, world_size, broken, _ in FLAT_CASES:
+        for problem in validate(configuration(broken), world_size):
+            words = str(problem).replace(",", " ").replace(";", " ").replace(":", " ").replace("'s", " ").split()
+            assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_all_problems_come_at_once_and_missing_values_cause_no_others() -> None:
+    problems = validate(Config(), 8)
+    flags = [flag for problem in problems for flag in problem.flags]
+    assert [BY_PATH[path].flag for path in REQUIRED] == [
+        flag for flag in flags if flag not in ("--data-path", "--mock-data")
+    ]
+    assert "--data-path" in flags
+
+
+def test_check_raises_a_numbered_list() -> None:
+    check(configuration(), 1)
+    broken = configuration({"model.num_attention_heads": 7, "training.bf16": True, "training.fp64": True})
+    with pytest.raises(ValueError, match=r"(?s)2 problems.*1\. --hidden-size.*48 % 7 = 6.*2\. --bf16"):
+        check(broken, 1)
+
+
+def test_uneven_layers_and_fewer_groups_than_tensor_ranks_are_accepted() -> None:
+    assert validate(configuration({"model.num_layers": 5, PIPELINE: 2, VIRTUAL: 2}), 4) == []
+    grouped = {"model.group_query_attention": True, "model.num_query_groups": 2, TENSOR: 4}
+    assert validate(configuration(grouped), 4) == []
+    assert validate(configuration({"model.num_query_groups": 12}), 1) == []
+
+
+def test_validation_never_raises_on_arbitrary_broken_values() -> None:
+    for path in BY_PATH:
+        kind = BY_PATH[path].kind
+        for value in {
+            int: (0, -7),
+            float: (0.0, -1.0, math.nan),
+            str: ("", "x"),
+            bool: (True, False),
+            list: ([], ["1"]),
+        }[kind]:
+            config = configuration({path: value})
+            assert get(config, path) is value
+            validate(config, 6)
+
+
+def test_neighbours() -> None:
+    assert multiples_near(7, 4) == "4 or 8"
+    assert multiples_near(3, 4) == "4"
+    assert divisors_near(12, 5) == "4 or 6"
+    assert divisors_near(12, 13) == "12"
