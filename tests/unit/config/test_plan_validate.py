@@ -300,6 +300,12 @@ def test_uneven_layers_and_fewer_groups_than_tensor_ranks_are_accepted() -> None
     assert validate(configuration({"model.num_query_groups": 12}), 1) == []
 
 
+def test_evaluation_needs_no_test_data_and_synthetic_data_no_split() -> None:
+    wanted = {"training.eval_interval": 5}
+    assert validate(configuration(FILES, wanted, {"data.split": "99,1,0"}), 1) == []
+    assert validate(configuration(wanted, {"data.split": "100"}), 1) == []
+
+
 def test_validation_never_raises_on_arbitrary_broken_values() -> None:
     for path in BY_PATH:
         kind = BY_PATH[path].kind
