@@ -298,7 +298,7 @@ DIFFERENCES = (
         "`--num-workers`",
         "2",
         "0: samples are read in the training process",
-        "reading from memory-mapped files is faster than passing samples between processes",
+        "samples come from memory-mapped files, at little cost",
     ),
     Difference(
         "`--distributed-backend`",
