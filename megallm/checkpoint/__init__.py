@@ -1,0 +1,1 @@
+"""Sharded checkpoints that load under any layout."""

@@ -1,0 +1,113 @@
+"""Loading under any layout: every rank reads, from whichever files hold them, the parts of its boxes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from megallm.checkpoint.boxes import LocalBox
+from megallm.checkpoint.save import FORMAT, MANIFEST, TRACKER, checkpoint_folder
+
+
+@dataclass(frozen=True)
+class _SavedBox:
+    file: Path
+    key: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def find_checkpoint(root: str) -> Path | None:
+    """The newest complete checkpoint under `root`, or None. `root` may also be a checkpoint's own folder."""
+    if (Path(root) / MANIFEST).exists():
+        return Path(root)
+    tracker = Path(root) / TRACKER
+    if tracker.exists() and tracker.read_text().strip().isdigit():
+        folder = checkpoint_folder(root, int(tracker.read_text()))
+        if (folder / MANIFEST).exists():
+            return folder
+    complete = sorted(folder for folder in Path(root).glob("iter_*") if (folder / MANIFEST).exists())
+    return complete[-1] if complete else None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Iteration, counters and configuration of a checkpoint. Raises ValueError if the folder is not one."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} is not a readable checkpoint: {error}") from error
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{folder / MANIFEST} has format {manifest.get('format')!r}; this version reads {FORMAT!r}")
+    return manifest
+
+
+@torch.no_grad()
+def load_boxes(folder: Path, boxes: Iterable[LocalBox]) -> None:
+    """Fills the boxes' tensors from a checkpoint.
+
+    Raises ValueError where the checkpoint lacks a tensor or has it in another shape.
+    """
+    saved = _read_index(folder, read_manifest(folder)["num_files"])
+    handles: dict[Path, Any] = {}
+    for box in boxes:
+        sources = saved.get(f"{box.kind}/{box.name}")
+        if sources is None:
+            raise ValueError(f"{folder} holds no {box.kind} of {box.name}: is it a checkpoint of another model?")
+        extent = _extent(sources)
+        if extent != box.global_shape:
+            raise ValueError(
+                f"{folder} holds {box.kind} of {box.name} with shape {extent}, but this model wants {box.global_shape}: the model that was "
+                "saved has another shape. Give the same model flags as the run that saved it."
+            )
+        filled = 0
+        for source in sources:
+            filled += _copy_overlap(box, source, handles)
+        if filled != box.tensor.numel():
+            raise ValueError(
+                f"{folder} holds {filled} of {box.tensor.numel()} elements of {box.kind} of {box.name} at {box.offset}: a part is missing"
+            )
+
+
+def _read_index(folder: Path, num_files: int) -> dict[str, list[_SavedBox]]:
+    files = sorted(folder.glob("rank_*.safetensors"))
+    if len(files) != num_files:
+        raise ValueError(f"{folder} holds {len(files)} of the {num_files} files that its manifest counts")
+    index: dict[str, list[_SavedBox]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            for key in handle.keys():  # noqa: SIM118 (not a dict)
+                name, place = key.rsplit("@", 1)
+                offset = tuple(int(start) for start in place.split(","))
+                shape = tuple(handle.get_slice(key).get_shape())
+                index.setdefault(name, []).append(_SavedBox(file, key, offset, shape))
+    return index
+
+
+def _extent(sources: list[_SavedBox]) -> tuple[int, ...]:
+    """The shape that the saved boxes of a tensor span together."""
+    ends = [[start + length for start, length in zip(box.offset, box.shape, strict=True)] for box in sources]
+    return tuple(max(dim) for dim in zip(*ends, strict=True))
+
+
+def _copy_overlap(box: LocalBox, source: _SavedBox, handles: dict[Path, Any]) -> int:
+    """Copies what a saved box and a local box share; returns the number of elements."""
+    shape = tuple(box.tensor.shape)
+    begin = [max(a, b) for a, b in zip(box.offset, source.offset, strict=True)]
+    end = [
+        min(a + n, b + m) for a, n, b, m in zip(box.offset, shape, source.offset, source.shape, strict=True)
+    ]
+    if any(first >= last for first, last in zip(begin, end, strict=True)):
+        return 0
+    if source.file not in handles:
+        handles[source.file] = safe_open(source.file, framework="pt").__enter__()
+    there = tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, source.offset, strict=True))
+    here = tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, box.offset, strict=True))
+    box.tensor[here].copy_(handles[source.file].get_slice(source.key)[there])
+    return math.prod(b - a for a, b in zip(begin, end, strict=True))

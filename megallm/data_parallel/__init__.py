@@ -1,0 +1,1 @@
+"""Gradients and optimizer state over the data parallel ranks."""

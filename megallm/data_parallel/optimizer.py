@@ -1,0 +1,104 @@
+"""The optimizer step over buckets: global norm, clipping, AdamW on this rank's ranges, gather of the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megallm.data_parallel.buckets import Bucket
+from megallm.data_parallel.reducer import GradientReducer
+from megallm.mesh import Mesh
+from megallm.optimizer.adamw import AdamWSettings, AdamWState, adamw_step, new_state
+from megallm.optimizer.clipping import clip_coefficient, squared_norm
+
+
+@dataclass
+class Shard:
+    """This rank's flat range of a bucket: master weights (float32 or float64) and moments."""
+
+    bucket: Bucket
+    master: torch.Tensor
+    state: AdamWState
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        return self.bucket.gradient[self.bucket.shard]
+
+
+@dataclass
+class StepOutcome:
+    """Scalars of one step, on the device: the norm before clipping, whether the step was skipped (0 or 1), and sums that rode along."""
+
+    grad_norm: torch.Tensor
+    skipped: torch.Tensor
+    sums: torch.Tensor
+
+
+class BucketOptimizer:
+    """AdamW over the buckets of a reducer.
+
+    Where weights are float32 or float64 they are their own master copy; for bfloat16 ones a float32 copy is kept for this rank's ranges.
+    """
+
+    def __init__(
+        self,
+        reducer: GradientReducer,
+        mesh: Mesh,
+        settings: AdamWSettings,
+        *,
+        weight_decay: float,
+        max_grad_norm: float,
+        overlap_gather: bool,
+    ) -> None:
+        self.reducer = reducer
+        self.mesh = mesh
+        self.settings = settings
+        self.weight_decay = weight_decay
+        self.max_grad_norm = max_grad_norm
+        self.overlap_gather = overlap_gather
+        self.shards: list[Shard] = []
+        for bucket in reducer.buckets:
+            own = bucket.weights[bucket.shard]
+            master = own if own.dtype == bucket.gradient.dtype else own.to(bucket.gradient.dtype)
+            self.shards.append(Shard(bucket, master, new_state(master)))
+
+    def step(self, learning_rate: torch.Tensor, sums: torch.Tensor) -> StepOutcome:
+        """Updates the weights from the reduced gradients.
+
+        `learning_rate` is a float64 scalar. `sums`, float64 [n], is summed over all ranks in the message that carries the norm. A norm that
+        is not finite skips the step on every rank alike. Waits for nothing on a GPU.
+        """
+        squares = squared_norm([shard.gradient for shard in self.shards if self._counts(shard.bucket)], self.mesh.device)
+        totals = torch.cat((squares.reshape(1), sums))
+        self.mesh.world.all_reduce(totals)
+        norm = totals[0].sqrt()
+        skipped = (~torch.isfinite(norm)).double()
+        coefficient = clip_coefficient(norm, self.max_grad_norm)
+        for shard in self.shards:
+            adamw_step(
+                shard.master,
+                shard.gradient,
+                shard.state,
+                self.settings,
+                learning_rate=learning_rate,
+                weight_decay=self.weight_decay if shard.bucket.key.decays else 0.0,
+                clip_coefficient=coefficient,
+                skip=skipped,
+            )
+        self.publish_weights()
+        if not self.overlap_gather:
+            self.reducer.finish_gather()
+        return StepOutcome(norm, skipped, totals[1:])
+
+    def publish_weights(self) -> None:
+        """Copies master weights into the model's and starts collecting the other ranks' ranges."""
+        for shard in self.shards:
+            own = shard.bucket.weights[shard.bucket.shard]
+            if own.data_ptr() != shard.master.data_ptr():
+                own.copy_(shard.master)
+            shard.bucket.start_gather()
+
+    def _counts(self, bucket: Bucket) -> bool:
+        """Whether this rank's gradient enters the norm: every logical element does so on exactly one rank."""
+        return bucket.key.counts and (bucket.sharded or bucket.group.rank == 0)

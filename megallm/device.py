@@ -1,0 +1,86 @@
+"""Where a process runs: CPU or GPU, and which communication backend serves it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def select_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """The device of this process.
+
+    `name` is "cpu", "cuda" or "auto" (a GPU where one is visible). With more processes than GPUs on a machine, several share one.
+
+    Raises ValueError if a GPU is asked for and none is visible.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "--device cuda was asked for, but this torch sees no GPU. Use --device cpu, or install a torch with CUDA "
+            "and check CUDA_VISIBLE_DEVICES."
+        )
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def select_backend(device: torch.device, local_world_size: int, requested: str | None = None) -> str:
+    """`nccl` with a GPU for each process, else `gloo`: NCCL refuses two processes on one GPU.
+
+    Raises ValueError if NCCL is asked for and cannot serve this machine.
+    """
+    own_gpu = device.type == "cuda" and local_world_size <= torch.cuda.device_count()
+    if requested == "nccl" and not own_gpu:
+        raise ValueError(
+            f"--distributed-backend nccl needs one GPU for each of the {local_world_size} processes on this machine, "
+            f"but {torch.cuda.device_count()} are visible. Leave the flag out to use gloo, or start fewer processes."
+        )
+    return requested or ("nccl" if own_gpu else "gloo")
+
+
+def use_one_thread_per_process(local_world_size: int) -> None:
+    """Threads of several CPU processes that spin for the same cores make each other several times slower."""
+    if local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    elif local_world_size > 1:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+class Stopwatch:
+    """Measures spans of work on a device without stopping it: events on a GPU, the clock on a CPU.
+
+    The clock is the machine's monotonic one, which all processes of a machine share.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._spans: list[tuple[Any, Any, Any]] = []
+        self._start = self._now()
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def measure(self, label: Any) -> Iterator[None]:
+        """Everything done within is one span called `label`."""
+        begin = self._now()
+        yield
+        self._spans.append((label, begin, self._now()))
+
+    def spans(self) -> list[tuple[Any, float, float]]:
+        """(label, begin, end) in seconds since this stopwatch was made. Waits for the device."""
+        if not self._cuda:
+            return [(label, begin - self._start, end - self._start) for label, begin, end in self._spans]
+        torch.cuda.synchronize()
+        elapsed = self._start.elapsed_time
+        return [(label, elapsed(begin) / 1e3, elapsed(end) / 1e3) for label, begin, end in self._spans]

@@ -1,0 +1,1 @@
+"""Layers that know how their matrices are cut over tensor parallel ranks."""

@@ -1,0 +1,138 @@
+"""Attention: one function for the core, one module around it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from megallm.layers.context import LayoutContext, SequenceContext
+from megallm.layers.dropout import apply_dropout
+from megallm.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megallm.layers.regions import gather_features
+from megallm.ops import apply_rotary, scaled_masked_softmax
+from megallm.random import stream_key
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor | None,
+    dropout: tuple[float, torch.Tensor, torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """The core of attention.
+
+    query [batch, heads, sequence, head_dim]; key and value [batch, groups, sequence, head_dim], heads a multiple of groups. Causal where
+    `allowed` (bool, True = may look, [batch, 1, sequence, sequence]) is None. `dropout` is (probability, stream key, step, rows [batch, heads,
+    sequence]) or None. Returns [batch, heads, sequence, head_dim].
+    """
+    scale = query.shape[-1] ** -0.5
+    repeats = query.shape[1] // key.shape[1]
+    if dropout is None:
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=allowed, is_causal=allowed is None, scale=scale, enable_gqa=repeats > 1
+        )
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    scores = query.matmul(key.transpose(-2, -1))
+    masked = None if allowed is None else ~allowed
+    weights = scaled_masked_softmax(scores, masked, scale, causal=allowed is None)
+    probability, stream, step, rows = dropout
+    return apply_dropout(weights, stream, step, rows, probability).matmul(value)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head, grouped or multi-query self-attention: [sequence (/ tp), batch, hidden] -> the same shape.
+
+    Each tensor rank computes its share of the query heads. Where the query groups do not divide among the ranks, each rank projects an equal
+    part of the key and value features, the parts are gathered, and every rank picks the groups of its heads.
+    """
+
+    stream: torch.Tensor
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        num_heads: int,
+        num_groups: int,
+        head_dim: int,
+        context: LayoutContext,
+        *,
+        bias: bool,
+        qkv_bias: bool,
+        standard_deviation: float,
+        output_standard_deviation: float,
+        dropout: float,
+        recompute_core: bool,
+    ) -> None:
+        super().__init__()
+        tp = context.tp
+        self.tp = tp
+        self.head_dim = head_dim
+        self.num_heads = num_heads
+        self.local_heads = num_heads // tp.size
+        self.num_groups = num_groups
+        self.groups_divide = num_groups % tp.size == 0
+        self.dropout = dropout
+        self.recompute_core = recompute_core
+        self.input = ColumnParallelLinear(
+            {
+                f"{name}.query": num_heads * head_dim,
+                f"{name}.key": num_groups * head_dim,
+                f"{name}.value": num_groups * head_dim,
+            },
+            hidden_size,
+            context,
+            bias=bias or qkv_bias,
+            standard_deviation=standard_deviation,
+        )
+        self.output = RowParallelLinear(
+            f"{name}.output",
+            num_heads * head_dim,
+            hidden_size,
+            context,
+            bias=bias,
+            standard_deviation=output_standard_deviation,
+        )
+        self.register_buffer("stream", stream_key(context.seed, f"dropout/{name}", context.device), persistent=False)
+
+    def forward(self, hidden: torch.Tensor, sequence: SequenceContext) -> torch.Tensor:
+        query, key, value = self.input(hidden).split(self.input.local_sizes, dim=-1)
+        query = query.unflatten(-1, (self.local_heads, self.head_dim))  # [s, b, heads, head_dim]
+        key, value = self._groups(key), self._groups(value)  # [s, b, groups, head_dim]
+        if sequence.rotary is not None:
+            query = apply_rotary(query, *sequence.rotary)
+            key = apply_rotary(key, *sequence.rotary)
+        # [s, b, heads, head_dim] -> [b, heads, s, head_dim]
+        arguments = [tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)]
+        dropout = self._dropout(sequence)
+        if self.recompute_core and torch.is_grad_enabled():
+            attended = checkpoint(
+                attend, *arguments, sequence.allowed, dropout, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            attended = attend(*arguments, sequence.allowed, dropout)
+        # [b, heads, s, head_dim] -> [s, b, heads x head_dim]
+        return self.output(attended.permute(2, 0, 1, 3).flatten(2))
+
+    def _groups(self, features: torch.Tensor) -> torch.Tensor:
+        if self.groups_divide:
+            return features.unflatten(-1, (self.num_groups // self.tp.size, self.head_dim))
+        groups = gather_features(features, self.tp).unflatten(-1, (self.num_groups, self.head_dim))
+        heads = torch.arange(self.local_heads, device=features.device) + self.tp.rank * self.local_heads
+        return groups.index_select(2, heads // (self.num_heads // self.num_groups))
+
+    def _dropout(
+        self, sequence: SequenceContext
+    ) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        if self.dropout == 0.0 or sequence.step is None:
+            return None
+        device = sequence.sample_ids.device
+        heads = torch.arange(self.local_heads, device=device) + self.tp.rank * self.local_heads
+        positions = torch.arange(sequence.sequence_length, device=device)
+        rows = sequence.sample_ids.unsqueeze(-1) * self.num_heads + heads  # [batch, heads]
+        rows = rows.unsqueeze(-1) * sequence.sequence_length + positions  # [batch, heads, sequence]
+        return self.dropout, self.stream, sequence.step, rows

@@ -1,0 +1,78 @@
+"""What a layer is given: how it is laid out when it is built, and what the sequences are when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from megallm.communication import Group
+
+# (weight, gradient of the output [tokens, out], input [tokens, in]) -> None: adds the weight gradient to where it is kept.
+WeightGradientSink = Callable[[torch.nn.Parameter, torch.Tensor, torch.Tensor], None]
+
+
+class WeightGradients:
+    """Computes the weight gradients of linear layers.
+
+    By itself it hands them to autograd. A `sink` may take the two factors instead and accumulate their product where the gradient is kept, or
+    put it off.
+    """
+
+    def __init__(self) -> None:
+        self.sink: WeightGradientSink | None = None
+
+    def compute(self, weight: torch.nn.Parameter, grad_output: torch.Tensor, input: torch.Tensor) -> torch.Tensor | None:
+        """Gradient of `weight` [out, in] for autograd, or None if the sink took it. `grad_output` [..., out], `input` [..., in]."""
+        grad_rows = grad_output.reshape(-1, grad_output.shape[-1])  # [..., out] -> [tokens, out]
+        input_rows = input.reshape(-1, input.shape[-1])  # [..., in] -> [tokens, in]
+        if self.sink is None:
+            return grad_rows.t().matmul(input_rows)
+        self.sink(weight, grad_rows, input_rows)
+        return None
+
+
+@dataclass
+class LayoutContext:
+    """How layers are laid out and made.
+
+    With `sequence_parallel`, tensors between the linear layers hold this rank's part of the sequence: [sequence / tp, batch, hidden].
+    """
+
+    tp: Group
+    sequence_parallel: bool
+    dtype: torch.dtype
+    device: torch.device
+    seed: int
+    weight_gradients: WeightGradients = field(default_factory=WeightGradients)
+
+    @property
+    def partial_axes(self) -> tuple[str, ...]:
+        """Axes over which a replicated parameter sees only part of the tokens."""
+        return ("tp",) if self.sequence_parallel else ()
+
+
+@dataclass
+class SequenceContext:
+    """What every layer may ask about the sequences of one micro-batch. Everything here is made once and passed down.
+
+    Attributes:
+        sample_ids: int64 [batch], number of each sequence within the global batch; random numbers are keyed by it.
+        sequence_length: tokens in a sequence, over all tensor ranks.
+        local_positions: int64 [local sequence], places within the sequence of the tokens this rank holds between linear layers.
+        rotary: cosines and sines [sequence, batch or 1, 1, head_dim], or None.
+        allowed: bool [batch, 1, sequence, sequence], True where attention may look, or None for plain causal attention.
+        step: int64 scalar tensor, the training step, keys dropout; None where dropout is off.
+    """
+
+    sample_ids: torch.Tensor
+    sequence_length: int
+    local_positions: torch.Tensor
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    allowed: torch.Tensor | None = None
+    step: torch.Tensor | None = None
+
+    def token_rows(self) -> torch.Tensor:
+        """Global number of each local token in the batch: int64 [local sequence, batch]."""
+        return self.sample_ids.unsqueeze(0) * self.sequence_length + self.local_positions.unsqueeze(1)

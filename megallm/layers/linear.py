@@ -1,0 +1,138 @@
+"""Linear layers whose matrices are cut over the tensor parallel ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from megallm.communication import Group, Work
+from megallm.layers.context import LayoutContext, WeightGradients
+from megallm.layers.regions import gather_first_dim, scatter_sum_sequence, sum_over_group
+from megallm.parameter import Description, Piece, make_parameter, part, whole
+
+
+class _Linear(torch.autograd.Function):
+    """`input @ weight.T`, its weight gradient handed to the context.
+
+    With `group`, the input is shared by (or, with `sequence_parallel`, spread over) the group while each rank holds other rows of the weight:
+    the input's gradient is summed over the group while the weight gradient is computed. A spread input is gathered anew in the backward pass
+    rather than kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: torch.Tensor,
+        weight: nn.Parameter,
+        weight_gradients: WeightGradients,
+        group: Group | None,
+        sequence_parallel: bool,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.weight_gradients = weight_gradients
+        ctx.group = group if group is not None and group.size > 1 else None
+        ctx.sequence_parallel = sequence_parallel and ctx.group is not None
+        if ctx.sequence_parallel:
+            input = gather_first_dim(input, group)  # type: ignore[arg-type]
+        return functional.linear(input, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        grad_output = grad_output.contiguous()
+        gathered, gathering = input, Work()
+        if ctx.sequence_parallel and ctx.needs_input_grad[1]:
+            gathered = input.new_empty((input.shape[0] * ctx.group.size, *input.shape[1:]))
+            gathering = ctx.group.all_gather(gathered, input, asynchronous=True)
+        grad_input, reducing = None, Work()
+        if ctx.needs_input_grad[0]:
+            grad_input = grad_output.matmul(weight)
+            if ctx.sequence_parallel:
+                full, grad_input = grad_input, torch.empty_like(input)
+                reducing = ctx.group.reduce_scatter(grad_input, full, asynchronous=True)
+            elif ctx.group is not None:
+                reducing = ctx.group.all_reduce(grad_input, asynchronous=True)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            gathering.wait()
+            grad_weight = ctx.weight_gradients.compute(weight, grad_output, gathered)
+        reducing.wait()
+        return grad_input, grad_weight, None, None, None
+
+
+class ColumnParallelLinear(nn.Module):
+    """Each tensor rank computes some of the output features: [.., sequence (/ tp), batch, in] -> [sequence, batch, out / tp].
+
+    The output is a concatenation of logical outputs `names` (query, key, value; gate, up), each cut evenly by itself.
+    """
+
+    def __init__(
+        self,
+        names: dict[str, int],
+        input_size: int,
+        context: LayoutContext,
+        *,
+        bias: bool,
+        standard_deviation: float,
+    ) -> None:
+        super().__init__()
+        self.context = context
+        parts, index = context.tp.size, context.tp.rank
+        self.local_sizes = [size // parts for size in names.values()]
+        weight_pieces = [part(f"{name}.weight", (size, input_size), 0, parts, index) for name, size in names.items()]
+        self.weight = _parameter(weight_pieces, context, standard_deviation)
+        self.bias = None
+        if bias:
+            bias_pieces = [part(f"{name}.bias", (size,), 0, parts, index) for name, size in names.items()]
+            self.bias = make_parameter(Description(tuple(bias_pieces), decays=False), context.dtype, context.device)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        context = self.context
+        output = _Linear.apply(input, self.weight, context.weight_gradients, context.tp, context.sequence_parallel)
+        return output if self.bias is None else output + self.bias
+
+
+class RowParallelLinear(nn.Module):
+    """Each tensor rank sees some of the input features: [sequence, batch, in / tp] -> [sequence (/ tp), batch, out].
+
+    The partial outputs are summed over the group, and the sequence is cut again where it is parallel. The bias is added after that.
+    """
+
+    def __init__(
+        self, name: str, input_size: int, output_size: int, context: LayoutContext, *, bias: bool, standard_deviation: float
+    ) -> None:
+        super().__init__()
+        self.context = context
+        piece = part(f"{name}.weight", (output_size, input_size), 1, context.tp.size, context.tp.rank)
+        self.weight = _parameter([piece], context, standard_deviation)
+        self.bias = None
+        if bias:
+            description = Description(
+                (whole(f"{name}.bias", (output_size,)),),
+                replicated_over=("tp",),
+                gradient_partial_over=context.partial_axes,
+                decays=False,
+            )
+            self.bias = make_parameter(description, context.dtype, context.device)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        context = self.context
+        output = _Linear.apply(input, self.weight, context.weight_gradients, None, False)
+        if context.sequence_parallel:
+            output = scatter_sum_sequence(output, context.tp)
+        else:
+            output = sum_over_group(output, context.tp)
+        return output if self.bias is None else output + self.bias
+
+
+def column_parallel_linear(input: torch.Tensor, weight: nn.Parameter, context: LayoutContext) -> torch.Tensor:
+    """The product of a column parallel layer with a weight that belongs to another layer, such as a tied output matrix."""
+    return _Linear.apply(input, weight, context.weight_gradients, context.tp, context.sequence_parallel)
+
+
+def _parameter(pieces: list[Piece], context: LayoutContext, standard_deviation: float) -> nn.Parameter:
+    description = Description(tuple(pieces), standard_deviation=standard_deviation)
+    return make_parameter(description, context.dtype, context.device)

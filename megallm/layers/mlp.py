@@ -1,0 +1,54 @@
+"""The two-layer perceptron of a transformer block."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megallm.layers.context import LayoutContext
+from megallm.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megallm.ops import geglu, gelu, gelu_tanh, relu, squared_relu, swiglu
+
+_GATED = {"swiglu": swiglu, "geglu": geglu}
+_PLAIN = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu, "squared_relu": squared_relu}
+
+
+class MLP(nn.Module):
+    """[sequence (/ tp), batch, hidden] -> the same shape, through `ffn_hidden_size` features.
+
+    Gated activations take gate and up from one matrix: act(gate) x up.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        activation: str,
+        context: LayoutContext,
+        *,
+        bias: bool,
+        standard_deviation: float,
+        output_standard_deviation: float,
+    ) -> None:
+        super().__init__()
+        self.activation = (_GATED | _PLAIN)[activation]
+        names = ("gate", "up") if activation in _GATED else ("up",)
+        self.input = ColumnParallelLinear(
+            {f"{name}.{which}": ffn_hidden_size for which in names},
+            hidden_size,
+            context,
+            bias=bias,
+            standard_deviation=standard_deviation,
+        )
+        self.output = RowParallelLinear(
+            f"{name}.down",
+            ffn_hidden_size,
+            hidden_size,
+            context,
+            bias=bias,
+            standard_deviation=output_standard_deviation,
+        )
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.output(self.activation(self.input(hidden)))

@@ -1,0 +1,175 @@
+"""The decoder-only transformer, cut into pipeline stages."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from megallm.config.tree import Config
+from megallm.layers.context import LayoutContext, SequenceContext
+from megallm.layers.dropout import HiddenDropout
+from megallm.layers.embedding import embed_tokens, padded_vocab_size, vocabulary_parameter
+from megallm.layers.linear import column_parallel_linear
+from megallm.layers.norm import Norm
+from megallm.layers.positions import rotary_table, sinusoidal_table
+from megallm.model.block import TransformerLayer
+from megallm.parameter import Description, initialize, make_parameter, whole
+
+Batch = dict[str, torch.Tensor]
+
+WORD_EMBEDDING = "embedding.word.weight"
+
+
+class GPTEmbedding(nn.Module):
+    """Words and positions: tokens int64 [batch, sequence] -> [sequence (/ tp), batch, hidden]."""
+
+    sinusoids: torch.Tensor | None
+
+    def __init__(self, config: Config, context: LayoutContext, padded_size: int, tie: str | None) -> None:
+        super().__init__()
+        model = config.model
+        assert model.vocab_size and model.max_position_embeddings, "the configuration is resolved"
+        self.context = context
+        self.word = vocabulary_parameter(
+            WORD_EMBEDDING, model.vocab_size, padded_size, model.hidden_size, context, model.init_method_std, tie=tie
+        )
+        self.position = None
+        self.sinusoids = None
+        if model.position_embedding_type == "learned_absolute":
+            description = Description(
+                (whole("embedding.position.weight", (model.max_position_embeddings, model.hidden_size)),),
+                standard_deviation=model.init_method_std,
+                replicated_over=("tp",),
+                gradient_partial_over=context.partial_axes,
+            )
+            self.position = make_parameter(description, context.dtype, context.device)
+        elif model.position_embedding_type == "sinusoidal":
+            table = sinusoidal_table(model.max_position_embeddings, model.hidden_size, context.dtype, context.device)
+            self.register_buffer("sinusoids", table, persistent=False)
+        self.dropout = HiddenDropout("embedding", model.hidden_dropout, context)
+
+    def forward(self, batch: Batch, sequence: SequenceContext) -> torch.Tensor:
+        hidden = embed_tokens(batch["tokens"], self.word, self.context)
+        table = self.sinusoids if self.position is None else self.position
+        if table is not None:
+            # [batch, sequence] -> the tokens of this rank, [local sequence, batch]
+            positions = batch["position_ids"].t()[sequence.local_positions]
+            hidden = hidden + nn.functional.embedding(positions, table)
+        return self.dropout(hidden, sequence)
+
+
+class GPTHead(nn.Module):
+    """Final norm and output layer: [sequence (/ tp), batch, hidden] -> logits [sequence, batch, padded vocabulary / tp]."""
+
+    def __init__(self, config: Config, context: LayoutContext, padded_size: int, shared: nn.Parameter | None) -> None:
+        super().__init__()
+        model = config.model
+        assert model.vocab_size, "the configuration is resolved"
+        self.context = context
+        self.norm = Norm("decoder.final_norm", model.normalization, model.hidden_size, model.norm_epsilon, context)
+        if shared is not None:
+            self.weight = shared
+            return
+        # With tied weights on another pipeline rank, this is a second holder of the embedding, equal from the first step on.
+        tied = model.tie_embeddings
+        self.weight = vocabulary_parameter(
+            WORD_EMBEDDING if tied else "output.weight",
+            model.vocab_size,
+            padded_size,
+            model.hidden_size,
+            context,
+            model.init_method_std,
+            tie=WORD_EMBEDDING if tied else None,
+            counts=not tied,
+        )
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return column_parallel_linear(self.norm(hidden), self.weight, self.context)
+
+
+class GPTStage(nn.Module):
+    """Consecutive layers of a GPT, with the embedding before the first and the head after the last.
+
+    Takes the previous stage's outputs and a micro-batch (`tokens`, `position_ids` int64 [batch, sequence], `sample_ids` int64 [batch], optionally
+    `document_ids` int64 [batch, sequence]), returns a tuple of one tensor: hidden states, or logits from the last stage.
+    """
+
+    cosines: torch.Tensor | None
+    sines: torch.Tensor | None
+
+    def __init__(
+        self, config: Config, layers: range, context: LayoutContext, *, is_first: bool, is_last: bool
+    ) -> None:
+        super().__init__()
+        model, training = config.model, config.training
+        assert model.vocab_size and model.kv_channels and model.max_position_embeddings, "the configuration is resolved"
+        self.config = config
+        self.context = context
+        self.recompute_layers = training.recompute_granularity == "full"
+        padded = padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by, context.tp.size)
+        tie = WORD_EMBEDDING if model.tie_embeddings and not is_last else None
+        self.embedding = GPTEmbedding(config, context, padded, tie) if is_first else None
+        self.layers = nn.ModuleList(
+            TransformerLayer(
+                f"decoder.layers.{number}", model, context, training.recompute_granularity == "selective"
+            )
+            for number in layers
+        )
+        self.head = None
+        if is_last:
+            shared = self.embedding.word if self.embedding is not None and model.tie_embeddings else None
+            self.head = GPTHead(config, context, padded, shared)
+        self._rotary_dtype = torch.float64 if context.dtype == torch.float64 else torch.float32
+        self.cosines = self.sines = None
+        if model.position_embedding_type == "rope":
+            positions = torch.arange(model.max_position_embeddings, device=context.device).unsqueeze(1)
+            cosines, sines = rotary_table(positions, model.kv_channels, model.rotary_base, self._rotary_dtype)
+            self.register_buffer("cosines", cosines, persistent=False)
+            self.register_buffer("sines", sines, persistent=False)
+
+    def forward(
+        self, inputs: tuple[torch.Tensor, ...], batch: Batch, step: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """`step`, an int64 scalar, keys dropout; None switches it off."""
+        sequence = self.describe_sequence(batch, step)
+        hidden = inputs[0] if self.embedding is None else self.embedding(batch, sequence)
+        for layer in self.layers:
+            if self.recompute_layers and torch.is_grad_enabled():
+                # Random numbers are a function of the step and the element, so there is no generator state to preserve.
+                hidden = checkpoint(layer, hidden, sequence, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = layer(hidden, sequence)
+        return (hidden,) if self.head is None else (self.head(hidden),)
+
+    def describe_sequence(self, batch: Batch, step: torch.Tensor | None) -> SequenceContext:
+        """What the layers may ask about this micro-batch."""
+        context = self.context
+        tokens = batch["tokens"]
+        length = tokens.shape[1]
+        local = length // context.tp.size if context.sequence_parallel else length
+        start = context.tp.rank * local if context.sequence_parallel else 0
+        rotary = None
+        if self.cosines is not None and self.sines is not None:
+            rotary = self.cosines[:length], self.sines[:length]
+            if self.config.data.reset_position_ids:
+                positions = batch["position_ids"].t()  # [batch, sequence] -> [sequence, batch]
+                rotary = self.cosines[positions, 0], self.sines[positions, 0]  # [sequence, batch, 1, head_dim]
+        allowed = None
+        if "document_ids" in batch:
+            documents = batch["document_ids"]
+            same = documents.unsqueeze(1) == documents.unsqueeze(2)  # [batch, sequence, sequence]
+            allowed = same.tril().unsqueeze(1)
+        return SequenceContext(
+            sample_ids=batch["sample_ids"],
+            sequence_length=length,
+            local_positions=torch.arange(start, start + local, device=tokens.device),
+            rotary=rotary,
+            allowed=allowed,
+            step=step,
+        )
+
+    def initialize(self) -> None:
+        """Fills every parameter with its initial values, the same in every layout."""
+        for parameter in dict.fromkeys(self.parameters()):
+            initialize(parameter, self.context.seed)

@@ -1,0 +1,71 @@
+"""AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization", 2019) on flat tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.optim.adamw import adamw
+
+
+@dataclass(frozen=True)
+class AdamWSettings:
+    """Constants of the update."""
+
+    beta1: float
+    beta2: float
+    epsilon: float
+
+
+@dataclass
+class AdamWState:
+    """Moments of one flat tensor, in its dtype, and the number of updates made (float32 scalar)."""
+
+    first_moment: torch.Tensor
+    second_moment: torch.Tensor
+    num_updates: torch.Tensor
+
+
+def new_state(weights: torch.Tensor) -> AdamWState:
+    """The state before the first update."""
+    return AdamWState(
+        torch.zeros_like(weights), torch.zeros_like(weights), torch.zeros((), dtype=torch.float32, device=weights.device)
+    )
+
+
+def adamw_step(
+    weights: torch.Tensor,
+    gradient: torch.Tensor,
+    state: AdamWState,
+    settings: AdamWSettings,
+    *,
+    learning_rate: torch.Tensor,
+    weight_decay: float,
+    clip_coefficient: torch.Tensor,
+    skip: torch.Tensor,
+) -> None:
+    """Updates flat `weights` in place.
+
+    `learning_rate` (float64), `clip_coefficient` (multiplies the gradient) and `skip` (1 leaves everything as it was) are scalars on the
+    tensors' device, so that nothing waits for the host. `gradient` is overwritten.
+    """
+    if weights.numel() == 0:
+        return
+    gradient.mul_(clip_coefficient)
+    adamw(
+        [weights],
+        [gradient],
+        [state.first_moment],
+        [state.second_moment],
+        [],
+        [state.num_updates],
+        fused=True,
+        found_inf=skip.float(),
+        amsgrad=False,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        lr=learning_rate.float() if weights.is_cuda else learning_rate,
+        weight_decay=weight_decay,
+        eps=settings.epsilon,
+        maximize=False,
+    )

@@ -1,0 +1,21 @@
+"""Clipping by the global norm of the gradient."""
+
+from __future__ import annotations
+
+import torch
+
+
+def squared_norm(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Sum of squares over flat tensors: float64 scalar. Norms are taken in each tensor's own dtype."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for tensor in tensors:
+        if tensor.numel():
+            total += torch.linalg.vector_norm(tensor).double().square()
+    return total
+
+
+def clip_coefficient(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it; 1 where `max_norm` is 0: float64 scalar."""
+    if max_norm <= 0.0:
+        return torch.ones_like(norm)
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -1,0 +1,1 @@
+"""Runs a schedule: one executor for all of them."""

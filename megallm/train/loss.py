@@ -1,0 +1,56 @@
+"""The scale of the loss and of every gradient, defined here and nowhere else.
+
+A loss is a sum of terms t, each with a weight w_t, a sum S_t over something countable (tokens, sentences, examples) and its count N_t:
+
+    loss = sum over t of  w_t * S_t / N_t
+
+S_t and N_t run over the whole global batch: all micro-batches of all data parallel ranks. N_t is known before the first backward pass, since
+it depends on the data alone. Each micro-batch on each rank therefore differentiates
+
+    sum over t of  w_t * (its share of S_t) / N_t
+
+and gradients are plain sums over micro-batches and ranks. A batch in which nothing counts has loss 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megallm.communication import Group
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One term on one micro-batch: its name, weight, and sum (scalar tensor with gradient)."""
+
+    name: str
+    weight: float
+    sum: torch.Tensor
+
+
+def global_counts(local_counts: torch.Tensor, group: Group) -> torch.Tensor:
+    """Counts of every term over the batch: float64 [terms], summed over the data parallel `group`, at least 1."""
+    counts = local_counts.double()
+    group.all_reduce(counts)
+    return counts.clamp(min=1.0)
+
+
+class LossScaler:
+    """Scales the terms of each micro-batch and keeps their sums for the report.
+
+    `sums` is float64 [terms], this rank's S_t so far.
+    """
+
+    def __init__(self, counts: torch.Tensor) -> None:
+        self.counts = counts
+        self.sums = torch.zeros_like(counts)
+
+    def __call__(self, terms: list[LossTerm]) -> torch.Tensor:
+        """The scalar to differentiate. `terms` come in the order of the counts."""
+        total = terms[0].sum.new_zeros(())
+        for number, term in enumerate(terms):
+            self.sums[number] += term.sum.detach()
+            total = total + term.sum * (term.weight / self.counts[number]).to(term.sum.dtype)
+        return total

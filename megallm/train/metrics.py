@@ -1,0 +1,191 @@
+"""What a run tells of each step: the log line, one JSON object per step, TensorBoard.
+
+Scalars are read one step late: the device is then already past the step they belong to, and nobody waits.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megallm.config.tree import Config
+from megallm.plan.flops import flops_per_token
+from megallm.train.step import StepMetrics
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step's scalars on the host."""
+
+    iteration: int
+    consumed_samples: int
+    losses: dict[str, float]
+    grad_norm: float
+    learning_rate: float
+    global_batch_size: int
+    skipped: int
+    step_time_ms: float
+    tokens_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat form: each loss under its own name."""
+        fields = asdict(self)
+        losses = fields.pop("losses")
+        return {"iteration": fields.pop("iteration"), "consumed_samples": fields.pop("consumed_samples"), **losses, **fields}
+
+
+class JsonLines:
+    """Appends one JSON object per line; complete after each line."""
+
+    def __init__(self, path: str) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a")  # noqa: SIM115 (open for the whole run)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Reporter:
+    """Turns step metrics into records one step late, and hands them to whoever listens.
+
+    All ranks keep step with each other, so that only the rank that is told to `report` reads scalars at all.
+    """
+
+    def __init__(self, config: Config, world_size: int, report: bool, term_names: tuple[str, ...]) -> None:
+        self.config = config
+        self.world_size = world_size
+        self.report = report
+        self.term_names = term_names
+        self._pending: tuple[int, int, StepMetrics, float] | None = None
+        self._last = time.perf_counter()
+        self._window: list[StepRecord] = []
+        self._num_skipped = 0
+        self._num_nan = 0
+        logging = config.logging
+        self._json = JsonLines(logging.metrics_jsonl) if report and logging.metrics_jsonl else None
+        self._tensorboard: Any = None
+        if report and logging.tensorboard_dir:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(logging.tensorboard_dir)
+
+    def start(self) -> None:
+        """Begins to measure the first step's time."""
+        self._last = time.perf_counter()
+
+    def step(self, iteration: int, consumed_samples: int, metrics: StepMetrics) -> None:
+        """Takes note of a step and publishes the one before."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        previous, self._pending = self._pending, (iteration, consumed_samples, metrics, seconds)
+        if previous is not None:
+            self._publish(*previous)
+
+    def flush(self) -> None:
+        """Publishes the last step. To be called before a save, an evaluation and the end."""
+        if self._pending is not None:
+            previous, self._pending = self._pending, None
+            self._publish(*previous)
+
+    def pause(self) -> Callable[[], None]:
+        """Leaves the time until the returned function is called out of the next step's."""
+        begin = time.perf_counter()
+
+        def resume() -> None:
+            self._last += time.perf_counter() - begin
+
+        return resume
+
+    def validation(self, iteration: int, consumed_samples: int, losses: dict[str, float]) -> None:
+        """Publishes an evaluation."""
+        if not self.report:
+            return
+        text = " | ".join(f"{name} value: {value:.6E}" for name, value in losses.items())
+        print(f" validation loss at iteration {iteration} | {text} |", flush=True)
+        named = {f"valid_{name}": value for name, value in losses.items()}
+        if self._json is not None:
+            self._json.write({"iteration": iteration, "consumed_samples": consumed_samples, **named})
+        if self._tensorboard is not None:
+            for name, value in named.items():
+                self._tensorboard.add_scalar(name, value, iteration)
+
+    def close(self) -> None:
+        """Publishes what is left and closes the files."""
+        self.flush()
+        if self._json is not None:
+            self._json.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _publish(self, iteration: int, consumed_samples: int, metrics: StepMetrics, seconds: float) -> None:
+        if not self.report:
+            return
+        batch = self.config.training.global_batch_size
+        assert batch, "the configuration is resolved"
+        record = StepRecord(
+            iteration=iteration,
+            consumed_samples=consumed_samples,
+            losses=dict(zip(self.term_names, metrics.losses.tolist(), strict=True)),
+            grad_norm=float(metrics.grad_norm),
+            learning_rate=float(metrics.learning_rate),
+            global_batch_size=batch,
+            skipped=int(metrics.skipped),
+            step_time_ms=seconds * 1e3,
+            tokens_per_second=batch * self.config.data.seq_length / seconds,
+        )
+        self._num_skipped += record.skipped
+        self._num_nan += any(value != value for value in record.losses.values())
+        self._window.append(record)
+        if self._json is not None:
+            self._json.write(record.to_dict())
+        if self._tensorboard is not None:
+            for name, value in record.to_dict().items():
+                if name not in ("iteration", "consumed_samples"):
+                    self._tensorboard.add_scalar(name, value, iteration)
+        if iteration % self.config.logging.log_interval == 0 or iteration == self.config.training.train_iters:
+            print(self._log_line(), flush=True)
+            self._window.clear()
+
+    def _log_line(self) -> str:
+        """Megatron's fields in Megatron's order; times and losses are means since the last line."""
+        last = self._window[-1]
+        milliseconds = sum(record.step_time_ms for record in self._window) / len(self._window)
+        tokens = last.global_batch_size * self.config.data.seq_length
+        flops = flops_per_token(self.config.model, self.config.data.seq_length).half * tokens
+        teraflops = flops / (milliseconds / 1e3) / self.world_size / 1e12
+        losses = " | ".join(
+            f"{name.replace('_', ' ')}: {sum(record.losses[name] for record in self._window) / len(self._window):.6E}"
+            for name in self.term_names
+        )
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        return (
+            f" [{stamp}] iteration {last.iteration:8d}/{self.config.training.train_iters:8d} |"
+            f" consumed samples: {last.consumed_samples:12d} |"
+            f" elapsed time per iteration (ms): {milliseconds:.1f} |"
+            f" throughput per GPU (TFLOP/s/GPU): {teraflops:.4g} |"
+            f" learning rate: {last.learning_rate:.6E} |"
+            f" global batch size: {last.global_batch_size:5d} |"
+            f" {losses} | loss scale: 1.0 | grad norm: {last.grad_norm:.3f} |"
+            f" number of skipped iterations: {self._num_skipped:3d} | number of nan iterations: {self._num_nan:3d} |"
+            f" tokens per second per process: {tokens / (milliseconds / 1e3) / self.world_size:.0f} |"
+        )
+
+
+def log_on_rank_zero(rank: int) -> Callable[[str], None]:
+    """A print that only rank 0 does."""
+    return (lambda message: print(f"> {message}", flush=True)) if rank == 0 else (lambda message: None)
+
+
+def mean_losses(sums: torch.Tensor, counts: torch.Tensor, names: tuple[str, ...]) -> dict[str, float]:
+    """Losses of an evaluation from its sums and counts."""
+    return dict(zip(names, (sums / counts).tolist(), strict=True))

@@ -1,0 +1,77 @@
+"""One training step, and one evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megallm.device import Stopwatch
+from megallm.train.engine import Engine
+from megallm.train.loss import LossScaler, global_counts
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class StepMetrics:
+    """Scalars of a step, still on the device. `losses` is float64 [terms], each term's mean over the global batch."""
+
+    losses: torch.Tensor
+    grad_norm: torch.Tensor
+    learning_rate: torch.Tensor
+    skipped: torch.Tensor
+
+
+def train_step(engine: Engine, micro_batches: list[Batch], stopwatch: Stopwatch | None = None) -> StepMetrics:
+    """Forward and backward over this rank's micro-batches of the global batch, reduction, clipping, update.
+
+    Waits for nothing on a GPU: every scalar stays on the device.
+    """
+    scaler = LossScaler(_counts(engine, micro_batches))
+    dropout_step = torch.full((), engine.progress.iteration, dtype=torch.int64, device=engine.mesh.device)
+    engine.reducer.start_step(len(micro_batches))
+    engine.executor.run(
+        engine.schedule(),
+        micro_batches,
+        lambda outputs, batch: scaler(engine.task.loss_terms(outputs, batch, engine.context)),
+        dropout_step,
+        stopwatch,
+    )
+    engine.reducer.finish_step()
+    rate = engine.learning_rate.at(engine.progress.position)
+    outcome = engine.optimizer.step(rate, _own_sums(engine, scaler))
+    assert engine.config.training.global_batch_size, "the configuration is resolved"
+    made = 1.0 - outcome.skipped
+    engine.progress.position += made * engine.config.training.global_batch_size
+    engine.progress.num_updates += made
+    engine.progress.iteration += 1
+    engine.progress.consumed_samples += engine.config.training.global_batch_size
+    return StepMetrics(outcome.sums / scaler.counts, outcome.grad_norm, rate, outcome.skipped)
+
+
+def evaluate_step(engine: Engine, micro_batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums and counts of every loss term over one global batch, without dropout or gradients: two float64 [terms]."""
+    engine.reducer.finish_gather()
+    scaler = LossScaler(_counts(engine, micro_batches))
+    engine.executor.run(
+        engine.schedule(forward_only=True, num_micro_batches=len(micro_batches)),
+        micro_batches,
+        lambda outputs, batch: scaler(engine.task.loss_terms(outputs, batch, engine.context)),
+    )
+    sums = _own_sums(engine, scaler)
+    engine.mesh.world.all_reduce(sums)
+    return sums, scaler.counts
+
+
+def _counts(engine: Engine, micro_batches: list[Batch]) -> torch.Tensor:
+    local = torch.stack([engine.task.counts(batch) for batch in micro_batches]).double().sum(dim=0)
+    return global_counts(local, engine.mesh.dp)
+
+
+def _own_sums(engine: Engine, scaler: LossScaler) -> torch.Tensor:
+    """This rank's part of the loss sums: of the tensor ranks of the last stage, which all have it, the first one's counts."""
+    mesh = engine.mesh
+    if mesh.tp.rank == 0 and mesh.pp.rank == mesh.pp.size - 1:
+        return scaler.sums
+    return torch.zeros_like(scaler.sums)
