@@ -108,7 +108,7 @@ def operator_library(cuda: "Path | None") -> Extension:
         extra_link_args=linker,
         extra_compile_args={
             # OpenMP only as loop annotations: threads are torch's own pool, so no second OpenMP runtime is linked.
-            "cxx": ["-O3", "-fvisibility=hidden", "-fopenmp-simd", *stable_abi],
+            "cxx": ["-O3", "-fvisibility=hidden", "-fopenmp-simd", "-g0", *stable_abi],
             "nvcc": [
                 *("-O3", "-lineinfo", "--threads", "2", "-Xcompiler", "-fvisibility=hidden", "-Xptxas", "-v"),
                 *("-U__CUDA_NO_HALF_OPERATORS__", "-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_HALF2_OPERATORS__"),

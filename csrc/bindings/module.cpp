@@ -1,4 +1,5 @@
-// The Python module `megallm._C`. Loading it runs the static registrations of the operators; the module itself only says what was built.
+// The Python module `megallm._C`. Loading it runs the static registrations of the operators; the module itself only
+// says what was built.
 
 #include <Python.h>
 

@@ -1,0 +1,63 @@
+// Loops that the compiler vectorises, in three versions of which the processor picks one when the library is loaded.
+
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+
+// The marked function is compiled for AVX-512, AVX2 and the baseline. Everything it calls must be inlined into it to be
+// part of that, hence MEGALLM_INLINE on the helpers.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define MEGALLM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define MEGALLM_CLONES
+#endif
+#define MEGALLM_INLINE __attribute__((always_inline)) inline
+
+namespace megallm::simd {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+MEGALLM_INLINE float widen(float value) { return value; }
+MEGALLM_INLINE double widen(double value) { return value; }
+MEGALLM_INLINE float widen(Half value) { return static_cast<float>(value); }
+
+// Integer shifts vectorise; the conversions of the type itself do not.
+MEGALLM_INLINE float widen(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.x) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+MEGALLM_INLINE void narrow(float value, float& result) { result = value; }
+MEGALLM_INLINE void narrow(double value, double& result) { result = value; }
+MEGALLM_INLINE void narrow(float value, Half& result) { result = static_cast<Half>(value); }
+
+// To nearest, ties to even; a NaN would otherwise round to infinity.
+MEGALLM_INLINE void narrow(float value, BFloat16& result) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  result.x = static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
+}
+
+// A sum over a row is carried in this many interleaved partial sums, added up as a tree: the order of additions is
+// fixed by the row's length, so it is the same for every address, batch and thread.
+constexpr int kLanes = 64;
+
+template <typename Accumulator>
+MEGALLM_INLINE Accumulator sum_lanes(Accumulator (&lanes)[kLanes]) {
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) {
+      lanes[lane] += lanes[lane + half];
+    }
+  }
+  return lanes[0];
+}
+
+}  // namespace megallm::simd

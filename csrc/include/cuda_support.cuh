@@ -1,0 +1,107 @@
+// What the CUDA operators share: types, vector accesses, sums over threads, streams and launch checks.
+
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <cstdint>
+
+#include "include/rows.h"
+
+// Lives in libtorch_cuda. A weak reference lets one binary load on a torch without CUDA, where it stays null and is
+// never called.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace megallm::cuda {
+
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline void check(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+}
+
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ double widen(double value) { return value; }
+__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
+
+__device__ __forceinline__ void narrow(float value, float& result) { result = value; }
+__device__ __forceinline__ void narrow(double value, double& result) { result = value; }
+__device__ __forceinline__ void narrow(float value, __nv_bfloat16& result) { result = __float2bfloat16_rn(value); }
+__device__ __forceinline__ void narrow(float value, __half& result) { result = __float2half_rn(value); }
+
+// Loaded and stored as a whole, in accesses of up to 16 bytes.
+template <typename Scalar, int kCount>
+struct alignas(sizeof(Scalar) * kCount < 16 ? sizeof(Scalar) * kCount : 16) Vector {
+  Scalar values[kCount];
+};
+
+template <int kCount, typename Scalar>
+__device__ __forceinline__ Vector<Scalar, kCount> load(const Scalar* pointer) {
+  return *reinterpret_cast<const Vector<Scalar, kCount>*>(pointer);
+}
+
+template <int kCount, typename Scalar>
+__device__ __forceinline__ void store(Scalar* pointer, const Vector<Scalar, kCount>& vector) {
+  *reinterpret_cast<Vector<Scalar, kCount>*>(pointer) = vector;
+}
+
+// Makes the compiler convert 16-bit vectors again after a sum over the threads. It would rather keep the widened values
+// across it, in twice the registers.
+template <typename Scalar, int kSize, int kCount>
+__device__ __forceinline__ void forget_conversions(Vector<Scalar, kSize> (&vectors)[kCount]) {
+  if constexpr (sizeof(Scalar) == 2 && kSize % 2 == 0) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      uint32_t* words = reinterpret_cast<uint32_t*>(vectors[k].values);
+#pragma unroll
+      for (int word = 0; word < kSize / 2; ++word) {
+        asm volatile("" : "+r"(words[word]));
+      }
+    }
+  }
+}
+
+// Whether every row can be accessed 16 bytes at a time.
+inline bool aligned(const void* data, int64_t stride, int64_t rows, int64_t element_size) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (rows <= 1 || stride * element_size % 16 == 0);
+}
+
+constexpr int kWarp = 32;
+
+// Every lane gets the same bits: the exchange is symmetric.
+template <typename Accumulator>
+__device__ __forceinline__ Accumulator sum_over_warp(Accumulator value) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, distance);
+  }
+  return value;
+}
+
+// Sum over all threads of a block, in an order fixed by the block's size. `scratch` holds one value per warp; two
+// consecutive calls must not be given the same memory, since a slow thread may still be reading it.
+template <typename Accumulator>
+__device__ __forceinline__ Accumulator sum_over_block(Accumulator value, Accumulator* scratch) {
+  value = sum_over_warp(value);
+  if (threadIdx.x % kWarp == 0) {
+    scratch[threadIdx.x / kWarp] = value;
+  }
+  __syncthreads();
+  Accumulator total = scratch[0];
+  for (int warp = 1; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) {
+    total += scratch[warp];
+  }
+  return total;
+}
+
+}  // namespace megallm::cuda
