@@ -173,7 +173,7 @@ class Schedule:
     def to_csv(self) -> str:
         """One row per rank, one action per cell: what torch reads with format="compute_only"."""
         text = io.StringIO()
-        csv.writer(text).writerows(self.actions)
+        csv.writer(text, lineterminator="\n").writerows(self.actions)
         return text.getvalue()
 
     @classmethod

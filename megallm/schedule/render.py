@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable
 from html import escape
+from statistics import median
 
 from megallm.schedule.action import COMPUTE_KINDS, Action, Kind
 from megallm.schedule.simulate import Event, Timeline
@@ -56,26 +57,26 @@ def text_grid(timeline: Timeline, width: int | None = None, color: bool = False)
         return summary(timeline)
     chunks = _chunks(timeline)
     margin = len(f"rank {timeline.num_ranks - 1} ")
+    # Measured times have outliers; the median of each kind says how much room its labels have.
+    durations: dict[Kind, list[float]] = {}
+    for event in events:
+        durations.setdefault(event.action.kind, []).append(event.end - event.start)
+    typical = {kind: median(times) for kind, times in durations.items()}
     longest = max(len(_labels(event.action, chunks)[0]) for event in events)
-    shortest_time = min((event.end - event.start for event in events if event.end > event.start), default=1.0)
-    scale = (longest + 1) / shortest_time
+    scale = (longest + 1) / (min(typical.values()) or timeline.makespan or 1.0)
     if width is not None:
         scale = min(scale, (width - margin) / (timeline.makespan or 1.0))
-    start = timeline.start
-    lines = []
-    for rank in range(timeline.num_ranks):
-        line, column = f"rank {rank}".ljust(margin), 0
-        for event in events:
-            if event.rank != rank:
-                continue
-            left, right = round((event.start - start) * scale), round((event.end - start) * scale)
-            left = max(left, column)
-            if right <= left:
-                continue
-            line += " " * (left - column) + _cell(event.action, right - left, chunks, color)
-            column = right
-        lines.append(line.rstrip())
-    return "\n".join([*lines, summary(timeline)])
+    rows = [[f"rank {rank}".ljust(margin)] for rank in range(timeline.num_ranks)]
+    filled = [0] * timeline.num_ranks
+    for event in events:
+        begin, end = (round((time - timeline.start) * scale) for time in (event.start, event.end))
+        begin = max(begin, filled[event.rank])
+        if end > begin:
+            label = _label(event.action, min(end - begin, typical[event.action.kind] * scale), chunks)
+            cell = _cell(event.action, label, end - begin, chunks, color)
+            rows[event.rank].append(" " * (begin - filled[event.rank]) + cell)
+            filled[event.rank] = end
+    return "\n".join([*map("".join, rows), summary(timeline)])
 
 
 def _labels(action: Action, chunks: dict[int, int]) -> list[str]:
@@ -83,10 +84,13 @@ def _labels(action: Action, chunks: dict[int, int]) -> list[str]:
     return [str(action), *short] if any(chunks.values()) else short
 
 
-def _cell(action: Action, width: int, chunks: dict[int, int], color: bool) -> str:
+def _label(action: Action, room: float, chunks: dict[int, int]) -> str:
+    """The longest label that leaves one column to keep neighbours apart; a lone letter may do without."""
     labels = _labels(action, chunks)
-    # One filling column keeps neighbouring labels apart; a lone letter may do without.
-    label = next((label for label in labels if len(label) < width), labels[-1])[:width]
+    return next((label for label in labels if len(label) + 1 <= room + 1e-9), labels[-1])
+
+
+def _cell(action: Action, label: str, width: int, chunks: dict[int, int], color: bool) -> str:
     text = label.ljust(width, "-" if action.kind is Kind.F else "=")
     if not color:
         return text

@@ -153,6 +153,8 @@ class Costs:
     def per_stage(self, schedule: Schedule) -> tuple[list[float], list[float]]:
         """Forward and backward time of each stage. Raises ValueError when a sequence has another length."""
         chunks = schedule.num_stages / schedule.num_ranks
+        if self.message < 0:
+            raise ValueError(f"a message cost is {self.message}; time is not negative")
         return (
             _per_stage("forward", 1 / chunks if self.forward is None else self.forward, schedule.num_stages),
             _per_stage("backward", 2 / chunks if self.backward is None else self.backward, schedule.num_stages),
