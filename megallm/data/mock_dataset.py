@@ -1,0 +1,60 @@
+"""Samples that need no files and that a model can learn from: for tests, measurements and first steps."""
+
+import numpy as np
+
+LONGEST_PERIOD = 32
+NOISE = 1 / 16
+
+
+class MockDataset:
+    """Noisy repeating patterns of tokens; sample `index` depends on `seed` and `index` alone.
+
+    A sample repeats a random pattern of 1 to 32 tokens, of which one position in sixteen is replaced at random. Small
+    token ids are more frequent than large ones (uniform in their logarithm). So the loss falls at first, from the
+    frequencies, and again later, from copying. Give training, validation and test data different seeds: equal seeds
+    give equal samples.
+
+    An item has `tokens` and `labels` int64 [L], `loss_mask` float32 [L] of ones, `position_ids` int64 [L].
+
+    Raises:
+        ValueError: an argument is below what makes sense.
+    """
+
+    def __init__(self, num_samples: int, sequence_length: int, vocab_size: int, seed: int) -> None:
+        for name, value, least in [
+            ("number of samples", num_samples, 0),
+            ("sequence length", sequence_length, 1),
+            ("vocabulary size", vocab_size, 1),
+            ("seed", seed, 0),
+        ]:
+            if value < least:
+                raise ValueError(f"The {name} of mock data is {value}, but must be {least} at least.")
+        self._num_samples, self._sequence_length, self._vocab_size, self._seed = (
+            num_samples,
+            sequence_length,
+            vocab_size,
+            seed,
+        )
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"The mock data has samples 0 to {len(self) - 1}, not {index}.")
+        generator = np.random.Generator(np.random.Philox(key=[self._seed, index]))
+        length = self._sequence_length + 1
+        pattern = self._draw(generator, int(generator.integers(1, LONGEST_PERIOD + 1)))
+        text = np.resize(pattern, length)
+        text = np.where(generator.random(length) < NOISE, self._draw(generator, length), text)
+        return {
+            "tokens": text[:-1].copy(),
+            "labels": text[1:].copy(),
+            "loss_mask": np.ones(self._sequence_length, np.float32),
+            "position_ids": np.arange(self._sequence_length, dtype=np.int64),
+        }
+
+    def _draw(self, generator: np.random.Generator, count: int) -> np.ndarray:
+        """Random tokens int64 [count], with a density that falls as 1 / (id + 1)."""
+        drawn = np.power(float(self._vocab_size + 1), generator.random(count)).astype(np.int64) - 1
+        return np.minimum(drawn, self._vocab_size - 1)

@@ -1,0 +1,233 @@
+"""Text files to token files: read, tokenize in several processes, write in order."""
+
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from megallm.data.documents import RawDocument, read_documents, texts_of
+from megallm.data.indexed_dataset import IndexedDatasetWriter, token_dtype
+from megallm.data.tokenizer import Tokenizer, build_tokenizer
+
+# A batch is handed to a worker when it reaches one of these: enough to hide the cost of handing over, small in memory.
+BATCH_BYTES = 1 << 20
+BATCH_DOCUMENTS = 1024
+# Batches that each worker may have waiting, being worked on, or done and not yet written.
+BATCHES_PER_WORKER = 3
+
+
+@dataclass(frozen=True)
+class TokenizerChoice:
+    """The arguments of `build_tokenizer`, which each worker process calls for itself."""
+
+    tokenizer_type: str
+    tokenizer_model: str | None = None
+    vocab_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokens of the documents of a batch under one key.
+
+    Attributes: `tokens` [n]; `sequence_lengths` [sequences], n in sum; `sequences` [documents], sequences of each.
+    """
+
+    tokens: np.ndarray
+    sequence_lengths: list[int]
+    sequences: list[int]
+
+
+@dataclass
+class Totals:
+    """What has been done: `documents` and bytes of input read, tokens written under each key."""
+
+    documents: int = 0
+    input_bytes: int = 0
+    tokens: dict[str, int] = field(default_factory=dict)
+
+
+def output_prefix_of(output_prefix: str, key: str) -> str:
+    """Megatron's name for the dataset of one key, without .bin or .idx."""
+    return f"{output_prefix}_{key}_document"
+
+
+def preprocess(
+    paths: list[Path],
+    output_prefix: str,
+    keys: list[str],
+    choice: TokenizerChoice,
+    append_eod: bool,
+    workers: int,
+    report: Callable[[Totals], None],
+) -> Totals:
+    """Write `<output_prefix>_<key>_document.bin` and `.idx` for each key; the bytes do not depend on `workers`.
+
+    The files appear when all of them are whole. Memory: a few batches of 1 MiB of text (or one document, where that is
+    larger) for each worker, and 12 bytes a document.
+
+    Args:
+        paths: input files, see `documents`.
+        output_prefix: start of the paths of the output.
+        keys: of the JSON objects whose texts are tokenized; each gives a dataset of its own.
+        choice: which tokenizer.
+        append_eod: end each document that has tokens with the tokenizer's end-of-document token.
+        workers: processes that tokenize; 1 works in this one.
+        report: called with the running totals after each batch.
+
+    Raises:
+        ValueError: a document is broken, a file cannot be read or written, or a worker died; nothing is written then.
+    """
+    dtype = token_dtype(_tokenizer(choice).vocab_size)
+    totals = Totals(tokens=dict.fromkeys(keys, 0))
+    try:
+        with ExitStack() as stack:
+            writers = [
+                stack.enter_context(IndexedDatasetWriter(output_prefix_of(output_prefix, key), dtype)) for key in keys
+            ]
+            for batch, encoded in _encode_all(
+                _batches(read_documents(paths)), choice, keys, append_eod, dtype, workers
+            ):
+                for key, writer, part in zip(keys, writers, encoded, strict=True):
+                    _write(writer, part)
+                    totals.tokens[key] = writer.num_tokens
+                totals.documents += len(batch)
+                totals.input_bytes += sum(len(document.content) for document in batch)
+                report(totals)
+            if totals.documents == 0:
+                raise ValueError(f"There is no document in {', '.join(map(str, paths))}.")
+            # A full disk shows here, before the first file moves to its place.
+            for writer in writers:
+                writer.finish()
+    except OSError as error:
+        raise ValueError(f"{output_prefix} cannot be written: {error.strerror or error}.") from None
+    return totals
+
+
+def _batches(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
+    batch: list[RawDocument] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.content)
+        if size >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode_all(
+    batches: Iterator[list[RawDocument]],
+    choice: TokenizerChoice,
+    keys: list[str],
+    append_eod: bool,
+    dtype: np.dtype,
+    workers: int,
+) -> Iterator[tuple[list[RawDocument], list[Encoded]]]:
+    """Every batch with its tokens, in order, with a bounded number of batches under way."""
+    if workers == 1:
+        for batch in batches:
+            yield batch, encode_batch(batch, choice, keys, append_eod, dtype)
+        return
+    # Fresh processes: the tokenizer libraries hold threads, which do not survive a fork.
+    # An interrupt goes to all processes of a terminal; this one ends the others.
+    with ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        under_way: deque[tuple[list[RawDocument], Future[list[Encoded]]]] = deque()
+        try:
+            for batch in batches:
+                under_way.append((batch, pool.submit(encode_batch, batch, choice, keys, append_eod, dtype)))
+                if len(under_way) == BATCHES_PER_WORKER * workers:
+                    first, future = under_way.popleft()
+                    yield first, future.result()
+            while under_way:
+                first, future = under_way.popleft()
+                yield first, future.result()
+        except BrokenProcessPool:
+            raise ValueError(
+                "A worker process was ended from outside, most likely for want of memory: use fewer --workers."
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@cache
+def _tokenizer(choice: TokenizerChoice) -> Tokenizer:
+    """One tokenizer for each process, made when it is first needed."""
+    # One thread for each worker: threads of the library would fight with the other workers for the same cores.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return build_tokenizer(choice.tokenizer_type, choice.tokenizer_model, choice.vocab_size)
+
+
+def encode_batch(
+    batch: list[RawDocument], choice: TokenizerChoice, keys: list[str], append_eod: bool, dtype: np.dtype
+) -> list[Encoded]:
+    """Tokens of a batch, for each key.
+
+    A text without tokens makes no sequence; a document without any gets no end-of-document token.
+
+    Raises:
+        ValueError: a document is broken; names file and line.
+    """
+    tokenizer = _tokenizer(choice)
+    texts = [texts_of(document, keys) for document in batch]
+    return [
+        _encode_key(batch, [parts[number] for parts in texts], tokenizer, append_eod, dtype)
+        for number in range(len(keys))
+    ]
+
+
+def _encode_key(
+    batch: list[RawDocument], texts: list[list[str]], tokenizer: Tokenizer, append_eod: bool, dtype: np.dtype
+) -> Encoded:
+    flat = [text for parts in texts for text in parts]
+    try:
+        ids = iter(tokenizer.encode_batch(flat))
+    except ValueError:
+        ids = iter(
+            [
+                _encode_one(document, text, tokenizer)
+                for document, parts in zip(batch, texts, strict=True)
+                for text in parts
+            ]
+        )
+    tokens: list[int] = []
+    sequence_lengths: list[int] = []
+    sequences: list[int] = []
+    for parts in texts:
+        before = len(sequence_lengths)
+        for _ in parts:
+            part = next(ids)
+            if part:
+                tokens += part
+                sequence_lengths.append(len(part))
+        if append_eod and len(sequence_lengths) > before:
+            tokens.append(tokenizer.eod_id)
+            sequence_lengths[-1] += 1
+        sequences.append(len(sequence_lengths) - before)
+    return Encoded(np.array(tokens, dtype), sequence_lengths, sequences)
+
+
+def _encode_one(document: RawDocument, text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of one text, so that an error of the tokenizer names the document."""
+    try:
+        return tokenizer.encode(text)
+    except ValueError as error:
+        raise ValueError(f"{document.place}: {error}") from None
+
+
+def _write(writer: IndexedDatasetWriter, encoded: Encoded) -> None:
+    token = sequence = 0
+    for count in encoded.sequences:
+        lengths = encoded.sequence_lengths[sequence : sequence + count]
+        end = token + sum(lengths)
+        writer.add_document(encoded.tokens[token:end], lengths)
+        token, sequence = end, sequence + count
