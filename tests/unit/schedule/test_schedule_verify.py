@@ -395,25 +395,100 @@ def test_swapped_sends_are_named_with_both_ends():
         verify(with_steps(lowered, 0, steps))
 
 
-def test_receives_that_wait_for_each_other_are_a_deadlock():
-    """Both ranks await a send before they post the receive that the other one's send needs."""
-    lowered = lower(TURNING_BACK)
-    steps = [list(rank_steps) for rank_steps in lowered.steps]
-    for rank, send, compute in ((0, "0SEND_F0", "3F0"), (1, "2SEND_F0", "2F1")):
-        index = next(i for i, step in enumerate(steps[rank]) if str(step.action) == compute)
-        awaited = parse_action(send)
-        for i, step in enumerate(steps[rank]):
-            steps[rank][i] = dataclasses.replace(step, awaits=tuple(a for a in step.awaits if a != awaited))
-        steps[rank][index] = dataclasses.replace(steps[rank][index], awaits=(awaited,))
-    # The receive that 2SEND_F0 needs moves behind the forward that needs what it brings.
-    index = next(i for i, step in enumerate(steps[0]) if str(step.action) == "3RECV_F0")
-    target = next(i for i, step in enumerate(steps[0]) if str(step.action) == "3F0")
-    steps[0].insert(target, steps[0].pop(index))
-    mutant = with_steps(with_steps(lowered, 0, steps[0]), 1, steps[1])
-    with pytest.raises(ScheduleError):
-        verify(mutant)
-    with pytest.raises(Broken):
-        Machine(mutant).run()
+def edit(lowered: LoweredSchedule, rank: int, change) -> LoweredSchedule:
+    steps = list(lowered.steps[rank])
+    change(steps)
+    return with_steps(lowered, rank, steps)
+
+
+def place(steps: list[Step], text: str) -> int:
+    return next(index for index, step in enumerate(steps) if str(step.action) == text)
+
+
+def wait_before(steps: list[Step], text: str, send: str) -> None:
+    """The step `text`, and no other, awaits `send`."""
+    awaited = parse_action(send)
+    for index, step in enumerate(steps):
+        awaits = tuple(one for one in step.awaits if one != awaited)
+        steps[index] = dataclasses.replace(step, awaits=awaits + (awaited,) * (str(step.action) == text))
+
+
+def test_ranks_that_await_each_others_receives_are_a_deadlock():
+    """Each rank alone is in order, and so are the channels; but each posts its receive after awaiting its send."""
+
+    def first_rank(steps):
+        receive = steps.pop(place(steps, "2RECV_F0"))
+        steps.insert(place(steps, "0SEND_F1") + 1, receive)
+        wait_before(steps, "2RECV_F0", "0SEND_F1")
+
+    lowered = lower(build_schedule("interleaved", 2, 2, 2))
+    one_waits = edit(lowered, 0, first_rank)
+    assert judge(one_waits)
+    both_wait = edit(one_waits, 1, lambda steps: wait_before(steps, "1RECV_F1", "1SEND_F0"))
+    with pytest.raises(Broken, match="hangs"):
+        Machine(both_wait).run()
+    with pytest.raises(ScheduleError, match=r"for ever: rank 0, step 4 \(2RECV_F0\); rank 1, step 3 \(1RECV_F1\)"):
+        verify(both_wait)
+
+
+def replaced(text: str, **changes):
+    def change(steps):
+        index = place(steps, text)
+        steps[index] = dataclasses.replace(steps[index], **changes)
+
+    return change
+
+
+def inserted(index: int, text: str):
+    return lambda steps: steps.insert(index, Step(parse_action(text)))
+
+
+def moved(text: str, behind: str):
+    def change(steps):
+        step = steps.pop(place(steps, text))
+        steps.insert(place(steps, behind) + 1, step)
+
+    return change
+
+
+def without(*texts: str):
+    return lambda steps: [steps.pop(place(steps, text)) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "sentence"),
+    [
+        ("1f1b", replaced("0REDUCE_GRAD", action=Action(Kind.GRAD_SYNC, 0, 1)), "has no micro-batch"),
+        ("1f1b", inserted(0, "0F9"), "there is no such micro-batch"),
+        ("1f1b", inserted(0, "1F0"), "the stage is not on this rank"),
+        ("1f1b", inserted(2, "0SEND_B0"), "this stage has no such action"),
+        ("frozen", inserted(1, "0B0"), "this stage has no such action"),
+        ("1f1b", replaced("0F2", awaits=(Action(Kind.F, 0, 0),)), "which is no send"),
+        ("1f1b", replaced("0F2", awaits=(Action(Kind.SEND_F, 0, 3),)), "which is not outstanding"),
+        ("1f1b", replaced("0SEND_F0", slot=0), "a send has no slot"),
+        ("1f1b", moved("0SEND_F0", behind="0SEND_F1"), "meets rank 1"),
+        ("1f1b", moved("0RECV_B0", behind="0B0"), "the receive of its input is not posted yet"),
+        ("1f1b", moved("0REDUCE_GRAD", behind="0B3"), "is not the last backward"),
+        ("1f1b", without("0REDUCE_GRAD"), "the gradient sync of stage 0 is missing"),
+        ("1f1b", without("0B4", "0REDUCE_GRAD"), "the backward of stage 0, micro-batch 4 is missing"),
+        ("split", without("0W4", "0REDUCE_GRAD"), "the backward of stage 0, micro-batch 4 is missing"),
+        ("split", moved("0W0", behind="0F0"), "the backward of its input has not run yet"),
+        ("split", inserted(12, "0B0"), "the gradient of its input is computed already"),
+        ("one rank", moved("0F0", behind="1F0"), "stage 0 on the same rank has not run yet"),
+        ("one rank", moved("1B0", behind="2F0"), "the backward of stage 2 on the same rank has not run yet"),
+    ],
+)
+def test_each_fault_has_its_own_sentence(case, change, sentence):
+    with pytest.raises(ScheduleError, match=sentence):
+        verify(edit(lower(CASES[case]), 0, change))
+
+
+def test_steps_must_compute_what_the_schedule_says():
+    lowered = lower(build_schedule("gpipe", 1, 1, 2))
+    steps = lowered.steps[0]
+    swapped = dataclasses.replace(lowered, steps=((steps[1], steps[0], *steps[2:]),))
+    with pytest.raises(ScheduleError, match="another order than the schedule"):
+        verify(swapped)
 
 
 def test_budget_given_by_the_caller():
