@@ -50,13 +50,19 @@ class Transport:
         """Runs `operation(asynchronous)`, which calls torch and returns torch's work handle or None."""
         if self._thread is not None and self.delay is not None:
             late = self.delay() if asynchronous else 0.0
-            future: Future[object] = self._thread.submit(lambda: (time.sleep(late), operation(False)))
+            future: Future[object] = self._thread.submit(self._run_late, late, operation)
             if asynchronous:
                 return Work(future.result)
             future.result()
             return Work()
         handle = operation(asynchronous)
         return Work(handle.wait) if asynchronous and handle is not None else Work()  # type: ignore[attr-defined]
+
+    @staticmethod
+    @torch.no_grad()
+    def _run_late(seconds: float, operation: Callable[[bool], object]) -> None:
+        time.sleep(seconds)
+        operation(False)
 
     def close(self) -> None:
         if self._thread is not None:

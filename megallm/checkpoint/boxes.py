@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from megallm.data_parallel.optimizer import BucketOptimizer
+from megallm.data_parallel.optimizer import BucketOptimizer, Shard
 from megallm.mesh import Mesh
 from megallm.parameter import Piece, boxes_of_range, description_of
 
@@ -39,20 +39,9 @@ class LocalBox:
 def local_boxes(optimizer: BucketOptimizer, chunks: dict[int, nn.Module], mesh: Mesh) -> Iterator[LocalBox]:
     """Weights and moments of this rank's ranges, and the frozen parameters of its chunks."""
     for shard in optimizer.shards:
-        bucket = shard.bucket
-        kinds = (
-            (WEIGHTS, shard.master),
-            (FIRST_MOMENT, shard.state.first_moment),
-            (SECOND_MOMENT, shard.state.second_moment),
-        )
-        saves = bucket.key.counts and (bucket.sharded or bucket.group.rank == 0)
-        for member in bucket.members:
-            begin = max(member.begin, bucket.shard.start)
-            end = min(member.end, bucket.shard.stop)
-            for piece, start, first, last in _pieces_in_range(member.parameter, begin - member.begin, end - member.begin):
-                place = member.begin + start - bucket.shard.start
-                for kind, flat in kinds:
-                    yield from _boxes(kind, piece, first, last, flat[place + first : place + last], saves)
+        yield from shard_boxes(WEIGHTS, shard, shard.master)
+        yield from shard_boxes(FIRST_MOMENT, shard, shard.state.first_moment)
+        yield from shard_boxes(SECOND_MOMENT, shard, shard.state.second_moment)
     for chunk in chunks.values():
         for parameter in dict.fromkeys(chunk.parameters()):
             description = description_of(parameter)
@@ -63,6 +52,18 @@ def local_boxes(optimizer: BucketOptimizer, chunks: dict[int, nn.Module], mesh: 
             flat = parameter.detach().view(-1)
             for piece, start, first, last in _pieces_in_range(parameter, 0, parameter.numel()):
                 yield from _boxes(WEIGHTS, piece, first, last, flat[start + first : start + last], saves)
+
+
+def shard_boxes(kind: str, shard: Shard, flat: torch.Tensor) -> Iterator[LocalBox]:
+    """A flat tensor over the range of a shard (its master weights, a moment, the gradient) as boxes of logical tensors."""
+    bucket = shard.bucket
+    saves = bucket.key.counts and (bucket.sharded or bucket.group.rank == 0)
+    for member in bucket.members:
+        begin = max(member.begin, bucket.shard.start)
+        end = min(member.end, bucket.shard.stop)
+        for piece, start, first, last in _pieces_in_range(member.parameter, begin - member.begin, end - member.begin):
+            place = member.begin + start - bucket.shard.start
+            yield from _boxes(kind, piece, first, last, flat[place + first : place + last], saves)
 
 
 def _pieces_in_range(parameter: nn.Parameter, begin: int, end: int) -> Iterator[tuple[Piece, int, int, int]]:

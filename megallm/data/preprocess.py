@@ -9,6 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,12 +27,76 @@ BATCHES_PER_WORKER = 3
 
 
 @dataclass(frozen=True)
-class TokenizerChoice:
-    """The arguments of `build_tokenizer`, which each worker process calls for itself."""
+class Encoder:
+    """Turns batches of documents into tokens: the same in every process that it is sent to.
+
+    Attributes: `tokenizer_type`, `tokenizer_model`, `vocab_size`, the arguments of `build_tokenizer`; `keys` of the
+    JSON objects whose texts are tokenized; `append_eod`, whether the token that ends documents is added.
+    """
 
     tokenizer_type: str
     tokenizer_model: str | None = None
     vocab_size: int | None = None
+    keys: tuple[str, ...] = ("text",)
+    append_eod: bool = False
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype that the tokens are stored in."""
+        return token_dtype(_tokenizer(self).vocab_size)
+
+    def __call__(self, batch: list[RawDocument]) -> list["Encoded"]:
+        """Tokens of a batch, for each key.
+
+        A text without tokens makes no sequence; a document without any gets no end-of-document token.
+
+        Raises:
+            ValueError: a document is broken; names file and line.
+        """
+        texts = [texts_of(document, self.keys) for document in batch]
+        return [self._encode(batch, [parts[number] for parts in texts]) for number in range(len(self.keys))]
+
+    def _encode(self, batch: list[RawDocument], texts: list[list[str]]) -> "Encoded":
+        """Tokens of a batch, given the texts of each document under one key."""
+        tokenizer = _tokenizer(self)
+        try:
+            ids = iter(tokenizer.encode_batch([text for parts in texts for text in parts]))
+        except ValueError:
+            # One after another, to find the document that the message must name.
+            for document, parts in zip(batch, texts, strict=True):
+                for text in parts:
+                    _encode_one(document, text, tokenizer)
+            raise
+        tokens: list[int] = []
+        sequence_lengths: list[int] = []
+        sequences: list[int] = []
+        for parts in texts:
+            before = len(sequence_lengths)
+            for part in islice(ids, len(parts)):
+                if part:
+                    tokens += part
+                    sequence_lengths.append(len(part))
+            if self.append_eod and len(sequence_lengths) > before:
+                tokens.append(tokenizer.eod_id)
+                sequence_lengths[-1] += 1
+            sequences.append(len(sequence_lengths) - before)
+        return Encoded(np.array(tokens, self.dtype), sequence_lengths, sequences)
+
+
+@cache
+def _tokenizer(encoder: Encoder) -> Tokenizer:
+    """One tokenizer for each process, made when it is first needed."""
+    # One thread for each worker: threads of the library would fight with the other workers for the same cores.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return build_tokenizer(encoder.tokenizer_type, encoder.tokenizer_model, encoder.vocab_size)
+
+
+def _encode_one(document: RawDocument, text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of one text, so that an error of the tokenizer names the document."""
+    try:
+        return tokenizer.encode(text)
+    except ValueError as error:
+        raise ValueError(f"{document.place}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -61,13 +126,7 @@ def output_prefix_of(output_prefix: str, key: str) -> str:
 
 
 def preprocess(
-    paths: list[Path],
-    output_prefix: str,
-    keys: list[str],
-    choice: TokenizerChoice,
-    append_eod: bool,
-    workers: int,
-    report: Callable[[Totals], None],
+    paths: list[Path], output_prefix: str, encoder: Encoder, workers: int, report: Callable[[Totals], None]
 ) -> Totals:
     """Write `<output_prefix>_<key>_document.bin` and `.idx` for each key; the bytes do not depend on `workers`.
 
@@ -77,26 +136,22 @@ def preprocess(
     Args:
         paths: input files, see `documents`.
         output_prefix: start of the paths of the output.
-        keys: of the JSON objects whose texts are tokenized; each gives a dataset of its own.
-        choice: which tokenizer.
-        append_eod: end each document that has tokens with the tokenizer's end-of-document token.
+        encoder: makes the tokens; each of its keys gives a dataset of its own.
         workers: processes that tokenize; 1 works in this one.
         report: called with the running totals after each batch.
 
     Raises:
         ValueError: a document is broken, a file cannot be read or written, or a worker died; nothing is written then.
     """
-    dtype = token_dtype(_tokenizer(choice).vocab_size)
-    totals = Totals(tokens=dict.fromkeys(keys, 0))
+    totals = Totals(tokens=dict.fromkeys(encoder.keys, 0))
     try:
         with ExitStack() as stack:
-            writers = [
-                stack.enter_context(IndexedDatasetWriter(output_prefix_of(output_prefix, key), dtype)) for key in keys
-            ]
-            for batch, encoded in _encode_all(
-                _batches(read_documents(paths)), choice, keys, append_eod, dtype, workers
-            ):
-                for key, writer, part in zip(keys, writers, encoded, strict=True):
+            writers = {
+                key: stack.enter_context(IndexedDatasetWriter(output_prefix_of(output_prefix, key), encoder.dtype))
+                for key in encoder.keys
+            }
+            for batch, encoded in _encode_all(_batches(read_documents(paths)), encoder, workers):
+                for (key, writer), part in zip(writers.items(), encoded, strict=True):
                     _write(writer, part)
                     totals.tokens[key] = writer.num_tokens
                 totals.documents += len(batch)
@@ -105,7 +160,7 @@ def preprocess(
             if totals.documents == 0:
                 raise ValueError(f"There is no document in {', '.join(map(str, paths))}.")
             # A full disk shows here, before the first file moves to its place.
-            for writer in writers:
+            for writer in writers.values():
                 writer.finish()
     except OSError as error:
         raise ValueError(f"{output_prefix} cannot be written: {error.strerror or error}.") from None
@@ -126,17 +181,12 @@ def _batches(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
 
 
 def _encode_all(
-    batches: Iterator[list[RawDocument]],
-    choice: TokenizerChoice,
-    keys: list[str],
-    append_eod: bool,
-    dtype: np.dtype,
-    workers: int,
+    batches: Iterator[list[RawDocument]], encoder: Encoder, workers: int
 ) -> Iterator[tuple[list[RawDocument], list[Encoded]]]:
     """Every batch with its tokens, in order, with a bounded number of batches under way."""
     if workers == 1:
         for batch in batches:
-            yield batch, encode_batch(batch, choice, keys, append_eod, dtype)
+            yield batch, encoder(batch)
         return
     # Fresh processes: the tokenizer libraries hold threads, which do not survive a fork.
     # An interrupt goes to all processes of a terminal; this one ends the others.
@@ -144,7 +194,7 @@ def _encode_all(
         under_way: deque[tuple[list[RawDocument], Future[list[Encoded]]]] = deque()
         try:
             for batch in batches:
-                under_way.append((batch, pool.submit(encode_batch, batch, choice, keys, append_eod, dtype)))
+                under_way.append((batch, pool.submit(encoder, batch)))
                 if len(under_way) == BATCHES_PER_WORKER * workers:
                     first, future = under_way.popleft()
                     yield first, future.result()
@@ -157,71 +207,6 @@ def _encode_all(
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-@cache
-def _tokenizer(choice: TokenizerChoice) -> Tokenizer:
-    """One tokenizer for each process, made when it is first needed."""
-    # One thread for each worker: threads of the library would fight with the other workers for the same cores.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return build_tokenizer(choice.tokenizer_type, choice.tokenizer_model, choice.vocab_size)
-
-
-def encode_batch(
-    batch: list[RawDocument], choice: TokenizerChoice, keys: list[str], append_eod: bool, dtype: np.dtype
-) -> list[Encoded]:
-    """Tokens of a batch, for each key.
-
-    A text without tokens makes no sequence; a document without any gets no end-of-document token.
-
-    Raises:
-        ValueError: a document is broken; names file and line.
-    """
-    tokenizer = _tokenizer(choice)
-    texts = [texts_of(document, keys) for document in batch]
-    return [
-        _encode_key(batch, [parts[number] for parts in texts], tokenizer, append_eod, dtype)
-        for number in range(len(keys))
-    ]
-
-
-def _encode_key(
-    batch: list[RawDocument], texts: list[list[str]], tokenizer: Tokenizer, append_eod: bool, dtype: np.dtype
-) -> Encoded:
-    flat = [text for parts in texts for text in parts]
-    try:
-        ids = iter(tokenizer.encode_batch(flat))
-    except ValueError:
-        ids = iter(
-            [
-                _encode_one(document, text, tokenizer)
-                for document, parts in zip(batch, texts, strict=True)
-                for text in parts
-            ]
-        )
-    tokens: list[int] = []
-    sequence_lengths: list[int] = []
-    sequences: list[int] = []
-    for parts in texts:
-        before = len(sequence_lengths)
-        for _ in parts:
-            part = next(ids)
-            if part:
-                tokens += part
-                sequence_lengths.append(len(part))
-        if append_eod and len(sequence_lengths) > before:
-            tokens.append(tokenizer.eod_id)
-            sequence_lengths[-1] += 1
-        sequences.append(len(sequence_lengths) - before)
-    return Encoded(np.array(tokens, dtype), sequence_lengths, sequences)
-
-
-def _encode_one(document: RawDocument, text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of one text, so that an error of the tokenizer names the document."""
-    try:
-        return tokenizer.encode(text)
-    except ValueError as error:
-        raise ValueError(f"{document.place}: {error}") from None
 
 
 def _write(writer: IndexedDatasetWriter, encoded: Encoded) -> None:

@@ -137,15 +137,6 @@ def _key(chunk: int, parameter: nn.Parameter, mesh: Mesh) -> BucketKey:
     )
 
 
-def shared_parameters(module: nn.Module) -> set[nn.Parameter]:
-    """Parameters that more than one submodule uses: how often they get a gradient in one backward pass is not known beforehand."""
-    owners: dict[nn.Parameter, int] = {}
-    for submodule in module.modules():
-        for parameter in own_parameters(submodule):
-            owners[parameter] = owners.get(parameter, 0) + 1
-    return {parameter for parameter, count in owners.items() if count > 1}
-
-
 def own_parameters(module: nn.Module) -> Iterable[nn.Parameter]:
     """Parameters that a module holds itself."""
     return (parameter for parameter in module._parameters.values() if parameter is not None)

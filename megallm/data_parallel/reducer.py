@@ -7,11 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from megallm.data_parallel.buckets import Bucket, build_buckets, own_parameters, shared_parameters
+from megallm.data_parallel.buckets import Bucket, build_buckets, own_parameters
 from megallm.layers.context import WeightGradients
 from megallm.mesh import Mesh
 from megallm.ops.accumulate import accumulate_weight_gradient
-from megallm.parameter import description_of
 
 
 class GradientReducer:
@@ -31,12 +30,9 @@ class GradientReducer:
         sharded: bool,
         overlap: bool,
     ) -> None:
-        # Gradients of shared parameters come in several parts, and tied ones wait for another rank: only the end of the step completes them.
-        self._late = {parameter for chunk in chunks.values() for parameter in shared_parameters(chunk)}
-        self._late |= {p for chunk in chunks.values() for p in chunk.parameters() if description_of(p).tie is not None}
+        # Buckets start in this order. Tied ones wait for another pipeline rank at the end of the step and must not hold up the others.
         buckets = build_buckets(chunks, mesh, bucket_elements, sharded)
-        # Buckets start in this order, so that those that are complete last must not hold up the others.
-        self.buckets = sorted(buckets, key=lambda bucket: any(m.parameter in self._late for m in bucket.members))
+        self.buckets = sorted(buckets, key=lambda bucket: bucket.key.tie is not None)
         self.overlap = overlap
         self._home: dict[nn.Parameter, tuple[Bucket, torch.Tensor]] = {}
         self._remaining: dict[nn.Parameter, int] = {}
@@ -63,8 +59,8 @@ class GradientReducer:
     def close_chunk(self, chunk: int) -> None:
         """Called after the last backward pass of a chunk: what got no gradient by now keeps zeros."""
         for bucket in self.buckets:
-            if bucket.key.chunk == chunk:
-                self._incomplete[bucket] &= self._late
+            if bucket.key.chunk == chunk and bucket.key.tie is None:
+                self._incomplete[bucket].clear()
         self._start_complete_buckets()
 
     def finish_step(self) -> None:
@@ -81,25 +77,24 @@ class GradientReducer:
             bucket.finish_gather()
 
     def _take_gradient(self, parameter: torch.Tensor) -> None:
-        """Moves what autograd computed into the bucket."""
+        """Moves what autograd computed into the bucket.
+
+        The hook runs once in a backward pass, when all uses of the parameter have given their part, even if the sink took them all.
+        """
         assert isinstance(parameter, nn.Parameter), "hooks are registered on parameters"
-        _, gradient = self._home[parameter]
-        assert parameter.grad is not None, "the hook runs after the gradient is there"
-        gradient.add_(parameter.grad)
-        parameter.grad = None
-        self._count(parameter)
+        bucket, gradient = self._home[parameter]
+        if parameter.grad is not None:
+            gradient.add_(parameter.grad)
+            parameter.grad = None
+        self._remaining[parameter] -= 1
+        if self._remaining[parameter] == 0 and bucket.key.tie is None:
+            self._incomplete[bucket].discard(parameter)
+            self._start_complete_buckets()
 
     def _take_product(self, weight: nn.Parameter, grad_output: torch.Tensor, input: torch.Tensor) -> None:
         """Adds the product of a linear layer's two factors to the bucket."""
         _, gradient = self._home[weight]
         accumulate_weight_gradient(gradient, grad_output, input)
-        self._count(weight)
-
-    def _count(self, parameter: nn.Parameter) -> None:
-        self._remaining[parameter] -= 1
-        if self._remaining[parameter] == 0 and parameter not in self._late:
-            self._incomplete[self._home[parameter][0]].discard(parameter)
-            self._start_complete_buckets()
 
     def _start_complete_buckets(self) -> None:
         if self.overlap:

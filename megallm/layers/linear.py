@@ -31,7 +31,9 @@ class _Linear(torch.autograd.Function):
         group: Group | None,
         sequence_parallel: bool,
     ) -> torch.Tensor:
-        ctx.save_for_backward(input, weight)
+        # The parameter itself, not a saved copy: recomputation would hand back a tensor that the sink does not know.
+        ctx.weight = weight
+        ctx.save_for_backward(input)
         ctx.weight_gradients = weight_gradients
         ctx.group = group if group is not None and group.size > 1 else None
         ctx.sequence_parallel = sequence_parallel and ctx.group is not None
@@ -41,7 +43,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        input, weight = ctx.saved_tensors
+        (input,), weight = ctx.saved_tensors, ctx.weight
         grad_output = grad_output.contiguous()
         gathered, gathering = input, Work()
         if ctx.sequence_parallel and ctx.needs_input_grad[1]:

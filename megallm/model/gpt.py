@@ -35,7 +35,7 @@ class GPTEmbedding(nn.Module):
             WORD_EMBEDDING, model.vocab_size, padded_size, model.hidden_size, context, model.init_method_std, tie=tie
         )
         self.position = None
-        self.sinusoids = None
+        sinusoids = None
         if model.position_embedding_type == "learned_absolute":
             description = Description(
                 (whole("embedding.position.weight", (model.max_position_embeddings, model.hidden_size)),),
@@ -45,8 +45,8 @@ class GPTEmbedding(nn.Module):
             )
             self.position = make_parameter(description, context.dtype, context.device)
         elif model.position_embedding_type == "sinusoidal":
-            table = sinusoidal_table(model.max_position_embeddings, model.hidden_size, context.dtype, context.device)
-            self.register_buffer("sinusoids", table, persistent=False)
+            sinusoids = sinusoidal_table(model.max_position_embeddings, model.hidden_size, context.dtype, context.device)
+        self.register_buffer("sinusoids", sinusoids, persistent=False)
         self.dropout = HiddenDropout("embedding", model.hidden_dropout, context)
 
     def forward(self, batch: Batch, sequence: SequenceContext) -> torch.Tensor:
@@ -120,13 +120,14 @@ class GPTStage(nn.Module):
         if is_last:
             shared = self.embedding.word if self.embedding is not None and model.tie_embeddings else None
             self.head = GPTHead(config, context, padded, shared)
-        self._rotary_dtype = torch.float64 if context.dtype == torch.float64 else torch.float32
-        self.cosines = self.sines = None
+        cosines = sines = None
         if model.position_embedding_type == "rope":
+            # Angles of late positions need more digits than 16 bits have.
+            dtype = torch.float64 if context.dtype == torch.float64 else torch.float32
             positions = torch.arange(model.max_position_embeddings, device=context.device).unsqueeze(1)
-            cosines, sines = rotary_table(positions, model.kv_channels, model.rotary_base, self._rotary_dtype)
-            self.register_buffer("cosines", cosines, persistent=False)
-            self.register_buffer("sines", sines, persistent=False)
+            cosines, sines = rotary_table(positions, model.kv_channels, model.rotary_base, dtype)
+        self.register_buffer("cosines", cosines, persistent=False)
+        self.register_buffer("sines", sines, persistent=False)
 
     def forward(
         self, inputs: tuple[torch.Tensor, ...], batch: Batch, step: torch.Tensor | None

@@ -1,0 +1,175 @@
+"""The parity matrix: layouts x features over 1, 2, 4 and 8 processes."""
+
+from __future__ import annotations
+
+from tests.distributed.parity import GPT, LLAMA, Case
+
+SHARDED = {"parallel.use_distributed_optimizer": True}
+OVERLAPPED = SHARDED | {
+    "parallel.overlap_grad_reduce": True,
+    "parallel.overlap_param_gather": True,
+    "parallel.ddp_bucket_size": 2000,
+}
+OVERLAPPED_ALL_REDUCE = {"parallel.overlap_grad_reduce": True, "parallel.ddp_bucket_size": 2000}
+NO_SEQUENCE_PARALLEL = {"parallel.sequence_parallel": False}
+TWO_STAGES = {"parallel.num_virtual_stages_per_pipeline_rank": 2}
+GPIPE = {"parallel.pipeline_schedule": "gpipe"}
+DROPOUT = {"model.hidden_dropout": 0.2, "model.attention_dropout": 0.1}
+TIED = {"model.tie_embeddings": True}
+UNTIED = {"model.tie_embeddings": False}
+ODD_VOCABULARY = {"model.vocab_size": 51}
+CLIPPED = {"optimizer.clip_grad": 0.5}
+FULL = {"training.recompute_granularity": "full"}
+SELECTIVE = {"training.recompute_granularity": "selective"}
+TWO_PER_MICRO_BATCH = {"training.micro_batch_size": 2}
+FOUR_PER_MICRO_BATCH = {"training.micro_batch_size": 4}
+EIGHT_LAYERS = {"model.num_layers": 8}
+SEVEN_LAYERS = {"model.num_layers": 7}
+ONE_GROUP = {"model.group_query_attention": True, "model.num_query_groups": 1}
+SINUSOIDAL = {"model.position_embedding_type": "sinusoidal"}
+NO_POSITIONS = {"model.position_embedding_type": "none"}
+GEGLU = {"model.activation": "geglu"}
+SQUARED_RELU = {"model.activation": "squared_relu"}
+THREE_GROUPS = {
+    "model.hidden_size": 48,
+    "model.num_attention_heads": 6,
+    "model.group_query_attention": True,
+    "model.num_query_groups": 3,
+}
+
+# Tensor parallel steps over many processes on few cores take long; their losses are compared over fewer of them.
+SHORT = 6
+
+CASES = [
+    # one process
+    Case("llama, micro-batch 1", LLAMA),
+    Case("llama, micro-batch 2", LLAMA, layout=TWO_PER_MICRO_BATCH),
+    Case("gpt, both dropouts, micro-batch 4", GPT | DROPOUT, layout=FOUR_PER_MICRO_BATCH),
+    Case("gpt, full recompute", GPT | DROPOUT, layout=FULL),
+    Case("gpt, selective recompute", GPT | DROPOUT, layout=SELECTIVE),
+    Case("llama, full recompute, ragged mask", LLAMA, layout=FULL, mask="ragged"),
+    # two processes
+    Case("llama, tensor", LLAMA, tp=2),
+    Case("llama, tensor, no sequence parallelism", LLAMA, tp=2, layout=NO_SEQUENCE_PARALLEL),
+    Case("gpt tied, tensor, vocabulary 51", GPT | ODD_VOCABULARY, tp=2),
+    Case(
+        "gpt tied, tensor, vocabulary 51, no sequence parallelism",
+        GPT | ODD_VOCABULARY,
+        tp=2,
+        layout=NO_SEQUENCE_PARALLEL,
+    ),
+    Case("gpt, tensor, both dropouts", GPT | DROPOUT, tp=2, layout=TWO_PER_MICRO_BATCH),
+    Case("gpt, tensor, both dropouts, no sequence parallelism", GPT | DROPOUT, tp=2, layout=NO_SEQUENCE_PARALLEL),
+    Case("gpt, tensor, multi-query (1 group)", GPT | ONE_GROUP, tp=2),
+    Case("gpt, tensor 2, three query groups", GPT | THREE_GROUPS, tp=2, layout=NO_SEQUENCE_PARALLEL),
+    Case("gpt, tensor, sinusoidal positions, geglu", GPT | SINUSOIDAL | GEGLU, tp=2, layout=FULL),
+    Case("llama, 1f1b", LLAMA, pp=2),
+    Case("gpt tied, gpipe", GPT, pp=2, layout=GPIPE),
+    Case("gpt tied, interleaved", GPT | DROPOUT, pp=2, layout=TWO_STAGES),
+    Case("llama, 7 layers, interleaved, vocabulary 51", LLAMA | SEVEN_LAYERS | ODD_VOCABULARY, pp=2, layout=TWO_STAGES),
+    Case("llama, data", LLAMA, dp=2),
+    Case("llama, data, sharded", LLAMA, dp=2, layout=SHARDED),
+    Case("gpt, data, sharded, overlapped, delayed", GPT, dp=2, layout=OVERLAPPED, delayed=True),
+    Case("gpt, data, overlapped all-reduce, delayed", GPT | DROPOUT, dp=2, layout=OVERLAPPED_ALL_REDUCE, delayed=True),
+    Case("gpt, data, ragged mask, clipped", GPT | CLIPPED, dp=2, mask="ragged", layout=SHARDED | FOUR_PER_MICRO_BATCH),
+    # four processes
+    Case("llama, tensor 4, fewer groups than ranks", LLAMA, tp=4, layout=TWO_PER_MICRO_BATCH, num_steps=SHORT),
+    Case(
+        "llama, tensor 4, fewer groups, no sequence parallelism",
+        LLAMA,
+        tp=4,
+        layout=NO_SEQUENCE_PARALLEL | FOUR_PER_MICRO_BATCH,
+        num_steps=SHORT,
+    ),
+    Case(
+        "gpt, tensor 4, multi-query, both dropouts",
+        GPT | ONE_GROUP | DROPOUT,
+        tp=4,
+        layout=SELECTIVE | FOUR_PER_MICRO_BATCH,
+        num_steps=SHORT,
+    ),
+    Case("gpt tied, pipeline 4", GPT, pp=4),
+    Case("llama, 8 layers, pipeline 4, interleaved", LLAMA | EIGHT_LAYERS, pp=4, layout=TWO_STAGES),
+    Case("gpt, 7 layers, pipeline 4, no positions", GPT | SEVEN_LAYERS | NO_POSITIONS, pp=4, layout=FULL),
+    Case("gpt tied, pipeline 2 data 2, sharded", GPT, pp=2, dp=2, layout=SHARDED),
+    Case("gpt tied, pipeline 2 data 2, sharded, overlapped, delayed", GPT, pp=2, dp=2, layout=OVERLAPPED, delayed=True),
+    Case(
+        "gpt tied, interleaved, data 2, overlapped all-reduce, delayed",
+        GPT | DROPOUT,
+        pp=2,
+        dp=2,
+        layout=OVERLAPPED_ALL_REDUCE | TWO_STAGES,
+        delayed=True,
+    ),
+    Case("gpt tied, tensor 2 data 2, sharded, clipped", GPT | CLIPPED, tp=2, dp=2, layout=SHARDED, num_steps=SHORT),
+    Case(
+        "gpt, tensor 2 data 2, ragged mask, vocabulary 51",
+        GPT | ODD_VOCABULARY,
+        tp=2,
+        dp=2,
+        mask="ragged",
+        num_steps=SHORT,
+    ),
+    Case(
+        "llama, tensor 2 pipeline 2, clipped, dropout",
+        LLAMA | CLIPPED | DROPOUT,
+        tp=2,
+        pp=2,
+        layout=TWO_PER_MICRO_BATCH,
+        num_steps=SHORT,
+    ),
+    Case(
+        "gpt tied, tensor 2 pipeline 2, no sequence parallelism",
+        GPT | CLIPPED,
+        tp=2,
+        pp=2,
+        layout=NO_SEQUENCE_PARALLEL,
+        num_steps=SHORT,
+    ),
+    Case("llama, data 4, sharded, ragged mask", LLAMA, dp=4, layout=SHARDED, mask="ragged"),
+    # eight processes, every axis at once
+    Case("llama, all axes, interleaved, sharded", LLAMA, tp=2, pp=2, dp=2, layout=SHARDED | TWO_STAGES),
+    Case(
+        "gpt tied, all axes, interleaved, sharded, overlapped, delayed",
+        GPT | DROPOUT | ODD_VOCABULARY,
+        tp=2,
+        pp=2,
+        dp=2,
+        layout=OVERLAPPED | TWO_STAGES,
+        delayed=True,
+        num_steps=SHORT,
+    ),
+    Case(
+        "gpt tied, all axes, ragged mask, clipped, full recompute",
+        GPT | CLIPPED | DROPOUT,
+        tp=2,
+        pp=2,
+        dp=2,
+        mask="ragged",
+        layout=SHARDED | FULL,
+        num_steps=SHORT,
+    ),
+    Case(
+        "gpt tied, all axes, no sequence parallelism",
+        GPT | ODD_VOCABULARY | CLIPPED,
+        tp=2,
+        pp=2,
+        dp=2,
+        layout=NO_SEQUENCE_PARALLEL | SHARDED,
+        num_steps=SHORT,
+    ),
+    Case(
+        "gpt untied, all axes, gpipe, squared relu",
+        GPT | UNTIED | SQUARED_RELU,
+        tp=2,
+        pp=2,
+        dp=2,
+        layout=GPIPE,
+        num_steps=SHORT,
+    ),
+    Case("llama tied, tensor 4, pipeline 2", LLAMA | TIED, tp=4, pp=2, layout=FOUR_PER_MICRO_BATCH, num_steps=SHORT),
+    Case(
+        "llama, tensor 2, data 4, sharded, overlapped", LLAMA | CLIPPED, tp=2, dp=4, layout=OVERLAPPED, num_steps=SHORT
+    ),
+    Case("llama, 7 layers, pipeline 4, data 2, sharded", LLAMA | SEVEN_LAYERS, pp=4, dp=2, layout=SHARDED),
+]
