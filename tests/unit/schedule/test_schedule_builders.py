@@ -142,13 +142,13 @@ def test_thinned_grid_is_correct(name):
             check(*shape)
 
 
-@pytest.mark.parametrize("all_micro_batches", [(1, 3, 6), pytest.param(range(1, 33), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("all_micro_batches", [(1, 3, 6), pytest.param(range(1, 33, 2), marks=pytest.mark.slow)])
 def test_evaluation_grid_is_correct(all_micro_batches):
     for shape in shapes(all_micro_batches):
         check(*shape, forward_only=True)
 
 
-@pytest.mark.parametrize("all_micro_batches", [(2, 5), pytest.param((1, 4, 7, 12, 16, 25), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("all_micro_batches", [(2, 5), pytest.param((1, 7, 16), marks=pytest.mark.slow)])
 def test_frozen_grid_is_correct(all_micro_batches):
     for name, num_ranks, num_virtual, num_micro_batches in shapes(all_micro_batches):
         num_stages = num_ranks * num_virtual
