@@ -1,15 +1,16 @@
 """Builds the two native extensions; all other metadata stands in pyproject.toml.
 
-`megallm._C` is the operator library. It uses only the LibTorch stable ABI and Python's limited API, so one binary serves every torch from
-2.11 on, with or without a GPU. The CPU operators are always in it; the CUDA operators join when a CUDA toolkit is found, whether or not the
-torch of this machine can use them. `megallm.data._helpers` holds the loops over numpy arrays that build sample indices.
+`megallm._C` is the operator library. It uses only the LibTorch stable ABI and Python's limited API, so one binary
+serves every torch from 2.11 on, with or without a GPU. The CPU operators are always in it; the CUDA operators join when
+a CUDA toolkit is found, whether or not the torch of this machine can use them. `megallm.data._helpers` holds the loops
+over numpy arrays that build sample indices.
 
-Both are optional: where there is no C++ compiler, or where one of them does not compile, the package installs without it, says so, and
-works on its references in plain torch and numpy.
+Both are optional: where there is no C++ compiler, or where one of them does not compile, the package installs without
+it, says so, and works on its references in plain torch and numpy.
 
 Environment:
     MEGALLM_CUDA          auto (default): CUDA operators when a toolkit is found; 0: never; 1: their absence is an error
-    MEGALLM_NATIVE        auto (default): an extension that fails to build is left out; 0: build none; 1: a failure is an error
+    MEGALLM_NATIVE        auto (default): what fails to build is left out; 0: build nothing; 1: a failure is an error
     TORCH_CUDA_ARCH_LIST  GPU architectures, "8.0;9.0+PTX" unless set
     MAX_JOBS              compile jobs at once, 2 unless set
     CUDA_HOME, CUDA_PATH  where the CUDA toolkit is, when it is not beside `nvcc`
@@ -45,7 +46,7 @@ def say(line: str) -> None:
 
 
 def find_cuda_toolkit() -> "Path | None":
-    """The first prefix that has both the compiler and the headers; the directory of `nvcc` alone proves nothing, it may hold a wrapper."""
+    """The first prefix with both the compiler and the headers: the `nvcc` on the path may be a mere wrapper."""
     nvcc = shutil.which("nvcc")
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     if nvcc:
@@ -79,7 +80,8 @@ def choose_cuda() -> "tuple[Path | None, str]":
     elif home is None:
         reason = "no CUDA toolkit found (bin/nvcc with include/cuda_runtime.h; CUDA_HOME names one)"
     elif torch.version.cuda and torch.version.cuda.split(".")[0] != toolkit_major(home):
-        # The operators carry their own CUDA runtime: with another major version it may ask for a newer driver than torch's.
+        # The operators carry their own CUDA runtime: with another major version it may ask for a newer driver than
+        # torch's.
         reason = f"the toolkit in {home} is CUDA {toolkit_major(home)}, torch uses CUDA {torch.version.cuda}"
         home = None
     if home is None and choice == "1":
@@ -93,8 +95,8 @@ def operator_library(cuda: "Path | None") -> Extension:
         sources += ROOT.glob("csrc/cuda/*.cu")
     stable_abi = [f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}", "-DTORCH_STABLE_ONLY"]
     architectures = os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else ""
-    # Nothing of the library needs libtorch before it is loaded, so the linker would drop it, and with it the weak reference to the
-    # current CUDA stream, which would then be null on every torch.
+    # Nothing of the library needs libtorch before it is loaded, so the linker would drop it, and with it the weak
+    # reference to the current CUDA stream, which would then be null on every torch.
     linker = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else []
     return cpp_extension.CppExtension(
         "megallm._C",
@@ -145,14 +147,17 @@ def extensions() -> list[Extension]:
     if cuda:
         cpp_extension.CUDA_HOME = str(cuda)
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
-        say(f"builds data helpers and operators for CPU and CUDA ({os.environ['TORCH_CUDA_ARCH_LIST']}, toolkit {cuda}).")
+        say(
+            "builds data helpers and operators for CPU and CUDA "
+            f"({os.environ['TORCH_CUDA_ARCH_LIST']}, toolkit {cuda})."
+        )
     else:
         say(f"builds data helpers and operators for CPU; none for CUDA: {why_not}.")
     return [operator_library(cuda), data_helpers()]
 
 
 class BuildExtensions(cpp_extension.BuildExtension):
-    """torch's builder, which compiles C++ and CUDA; an optional extension that fails is left out, its CUDA half first."""
+    """torch's builder of C++ and CUDA, which leaves out an optional extension that fails, its CUDA half first."""
 
     def build_extension(self, ext: Extension) -> None:
         try:

@@ -52,20 +52,11 @@ MEGALLM_INLINE void forward_row(const ForwardRows<Scalar, Accumulator>& rows, in
   const Accumulator* weight = rows.weight;
   Scalar* y = rows.y + row * rows.width;
   const int64_t width = rows.width;
-  Accumulator lanes[kLanes] = {};
-  int64_t start = 0;
-  for (; start + kLanes <= width; start += kLanes) {
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const Accumulator value = widen(x[start + lane]);
-      lanes[lane] += value * value;
-    }
-  }
-  for (int64_t i = start; i < width; ++i) {
+  const Accumulator sum = simd::sum_over_row<Accumulator>(width, [&](int64_t i) __attribute__((always_inline)) {
     const Accumulator value = widen(x[i]);
-    lanes[i - start] += value * value;
-  }
-  const Accumulator mean = simd::sum_lanes(lanes) / static_cast<Accumulator>(width);
+    return value * value;
+  });
+  const Accumulator mean = sum / static_cast<Accumulator>(width);
   const Accumulator reciprocal = Accumulator(1) / std::sqrt(mean + rows.epsilon);
   rows.reciprocal_rms[row] = reciprocal;
 #pragma omp simd
@@ -85,18 +76,9 @@ MEGALLM_INLINE void backward_row(const BackwardRows<Scalar, Accumulator>& rows, 
   Scalar* __restrict__ grad_input = rows.grad_input + row * rows.width;
   const int64_t width = rows.width;
   const Accumulator reciprocal = rows.reciprocal_rms[row];
-  Accumulator lanes[kLanes] = {};
-  int64_t start = 0;
-  for (; start + kLanes <= width; start += kLanes) {
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] += widen(grad_output[start + lane]) * weight[start + lane] * widen(x[start + lane]);
-    }
-  }
-  for (int64_t i = start; i < width; ++i) {
-    lanes[i - start] += widen(grad_output[i]) * weight[i] * widen(x[i]);
-  }
-  const Accumulator mean = simd::sum_lanes(lanes) * reciprocal / static_cast<Accumulator>(width);
+  const Accumulator sum = simd::sum_over_row<Accumulator>(
+      width, [&](int64_t i) __attribute__((always_inline)) { return widen(grad_output[i]) * weight[i] * widen(x[i]); });
+  const Accumulator mean = sum * reciprocal / static_cast<Accumulator>(width);
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) {
     const Accumulator normalised = widen(x[i]) * reciprocal;

@@ -46,9 +46,10 @@ MEGALLM_INLINE void narrow(float value, BFloat16& result) {
   result.x = static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
 }
 
-// A sum over a row is carried in this many interleaved partial sums, added up as a tree: the order of additions is
-// fixed by the row's length, so it is the same for every address, batch and thread.
+// Partial sums that a sum over a row is carried in, interleaved.
 constexpr int kLanes = 64;
+// Elements after which they are added up and start anew, so that long rows lose no accuracy.
+constexpr int64_t kSumBlock = 32 * kLanes;
 
 template <typename Accumulator>
 MEGALLM_INLINE Accumulator sum_lanes(Accumulator (&lanes)[kLanes]) {
@@ -58,6 +59,29 @@ MEGALLM_INLINE Accumulator sum_lanes(Accumulator (&lanes)[kLanes]) {
     }
   }
   return lanes[0];
+}
+
+// term(0) + ... + term(width - 1). The order of additions is fixed by the width alone: it is the same for every
+// address, batch and thread. `term` must be marked always_inline too.
+template <typename Accumulator, typename Term>
+MEGALLM_INLINE Accumulator sum_over_row(int64_t width, const Term& term) {
+  double total = 0;
+  for (int64_t block = 0; block < width; block += kSumBlock) {
+    const int64_t stop = block + kSumBlock < width ? block + kSumBlock : width;
+    Accumulator lanes[kLanes] = {};
+    int64_t start = block;
+    for (; start + kLanes <= stop; start += kLanes) {
+#pragma omp simd
+      for (int lane = 0; lane < kLanes; ++lane) {
+        lanes[lane] += term(start + lane);
+      }
+    }
+    for (int64_t i = start; i < stop; ++i) {
+      lanes[i - start] += term(i);
+    }
+    total += sum_lanes(lanes);
+  }
+  return static_cast<Accumulator>(total);
 }
 
 }  // namespace megallm::simd

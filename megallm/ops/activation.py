@@ -44,6 +44,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
     Returns [..., f]. Keeps only `gate_up` for the backward pass. Raises ValueError when the last dimension is odd.
     """
     _check_packed(gate_up)
+    if torch.compiler.is_compiling():
+        return swiglu_reference(gate_up)  # which the compiler fuses, and it cannot write into a slice
     return _SwiGLU.apply(gate_up)
 
 
@@ -59,6 +61,8 @@ def geglu(gate_up: Tensor) -> Tensor:
     GELU is its approximation by tanh: what the models with this gate were trained with (T5 1.1, Gemma).
     """
     _check_packed(gate_up)
+    if torch.compiler.is_compiling():
+        return geglu_reference(gate_up)  # which the compiler fuses, and it cannot write into a slice
     return _GeGLU.apply(gate_up)
 
 
@@ -88,7 +92,7 @@ class _SwiGLU(torch.autograd.Function):
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         grad, grad_gate, grad_up = _empty_halves(gate_up)
-        torch.ops.aten.mul.out(grad_output, F.silu(gate), out=grad_up)
+        torch.mul(grad_output, F.silu(gate), out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad_output * up, gate, grad_input=grad_gate)
         return grad
 
@@ -106,7 +110,7 @@ class _GeGLU(torch.autograd.Function):
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         grad, grad_gate, grad_up = _empty_halves(gate_up)
-        torch.ops.aten.mul.out(grad_output, F.gelu(gate, approximate="tanh"), out=grad_up)
+        torch.mul(grad_output, F.gelu(gate, approximate="tanh"), out=grad_up)
         torch.ops.aten.gelu_backward.grad_input(grad_output * up, gate, approximate="tanh", grad_input=grad_gate)
         return grad
 

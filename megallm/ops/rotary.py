@@ -24,6 +24,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             f"Rotary embedding needs cosine and sine of one shape with an even last dimension of at most the head's "
             f"{x.shape[-1]}, but they are {tuple(cos.shape)} and {tuple(sin.shape)}."
         )
+    if torch.compiler.is_compiling():
+        return apply_rotary_reference(x, cos, sin)  # which the compiler fuses, and it cannot write into a slice
     return _Rotary.apply(x, cos, sin)
 
 
@@ -57,7 +59,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     first, second = x[..., :half], x[..., half:dim]
     if x.dtype == cos.dtype:
-        torch.ops.aten.mul.out(x[..., :dim], cos, out=result[..., :dim])
+        torch.mul(x[..., :dim], cos, out=result[..., :dim])
         result[..., :half].addcmul_(second, sin[..., :half], value=-sign)
         result[..., half:dim].addcmul_(first, sin[..., half:], value=sign)
     else:
