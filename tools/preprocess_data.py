@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from megallm.data.command_line import ToolParser, add_tokenizer_arguments, positive
 from megallm.data.documents import check_inputs
-from megallm.data.preprocess import TokenizerChoice, Totals, output_prefix_of, preprocess
+from megallm.data.preprocess import Encoder, Totals, output_prefix_of, preprocess
 
 DESCRIPTION = """\
 Tokenizes text files into the .bin/.idx files that training reads.
@@ -80,13 +80,17 @@ def main(arguments: list[str] | None = None) -> None:
         if len(set(options.json_keys)) < len(options.json_keys):
             raise ValueError(f"--json-keys {' '.join(options.json_keys)} names a key twice.")
         paths = check_inputs(options.input)
-        choice = TokenizerChoice(options.tokenizer_type, options.tokenizer_model, options.vocab_size)
+        encoder = Encoder(
+            options.tokenizer_type,
+            options.tokenizer_model,
+            options.vocab_size,
+            tuple(options.json_keys),
+            options.append_eod,
+        )
         workers = options.workers or usable_cores()
         progress = Progress(sum(path.stat().st_size for path in paths), options.log_interval)
         try:
-            totals = preprocess(
-                paths, options.output_prefix, options.json_keys, choice, options.append_eod, workers, progress
-            )
+            totals = preprocess(paths, options.output_prefix, encoder, workers, progress)
         finally:
             progress.close()
         print(f"{totals.documents} documents, {totals.input_bytes / 1e6:.2f} MB; {progress.rates(totals)}")

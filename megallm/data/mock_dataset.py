@@ -3,15 +3,15 @@
 import numpy as np
 
 LONGEST_PERIOD = 32
-NOISE = 1 / 16
+NOISE_EVERY = 16
 
 
 class MockDataset:
     """Noisy repeating patterns of tokens; sample `index` depends on `seed` and `index` alone.
 
     A sample repeats a random pattern of 1 to 32 tokens, of which one position in sixteen is replaced at random. Small
-    token ids are more frequent than large ones (uniform in their logarithm). So the loss falls at first, from the
-    frequencies, and again later, from copying. Give training, validation and test data different seeds: equal seeds
+    token ids are more frequent than large ones (their number of digits is uniform). So the loss falls at first, from
+    the frequencies, and again later, from copying. Give training, validation and test data different seeds: equal seeds
     give equal samples.
 
     An item has `tokens` and `labels` int64 [L], `loss_mask` float32 [L] of ones, `position_ids` int64 [L].
@@ -42,11 +42,13 @@ class MockDataset:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if not 0 <= index < len(self):
             raise IndexError(f"The mock data has samples 0 to {len(self) - 1}, not {index}.")
-        generator = np.random.Generator(np.random.Philox(key=[self._seed, index]))
+        # Raw integers alone: numpy may change its other draws from version to version, and floats depend on the
+        # machine.
+        source = np.random.Philox(key=[self._seed, index])
         length = self._sequence_length + 1
-        pattern = self._draw(generator, int(generator.integers(1, LONGEST_PERIOD + 1)))
-        text = np.resize(pattern, length)
-        text = np.where(generator.random(length) < NOISE, self._draw(generator, length), text)
+        pattern = self._draw(source, 1 + int(source.random_raw()) % LONGEST_PERIOD)
+        is_noise = source.random_raw(length) % np.uint64(NOISE_EVERY) == 0
+        text = np.where(is_noise, self._draw(source, length), np.resize(pattern, length))
         return {
             "tokens": text[:-1].copy(),
             "labels": text[1:].copy(),
@@ -54,7 +56,9 @@ class MockDataset:
             "position_ids": np.arange(self._sequence_length, dtype=np.int64),
         }
 
-    def _draw(self, generator: np.random.Generator, count: int) -> np.ndarray:
-        """Random tokens int64 [count], with a density that falls as 1 / (id + 1)."""
-        drawn = np.power(float(self._vocab_size + 1), generator.random(count)).astype(np.int64) - 1
-        return np.minimum(drawn, self._vocab_size - 1)
+    def _draw(self, source: np.random.Philox, count: int) -> np.ndarray:
+        """Random tokens int64 [count]: first the number of binary digits, then one of the numbers that have them."""
+        raw = source.random_raw(count)
+        digits = raw % np.uint64(self._vocab_size.bit_length())
+        lowest = (np.uint64(1) << digits) - np.uint64(1)
+        return ((lowest + (raw >> np.uint64(8) & lowest)) % np.uint64(self._vocab_size)).astype(np.int64)

@@ -1,0 +1,175 @@
+"""Splits, sizes and blends: golden vectors, Megatron's arithmetic, and what users get wrong."""
+
+import numpy as np
+import pytest
+from small_data import write_dataset
+
+from megallm.data.blended_dataset import (
+    BlendedDataset,
+    build_train_valid_test_datasets,
+    parse_data_path,
+    parse_split,
+    samples_of_each,
+    split_range,
+)
+from megallm.data.gpt_dataset import GPTDataset, GPTDatasetSettings
+from megallm.data.indexed_dataset import IndexedDataset
+
+
+class Numbers:
+    """A dataset of `size` samples that say where they come from."""
+
+    def __init__(self, name, size):
+        self._name, self._size = name, size
+
+    def __len__(self):
+        return self._size
+
+    def __getitem__(self, index):
+        return {"tokens": np.array([self._name, index])}
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Three datasets of 60, 30 and 90 documents of 5 tokens, which are the number of the dataset."""
+    prefixes = []
+    for name, size in enumerate([60, 30, 90]):
+        prefixes.append(str(tmp_path / f"part{name}"))
+        write_dataset(prefixes[-1], [[name] * 5] * size)
+    return prefixes
+
+
+def make(data_path, num_samples, split="1", **options):
+    chosen = GPTDatasetSettings(sequence_length=4, data_path=tuple(data_path), split=split, **options)
+    return build_train_valid_test_datasets(chosen, num_samples)
+
+
+def test_golden_blends():
+    blend = BlendedDataset([Numbers(0, 5), Numbers(1, 9)], [3, 7], 10)
+    assert blend.dataset_index.tolist() == [1, 0, 1, 1, 0, 1, 1, 0, 1, 1]
+    blend = BlendedDataset([Numbers(name, 6) for name in range(3)], [0.5, 0.3, 0.2], 12)
+    assert blend.dataset_index.tolist() == [0, 1, 2, 0, 1, 0, 2, 0, 1, 0, 0, 1]
+    blend = BlendedDataset([Numbers(0, 3), Numbers(1, 5), Numbers(2, 2)], None, None)
+    assert blend.dataset_index.tolist() == [1, 0, 2, 1, 0, 1, 2, 1, 0, 1]
+
+
+def test_items_are_the_datasets_samples():
+    blend = BlendedDataset([Numbers(0, 5), Numbers(1, 9)], [3, 7], 10)
+    seen = [tuple(blend[index]["tokens"].tolist()) for index in range(len(blend))]
+    assert seen == [(1, 0), (0, 0), (1, 1), (1, 2), (0, 1), (1, 3), (1, 4), (0, 2), (1, 5), (1, 6)]
+    assert [int(blend[index]["dataset_id"]) for index in range(10)] == [name for name, _ in seen]
+    with pytest.raises(IndexError):
+        blend[10]
+
+
+def test_a_dataset_that_is_too_small():
+    with pytest.raises(ValueError, match="Dataset 1 of the blend has 6 samples, but the blend draws 7"):
+        BlendedDataset([Numbers(0, 5), Numbers(1, 6)], [3, 7], 10)
+
+
+@pytest.mark.parametrize(
+    ("data_path", "expected"),
+    [
+        (["a"], (["a"], None)),
+        (["a", "b", "c"], (["a", "b", "c"], None)),
+        (["a", "b"], (["a", "b"], None)),
+        (["0.3", "a"], (["a"], [0.3])),
+        (["3", "a", " 7", "b "], (["a", "b"], [3.0, 7.0])),
+        (["3", "a", "7"], (["3", "a", "7"], None)),
+    ],
+)
+def test_data_path(data_path, expected):
+    assert parse_data_path(data_path) == expected
+
+
+def test_data_path_mistakes():
+    with pytest.raises(ValueError, match="'b' stands in the place of a weight"):
+        parse_data_path(["3", "a", "b", "c"])
+    with pytest.raises(ValueError, match="one dataset at least"):
+        parse_data_path([])
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("949,50,1", [(0.0, 0.949), (0.949, 0.999), (0.999, 1.0)]),
+        ("969, 30, 1", [(0.0, 0.969), (0.969, 0.999), (0.999, 1.0)]),
+        ("100,0,0", [(0.0, 1.0), None, None]),
+        ("1", [(0.0, 1.0), None, None]),
+        ("[0, .5, .5]", [None, (0.0, 0.5), (0.5, 1.0)]),
+    ],
+)
+def test_split(split, expected):
+    for found, wanted in zip(parse_split(split), expected, strict=True):
+        assert found == (None if wanted is None else pytest.approx(wanted))
+
+
+@pytest.mark.parametrize("split", ["", "a,b", "-1,2", "1,2,3,4", "0,0,0", "1.2.3"])
+def test_split_mistakes(split):
+    with pytest.raises(ValueError, match="--split"):
+        parse_split(split)
+
+
+def test_ranges_round_to_even():
+    """Python's round: 2.5 becomes 2, 3.5 becomes 4."""
+    assert split_range((0.25, 0.35), 10) == (2, 4)
+
+
+def test_sizes_of_a_blend():
+    weights = np.array([0.1, 0.9])
+    assert samples_of_each(weights, 101) == [11, 91]
+    # ceil(11 x 1.005) and ceil(91 x 1.005)
+    assert samples_of_each(weights, 101, 0.005) == [12, 92]
+
+
+def test_a_single_prefix_is_no_blend(three):
+    train, valid, test = make(three[:1], (7, 3, 0), split="80,20,0")
+    assert isinstance(train, GPTDataset)
+    assert isinstance(valid, GPTDataset)
+    assert test is None
+    assert set(train.document_index) == set(range(48))
+    assert set(valid.document_index) <= set(range(48, 60))
+
+
+def test_a_weighted_blend(three):
+    train, valid, test = make(["0.3", three[0], "0.7", three[2]], (101, None, None))
+    assert isinstance(train, BlendedDataset)
+    assert (valid, test) == (None, None)
+    assert len(train) == 31 + 71
+    first = [int(train[index]["tokens"][0]) for index in range(len(train))]
+    assert first.count(0) == pytest.approx(31, abs=1)
+    assert first.count(2) == pytest.approx(71, abs=1)
+    assert len(make(["1", three[0]], (10, None, None))[0]) == 10
+
+
+def test_parts_of_a_blend_are_built_with_a_surplus(three):
+    """74 samples are one epoch; with the surplus 75 are built, which takes two, in another order."""
+    blend = make(["1", three[0]], (74, None, None), seed=3)[0]
+    chosen = GPTDatasetSettings(sequence_length=4, seed=3)
+    with_surplus, without = (GPTDataset(IndexedDataset(three[0]), 0, 60, size, chosen) for size in (75, 74))
+    assert len(with_surplus) > len(without) == 74
+    assert np.array_equal(blend._datasets[0].shuffle_index, with_surplus.shuffle_index)
+
+
+def test_a_blend_without_weights(three):
+    """Every dataset once, 60 x 5 tokens give 74 samples of 4; or as many as asked for, in the same proportion."""
+    everything = make(three, (None, None, None))[0]
+    assert len(everything) == 74 + 37 + 112
+    assert np.bincount(everything.dataset_index).tolist() == [74, 37, 112]
+    assert len(make(three, (50, None, None))[0]) == 50
+    assert len(make(three, (5000, None, None))[0]) == 74 + 37 + 112
+
+
+def test_mistakes(three, tmp_path):
+    with pytest.raises(ValueError, match=r"no.idx does not exist: .* in that folder lie .*part0"):
+        make([str(tmp_path / "no")], (1, None, None))
+    with pytest.raises(
+        ValueError, match="3 validation samples are asked for, but --split '1' gives validation no share"
+    ):
+        make(three, (1, 3, None))
+    with pytest.raises(ValueError, match=r"The validation data .* cannot be built: .*part1 has no tokens"):
+        make(["1", three[0], "1", three[1]], (1, 1, None), split="99,1,0")
+    with pytest.raises(ValueError, match="Weight 0 of a dataset is not a positive number"):
+        make(["1", three[0], "0", three[1]], (1, None, None))
+    with pytest.raises(ValueError, match="a weighted blend needs a number of samples"):
+        make(["1", three[0], "2", three[1]], (None, None, None))
