@@ -34,8 +34,9 @@ class Work:
 class Transport:
     """Starts operations on one process group, in order.
 
-    `delay`, used by tests, gives the seconds by which each asynchronous operation is late. A delayed operation runs in a thread of its own, so
-    that whoever uses a result before waiting for it, or changes a buffer that is still being sent, gets wrong numbers.
+    `delay`, used by tests, gives the seconds by which each asynchronous operation is late. A delayed operation runs in
+    a thread of its own, so that whoever uses a result before waiting for it, or changes a buffer that is still being
+    sent, gets wrong numbers.
 
     On gloo, tensors on a GPU are copied to the host and back: this lets several processes share one GPU.
     """
@@ -209,8 +210,9 @@ class Channel:
 
         return Work(finish)
 
-    def _post(self, operation: Callable[..., dist.Work], tensor: torch.Tensor, peer: int, late: bool) -> object:
+    def _post(self, operation: Callable[..., dist.Work | None], tensor: torch.Tensor, peer: int, late: bool) -> object:
         handle = operation(tensor, peer, group=self._transport.process_group, tag=self._tag)
+        assert handle is not None, "only the two ends of a channel use it"
         if late:
             return handle
         handle.wait()

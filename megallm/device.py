@@ -14,7 +14,8 @@ import torch
 def select_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     """The device of this process.
 
-    `name` is "cpu", "cuda" or "auto" (a GPU where one is visible). With more processes than GPUs on a machine, several share one.
+    `name` is "cpu", "cuda" or "auto" (a GPU where one is visible). With more processes than GPUs on a machine, several
+    share one.
 
     Raises ValueError if a GPU is asked for and none is visible.
     """

@@ -1,6 +1,7 @@
 """The mesh: which rank stands where, and the groups it belongs to.
 
-Axes from fastest to slowest: tp (tensor), cp (context), dp (data), pp (pipeline), in Megatron's order. A mesh is built once and passed down.
+Axes from fastest to slowest: tp (tensor), cp (context), dp (data), pp (pipeline), in Megatron's order. A mesh is built
+once and passed down.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from megallm.communication import Channel, Group, Transport
 
 AXES = ("tp", "cp", "dp", "pp")
 
-# Reductions of gradients run over these; `world` carries the gradient norm and the loss; `tie` joins the first and last pipeline ranks.
+# Reductions of gradients run over these; `world` carries the gradient norm and the loss; `tie` joins the first and
+# last pipeline ranks.
 _AXES_WITH_GROUPS = (("tp",), ("cp", "dp"), ("pp",), ("tp", "cp", "dp"), AXES)
 
 
@@ -67,8 +69,9 @@ class MeshShape:
 class Mesh:
     """This process's place in the mesh and its groups.
 
-    Attributes: `shape`, `rank`, `coordinates`, `device`, `world` (all processes), `tp`, `dp` (data and context axes together: the ranks that
-    hold the same parameters), `pp`, `tp_dp`, and `tie` (the pipeline's first and last rank, or this rank alone in between).
+    Attributes: `shape`, `rank`, `coordinates`, `device`, `world` (all processes), `tp`, `dp` (data and context axes
+        together: the ranks that hold the same parameters), `pp`, `tp_dp`, and `tie` (the pipeline's first and last
+        rank, or this rank alone in between).
     """
 
     def __init__(
@@ -95,10 +98,11 @@ class Mesh:
         return self.tp_dp if "tp" in axes else self.dp
 
     def connect_pipeline(self) -> dict[tuple[int, int], Channel]:
-        """Channels of this rank to and from its pipeline neighbours, wrap-around included, keyed by global (source, destination).
+        """Channels of this rank to and from its pipeline neighbours, wrap-around included, keyed by global (source,
+        destination).
 
-        NCCL gets one communicator for each direction between two ranks, since messages on one communicator wait for each other. On gloo a tag
-        makes a channel of its own.
+        NCCL gets one communicator for each direction between two ranks, since messages on one communicator wait for
+        each other. On gloo a tag makes a channel of its own.
         """
         ranks = self.pp.ranks
         edges = [(ranks[i], ranks[(i + 1) % len(ranks)]) for i in range(len(ranks))] if len(ranks) > 1 else []
@@ -123,7 +127,9 @@ class Mesh:
         return transport
 
     def _build(self, partition: list[tuple[int, ...]]) -> Group:
-        """Creates one group per member of a partition of (some of) the ranks and returns this rank's, or a group of one."""
+        """Creates one group per member of a partition of (some of) the ranks and returns this rank's, or a group of
+        one.
+        """
         key = tuple(partition)
         if key in self._by_partition:
             return self._by_partition[key]
@@ -139,7 +145,8 @@ class Mesh:
         if max(len(ranks) for ranks in partition) == self.shape.world_size:
             return dist.group.WORLD
         if self._backend() == "nccl":
-            # One call splits the world for every member of the partition: the number of calls does not grow with the world.
+            # One call splits the world for every member of the partition: the number of calls does not grow with the
+            # world.
             return dist.split_group(split_ranks=[list(ranks) for ranks in partition if len(ranks) > 1])
         mine = None
         for ranks in partition:
@@ -158,7 +165,9 @@ class Mesh:
         for edges in [pairs for pairs in rounds if pairs]:
             for direction in (1, -1):
                 split = [
-                    tuple(line[i] for i in edge[::direction]) for line in self.shape.partition(("pp",)) for edge in edges
+                    tuple(line[i] for i in edge[::direction])
+                    for line in self.shape.partition(("pp",))
+                    for edge in edges
                 ]
                 process_group = dist.split_group(split_ranks=[sorted(pair) for pair in split])
                 for pair in split:

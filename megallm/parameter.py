@@ -1,8 +1,9 @@
 """What a parameter says of itself, once; everything else asks it.
 
-A stored tensor is a concatenation, along its first dim, of logical pieces (query, key and value; gate and up; or just the tensor itself). Each
-piece has a global name and shape and the one box of it that this rank holds. Initialisation, gradient reduction, the gradient norm, the
-optimizer, freezing and checkpoints all read this description, and none decides anything about a parameter a second time.
+A stored tensor is a concatenation, along its first dim, of logical pieces (query, key and value; gate and up; or just
+the tensor itself). Each piece has a global name and shape and the one box of it that this rank holds. Initialisation,
+gradient reduction, the gradient norm, the optimizer, freezing and checkpoints all read this description, and none
+decides anything about a parameter a second time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from megallm.random import normal_box
 
 @dataclass(frozen=True)
 class Piece:
-    """The box [offset, offset + shape) of a logical tensor. `padding` rows of no logical content follow it in storage."""
+    """The box [offset, offset + shape) of a logical tensor.
+
+    `padding` rows of no logical content follow it in storage.
+    """
 
     name: str
     global_shape: tuple[int, ...]
@@ -41,8 +45,10 @@ class Description:
         standard_deviation: of the initial normal values; None for a constant.
         constant: initial value where `standard_deviation` is None.
         replicated_over: axes along which every rank holds these same boxes (data axes are always meant and not listed).
-        gradient_partial_over: those of them along which each rank computes only a part of the gradient, so that the parts must be summed.
-        tie: name shared by the holders of one logical tensor on several pipeline ranks, whose gradients must be summed; else None.
+        gradient_partial_over: those of them along which each rank computes only a part of the gradient, so that the
+            parts must be summed.
+        tie: name shared by the holders of one logical tensor on several pipeline ranks, whose gradients must be
+            summed; else None.
         counts: whether this holder is the one that stands for the tensor in the norm and in checkpoints.
         decays: whether weight decay applies.
         trains: whether the parameter is updated.
@@ -59,7 +65,9 @@ class Description:
     trains: bool = True
 
 
-def split_evenly(global_shape: tuple[int, ...], dim: int, parts: int, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def split_evenly(
+    global_shape: tuple[int, ...], dim: int, parts: int, index: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Offset and shape of part `index` of `parts` equal ones along `dim`."""
     assert global_shape[dim] % parts == 0, f"{global_shape} does not split into {parts} along dim {dim}"
     length = global_shape[dim] // parts

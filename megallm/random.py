@@ -1,8 +1,9 @@
 """Random numbers that do not depend on the layout.
 
-Every number is a function of (seed, step, name, row, column): the counter-based generator Philox 4x32-10 (Salmon et al., "Parallel random
-numbers: as easy as 1, 2, 3", SC 2011) turns a counter made of the global position of an element into four 32-bit words. A rank makes the
-numbers of the slice it owns and no others, in any order, and gets the integers that any other layout would get there.
+Every number is a function of (seed, step, name, row, column): the counter-based generator Philox 4x32-10 (Salmon et
+al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns a counter made of the global position of an element
+into four 32-bit words. A rank makes the numbers of the slice it owns and no others, in any order, and gets the
+integers that any other layout would get there.
 
 Counter words: column // 4, row (64 bits), step. Key: 64 bits derived from the seed and the name.
 """
@@ -29,7 +30,9 @@ def stream_key(seed: int, name: str, device: torch.device | str = "cpu") -> torc
     return torch.tensor(words, dtype=torch.int64, device=device)
 
 
-def philox(key: torch.Tensor, counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+def philox(
+    key: torch.Tensor, counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+) -> list[torch.Tensor]:
     """Philox 4x32-10. All arguments and results are int64 tensors that hold unsigned 32-bit words.
 
     The product of two words may pass 2^63 and wrap; the masks take the same 64 bits apart either way.
@@ -50,11 +53,13 @@ def philox(key: torch.Tensor, counter: tuple[torch.Tensor, torch.Tensor, torch.T
     return [c0, c1, c2, c3]
 
 
-def random_words(key: torch.Tensor, step: torch.Tensor | int, rows: torch.Tensor, start: int, num_columns: int) -> torch.Tensor:
+def random_words(
+    key: torch.Tensor, step: torch.Tensor | int, rows: torch.Tensor, start: int, num_columns: int
+) -> torch.Tensor:
     """Words for the elements (row, start .. start + num_columns) of a global matrix.
 
-    `rows` is int64 of any shape, the global row numbers; `step` an integer or a 0-dim int64 tensor. Returns int64 [*rows.shape, num_columns],
-    each element uniform in 0 .. 2^32 - 1.
+    `rows` is int64 of any shape, the global row numbers; `step` an integer or a 0-dim int64 tensor. Returns int64
+    [*rows.shape, num_columns], each element uniform in 0 .. 2^32 - 1.
     """
     first_block = start // 4
     num_blocks = (start + num_columns + 3) // 4 - first_block
@@ -73,10 +78,13 @@ def random_words(key: torch.Tensor, step: torch.Tensor | int, rows: torch.Tensor
     return words[..., start - 4 * first_block : start - 4 * first_block + num_columns]
 
 
-def normal_box(seed: int, name: str, global_shape: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+def normal_box(
+    seed: int, name: str, global_shape: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...]
+) -> torch.Tensor:
     """The box [offset, offset + shape) of a standard normal tensor of `global_shape`: float32.
 
-    The tensor is read as a matrix whose rows are all dims but the last. Box-Muller on pairs of words, in float64 and rounded to float32
+    The tensor is read as a matrix whose rows are all dims but the last. Box-Muller on pairs of words, in float64 and
+    rounded to float32
     once: every layout then gets the same bits.
     """
     if len(global_shape) == 1:
@@ -109,7 +117,9 @@ def _normal_rows(key: torch.Tensor, rows: torch.Tensor, start: int, num_columns:
     return normal.reshape(len(rows), -1)[:, start - first : start - first + num_columns].float()
 
 
-def keep_mask(key: torch.Tensor, step: torch.Tensor, rows: torch.Tensor, start: int, num_columns: int, drop: float) -> torch.Tensor:
+def keep_mask(
+    key: torch.Tensor, step: torch.Tensor, rows: torch.Tensor, start: int, num_columns: int, drop: float
+) -> torch.Tensor:
     """True where dropout keeps an element: bool [*rows.shape, num_columns], each kept with probability 1 - drop."""
     threshold = int(drop * 2.0**32)
     return random_words(key, step, rows, start, num_columns) >= threshold

@@ -42,10 +42,15 @@ def local_boxes(optimizer: BucketOptimizer, chunks: dict[int, nn.Module], mesh: 
         yield from shard_boxes(WEIGHTS, shard, shard.master)
         yield from shard_boxes(FIRST_MOMENT, shard, shard.state.first_moment)
         yield from shard_boxes(SECOND_MOMENT, shard, shard.state.second_moment)
+    yield from weight_boxes(chunks, mesh, frozen_only=True)
+
+
+def weight_boxes(chunks: dict[int, nn.Module], mesh: Mesh, frozen_only: bool = False) -> Iterator[LocalBox]:
+    """The parameters of this rank's chunks as they stand in the model, all of them or the frozen ones."""
     for chunk in chunks.values():
         for parameter in dict.fromkeys(chunk.parameters()):
             description = description_of(parameter)
-            if description.trains:
+            if description.trains and frozen_only:
                 continue
             first_holder = all(mesh.coordinates[axis] == 0 for axis in description.replicated_over)
             saves = description.counts and first_holder and mesh.dp.rank == 0
@@ -55,7 +60,9 @@ def local_boxes(optimizer: BucketOptimizer, chunks: dict[int, nn.Module], mesh: 
 
 
 def shard_boxes(kind: str, shard: Shard, flat: torch.Tensor) -> Iterator[LocalBox]:
-    """A flat tensor over the range of a shard (its master weights, a moment, the gradient) as boxes of logical tensors."""
+    """A flat tensor over the range of a shard (its master weights, a moment, the gradient) as boxes of logical
+    tensors.
+    """
     bucket = shard.bucket
     saves = bucket.key.counts and (bucket.sharded or bucket.group.rank == 0)
     for member in bucket.members:
@@ -67,7 +74,10 @@ def shard_boxes(kind: str, shard: Shard, flat: torch.Tensor) -> Iterator[LocalBo
 
 
 def _pieces_in_range(parameter: nn.Parameter, begin: int, end: int) -> Iterator[tuple[Piece, int, int, int]]:
-    """Pieces of a stored tensor that its flat range [begin, end) touches: (piece, where it starts, first, last within the piece)."""
+    """Pieces of a stored tensor that its flat range [begin, end) touches.
+
+    (piece, where it starts, first, last within the piece).
+    """
     row = math.prod(parameter.shape[1:])
     start = 0
     for piece in description_of(parameter).pieces:

@@ -100,9 +100,7 @@ def _copy_overlap(box: LocalBox, source: _SavedBox, handles: dict[Path, Any]) ->
     """Copies what a saved box and a local box share; returns the number of elements."""
     shape = tuple(box.tensor.shape)
     begin = [max(a, b) for a, b in zip(box.offset, source.offset, strict=True)]
-    end = [
-        min(a + n, b + m) for a, n, b, m in zip(box.offset, shape, source.offset, source.shape, strict=True)
-    ]
+    end = [min(a + n, b + m) for a, n, b, m in zip(box.offset, shape, source.offset, source.shape, strict=True)]
     if any(first >= last for first, last in zip(begin, end, strict=True)):
         return 0
     if source.file not in handles:

@@ -26,7 +26,8 @@ def checkpoint_folder(root: str | Path, iteration: int) -> Path:
 def save_checkpoint(root: str, iteration: int, boxes: Iterable[LocalBox], state: dict[str, Any], mesh: Mesh) -> Path:
     """Writes a checkpoint. Called by all ranks; returns when it is committed.
 
-    A folder with its final name is complete: files are written in a temporary folder beside it, which is renamed when every rank is done.
+    A folder with its final name is complete: files are written in a temporary folder beside it, which is renamed when
+    every rank is done.
     """
     final = checkpoint_folder(root, iteration)
     temporary = final.with_name(final.name + ".tmp")

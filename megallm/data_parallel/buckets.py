@@ -1,8 +1,9 @@
 """Parameters and gradients in contiguous buckets, each reduced and gathered as a whole.
 
-Parameters that are reduced over the same ranks, updated alike and belong to one model chunk lie one behind the other. Gradients are kept in
-float32 (float64 for float64 parameters) and summed there over micro-batches. With sharding, each rank of a bucket's group owns an equal
-flat range of it: its part of the reduced gradient, of the master weights and of the optimizer's state (ZeRO-1, Rajbhandari et al., 2020).
+Parameters that are reduced over the same ranks, updated alike and belong to one model chunk lie one behind the other.
+Gradients are kept in float32 (float64 for float64 parameters) and summed there over micro-batches. With sharding, each
+rank of a bucket's group owns an equal flat range of it: its part of the reduced gradient, of the master weights and of
+the optimizer's state (ZeRO-1, Rajbhandari et al., 2020).
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ class Member:
 class Bucket:
     """Contiguous parameters and gradients.
 
-    Attributes: `members`; `weights`, flat, in the parameters' dtype (the parameters are views of it); `gradient`, flat, float32 or float64;
-    `group`, the ranks it is reduced over; `shard`, this rank's flat range (everything without sharding).
+    Attributes: `members`; `weights`, flat, in the parameters' dtype (the parameters are views of it); `gradient`,
+        flat, float32 or float64; `group`, the ranks it is reduced over; `shard`, this rank's flat range (everything
+        without sharding).
     """
 
     def __init__(self, key: BucketKey, parameters: list[nn.Parameter], mesh: Mesh, sharded: bool) -> None:
@@ -74,9 +76,11 @@ class Bucket:
         return self.gradient[member.begin : member.end].view_as(member.parameter)
 
     def start_reduction(self) -> None:
-        """Sums the gradient over the holders of tied weights, then over the group; sharded, only this rank's range is complete after it.
+        """Sums the gradient over the holders of tied weights, then over the group; sharded, only this rank's range is
+        complete after it.
 
-        Tied holders lay out their buckets alike, so the first sum is over whole buckets and must come before the second.
+        Tied holders lay out their buckets alike, so the first sum is over whole buckets and must come before the
+        second.
         """
         if self.tie_group is not None:
             self.tie_group.all_reduce(self.gradient)
@@ -102,8 +106,8 @@ class Bucket:
 def build_buckets(chunks: dict[int, nn.Module], mesh: Mesh, max_elements: int, sharded: bool) -> list[Bucket]:
     """Puts every trainable parameter of this rank's chunks into a bucket.
 
-    Buckets come in the order in which a backward pass completes them: last chunk first, last parameter first; a bucket is closed when it
-    holds `max_elements`. To be called after freezing.
+    Buckets come in the order in which a backward pass completes them: last chunk first, last parameter first; a bucket
+    is closed when it holds `max_elements`. To be called after freezing.
     """
     grouped: dict[tuple[BucketKey, int], list[nn.Parameter]] = {}
     current: dict[BucketKey, int] = {}

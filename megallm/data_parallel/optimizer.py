@@ -28,7 +28,10 @@ class Shard:
 
 @dataclass
 class StepOutcome:
-    """Scalars of one step, on the device: the norm before clipping, whether the step was skipped (0 or 1), and sums that rode along."""
+    """Scalars of one step, on the device.
+
+    The norm before clipping, whether the step was skipped (0 or 1), and sums that rode along.
+    """
 
     grad_norm: torch.Tensor
     skipped: torch.Tensor
@@ -38,7 +41,8 @@ class StepOutcome:
 class BucketOptimizer:
     """AdamW over the buckets of a reducer.
 
-    Where weights are float32 or float64 they are their own master copy; for bfloat16 ones a float32 copy is kept for this rank's ranges.
+    Where weights are float32 or float64 they are their own master copy; for bfloat16 ones a float32 copy is kept for
+    this rank's ranges.
     """
 
     def __init__(
@@ -66,10 +70,12 @@ class BucketOptimizer:
     def step(self, learning_rate: torch.Tensor, sums: torch.Tensor) -> StepOutcome:
         """Updates the weights from the reduced gradients.
 
-        `learning_rate` is a float64 scalar. `sums`, float64 [n], is summed over all ranks in the message that carries the norm. A norm that
-        is not finite skips the step on every rank alike. Waits for nothing on a GPU.
+        `learning_rate` is a float64 scalar. `sums`, float64 [n], is summed over all ranks in the message that carries
+        the norm. A norm that is not finite skips the step on every rank alike. Waits for nothing on a GPU.
         """
-        squares = squared_norm([shard.gradient for shard in self.shards if self._counts(shard.bucket)], self.mesh.device)
+        squares = squared_norm(
+            [shard.gradient for shard in self.shards if self._counts(shard.bucket)], self.mesh.device
+        )
         totals = torch.cat((squares.reshape(1), sums))
         self.mesh.world.all_reduce(totals)
         norm = totals[0].sqrt()

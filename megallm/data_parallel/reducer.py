@@ -14,10 +14,12 @@ from megallm.ops.accumulate import accumulate_weight_gradient
 
 
 class GradientReducer:
-    """Gradients of this rank's model chunks, from the backward passes of a step to their sum over the data parallel ranks.
+    """Gradients of this rank's model chunks, from the backward passes of a step to their sum over the data parallel
+    ranks.
 
-    A parameter is complete when it got its gradient from the last micro-batch. With `overlap`, buckets are reduced while later backward passes
-    still run; they start in one fixed order, the same on all ranks. `close_chunk` counts what was unused in this step as complete too.
+    A parameter is complete when it got its gradient from the last micro-batch. With `overlap`, buckets are reduced
+    while later backward passes still run; they start in one fixed order, the same on all ranks. `close_chunk` counts
+    what was unused in this step as complete too.
     """
 
     def __init__(
@@ -30,7 +32,8 @@ class GradientReducer:
         sharded: bool,
         overlap: bool,
     ) -> None:
-        # Buckets start in this order. Tied ones wait for another pipeline rank at the end of the step and must not hold up the others.
+        # Buckets start in this order. Tied ones wait for another pipeline rank at the end of the step and must not
+        # hold up the others.
         buckets = build_buckets(chunks, mesh, bucket_elements, sharded)
         self.buckets = sorted(buckets, key=lambda bucket: bucket.key.tie is not None)
         self.overlap = overlap
@@ -79,7 +82,8 @@ class GradientReducer:
     def _take_gradient(self, parameter: torch.Tensor) -> None:
         """Moves what autograd computed into the bucket.
 
-        The hook runs once in a backward pass, when all uses of the parameter have given their part, even if the sink took them all.
+        The hook runs once in a backward pass, when all uses of the parameter have given their part, even if the sink
+        took them all.
         """
         assert isinstance(parameter, nn.Parameter), "hooks are registered on parameters"
         bucket, gradient = self._home[parameter]
@@ -120,4 +124,3 @@ def _waiter(waits: list[Callable[[], None]]) -> Callable[[nn.Module, tuple[objec
             finish()
 
     return wait
-

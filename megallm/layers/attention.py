@@ -24,9 +24,9 @@ def attend(
 ) -> torch.Tensor:
     """The core of attention.
 
-    query [batch, heads, sequence, head_dim]; key and value [batch, groups, sequence, head_dim], heads a multiple of groups. Causal where
-    `allowed` (bool, True = may look, [batch, 1, sequence, sequence]) is None. `dropout` is (probability, stream key, step, rows [batch, heads,
-    sequence]) or None. Returns [batch, heads, sequence, head_dim].
+    query [batch, heads, sequence, head_dim]; key and value [batch, groups, sequence, head_dim], heads a multiple of
+    groups. Causal where `allowed` (bool, True = may look, [batch, 1, sequence, sequence]) is None. `dropout` is
+    (probability, stream key, step, rows [batch, heads, sequence]) or None. Returns [batch, heads, sequence, head_dim].
     """
     scale = query.shape[-1] ** -0.5
     repeats = query.shape[1] // key.shape[1]
@@ -46,8 +46,9 @@ def attend(
 class SelfAttention(nn.Module):
     """Multi-head, grouped or multi-query self-attention: [sequence (/ tp), batch, hidden] -> the same shape.
 
-    Each tensor rank computes its share of the query heads. Where the query groups do not divide among the ranks, each rank projects an equal
-    part of the key and value features, the parts are gathered, and every rank picks the groups of its heads.
+    Each tensor rank computes its share of the query heads. Where the query groups do not divide among the ranks, each
+    rank projects an equal part of the key and value features, the parts are gathered, and every rank picks the groups
+    of its heads.
     """
 
     stream: torch.Tensor
@@ -107,14 +108,14 @@ class SelfAttention(nn.Module):
             query = apply_rotary(query, *sequence.rotary)
             key = apply_rotary(key, *sequence.rotary)
         # [s, b, heads, head_dim] -> [b, heads, s, head_dim]
-        arguments = [tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)]
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         dropout = self._dropout(sequence)
         if self.recompute_core and torch.is_grad_enabled():
             attended = checkpoint(
-                attend, *arguments, sequence.allowed, dropout, use_reentrant=False, preserve_rng_state=False
+                attend, query, key, value, sequence.allowed, dropout, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            attended = attend(*arguments, sequence.allowed, dropout)
+            attended = attend(query, key, value, sequence.allowed, dropout)
         # [b, heads, s, head_dim] -> [s, b, heads x head_dim]
         return self.output(attended.permute(2, 0, 1, 3).flatten(2))
 
@@ -125,9 +126,7 @@ class SelfAttention(nn.Module):
         heads = torch.arange(self.local_heads, device=features.device) + self.tp.rank * self.local_heads
         return groups.index_select(2, heads // (self.num_heads // self.num_groups))
 
-    def _dropout(
-        self, sequence: SequenceContext
-    ) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    def _dropout(self, sequence: SequenceContext) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor] | None:
         if self.dropout == 0.0 or sequence.step is None:
             return None
         device = sequence.sample_ids.device

@@ -9,22 +9,28 @@ import torch
 
 from megallm.communication import Group
 
-# (weight, gradient of the output [tokens, out], input [tokens, in]) -> None: adds the weight gradient to where it is kept.
+# (weight, gradient of the output [tokens, out], input [tokens, in]) -> None: adds the weight gradient to where it is
+# kept.
 WeightGradientSink = Callable[[torch.nn.Parameter, torch.Tensor, torch.Tensor], None]
 
 
 class WeightGradients:
     """Computes the weight gradients of linear layers.
 
-    By itself it hands them to autograd. A `sink` may take the two factors instead and accumulate their product where the gradient is kept, or
-    put it off.
+    By itself it hands them to autograd. A `sink` may take the two factors instead and accumulate their product where
+    the gradient is kept, or put it off.
     """
 
     def __init__(self) -> None:
         self.sink: WeightGradientSink | None = None
 
-    def compute(self, weight: torch.nn.Parameter, grad_output: torch.Tensor, input: torch.Tensor) -> torch.Tensor | None:
-        """Gradient of `weight` [out, in] for autograd, or None if the sink took it. `grad_output` [..., out], `input` [..., in]."""
+    def compute(
+        self, weight: torch.nn.Parameter, grad_output: torch.Tensor, input: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Gradient of `weight` [out, in] for autograd, or None if the sink took it.
+
+        `grad_output` [..., out], `input` [..., in].
+        """
         grad_rows = grad_output.reshape(-1, grad_output.shape[-1])  # [..., out] -> [tokens, out]
         input_rows = input.reshape(-1, input.shape[-1])  # [..., in] -> [tokens, in]
         if self.sink is None:
@@ -37,7 +43,8 @@ class WeightGradients:
 class LayoutContext:
     """How layers are laid out and made.
 
-    With `sequence_parallel`, tensors between the linear layers hold this rank's part of the sequence: [sequence / tp, batch, hidden].
+    With `sequence_parallel`, tensors between the linear layers hold this rank's part of the sequence: [sequence / tp,
+    batch, hidden].
     """
 
     tp: Group
@@ -60,7 +67,8 @@ class SequenceContext:
     Attributes:
         sample_ids: int64 [batch], number of each sequence within the global batch; random numbers are keyed by it.
         sequence_length: tokens in a sequence, over all tensor ranks.
-        local_positions: int64 [local sequence], places within the sequence of the tokens this rank holds between linear layers.
+        local_positions: int64 [local sequence], places within the sequence of the tokens this rank holds between
+            linear layers.
         rotary: cosines and sines [sequence, batch or 1, 1, head_dim], or None.
         allowed: bool [batch, 1, sequence, sequence], True where attention may look, or None for plain causal attention.
         step: int64 scalar tensor, the training step, keys dropout; None where dropout is off.

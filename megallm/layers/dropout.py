@@ -29,7 +29,8 @@ def apply_dropout(
 ) -> torch.Tensor:
     """Drops elements of `input` [..., columns] with `probability` and scales the rest.
 
-    `rows` int64 [...] numbers the rows of `input` globally: the same row under the same key and step is masked alike in any layout.
+    `rows` int64 [...] numbers the rows of `input` globally: the same row under the same key and step is masked alike
+    in any layout.
     """
     keep = keep_mask(key, step, rows, 0, input.shape[-1], probability)
     return _ApplyMask.apply(input, keep, 1.0 / (1.0 - probability))

@@ -39,8 +39,8 @@ def vocabulary_parameter(
 def embed_tokens(tokens: torch.Tensor, weight: torch.Tensor, context: LayoutContext) -> torch.Tensor:
     """Rows of the embedding: tokens int64 [batch, sequence] -> [sequence (/ tp), batch, hidden].
 
-    A rank looks up the tokens whose rows it holds; the others count as zero in the sum over ranks. With one rank, a token outside the
-    vocabulary raises IndexError; the loader checks ids before that.
+    A rank looks up the tokens whose rows it holds; the others count as zero in the sum over ranks. With one rank, a
+    token outside the vocabulary raises IndexError; the loader checks ids before that.
     """
     group = context.tp
     tokens = tokens.t()  # [batch, sequence] -> [sequence, batch]
@@ -59,7 +59,8 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         # float32 at least: the sum of exponentials of a large vocabulary does not fit 16 bits.
         exponentials = logits if logits.dtype == torch.float64 else logits.float()
         if exponentials.data_ptr() == logits.data_ptr():
-            # The logits are used by nothing else, and the product that made them does not need them in its backward pass.
+            # The logits are used by nothing else, and the product that made them does not need them in its backward
+            # pass.
             exponentials = logits.detach()
         first = group.rank * logits.shape[-1]
         if first + logits.shape[-1] > vocab_size:
@@ -88,10 +89,13 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         return grad_logits.to(ctx.dtype), None, None, None
 
 
-def vocabulary_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, group: Group) -> torch.Tensor:
+def vocabulary_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, group: Group
+) -> torch.Tensor:
     """Cross-entropy of each token, in nats, float32 or float64.
 
-    logits: [sequence, batch, padded vocabulary / tp], overwritten; columns from `vocab_size` on are padding and get no probability.
+    logits: [sequence, batch, padded vocabulary / tp], overwritten; columns from `vocab_size` on are padding and get no
+        probability.
     targets: int64 [sequence, batch], below `vocab_size`.
     """
     return _VocabularyCrossEntropy.apply(logits, targets, vocab_size, group)

@@ -17,9 +17,9 @@ from megallm.parameter import Description, Piece, make_parameter, part, whole
 class _Linear(torch.autograd.Function):
     """`input @ weight.T`, its weight gradient handed to the context.
 
-    With `group`, the input is shared by (or, with `sequence_parallel`, spread over) the group while each rank holds other rows of the weight:
-    the input's gradient is summed over the group while the weight gradient is computed. A spread input is gathered anew in the backward pass
-    rather than kept.
+    With `group`, the input is shared by (or, with `sequence_parallel`, spread over) the group while each rank holds
+    other rows of the weight: the input's gradient is summed over the group while the weight gradient is computed. A
+    spread input is gathered anew in the backward pass rather than kept.
     """
 
     @staticmethod
@@ -66,7 +66,8 @@ class _Linear(torch.autograd.Function):
 
 
 class ColumnParallelLinear(nn.Module):
-    """Each tensor rank computes some of the output features: [.., sequence (/ tp), batch, in] -> [sequence, batch, out / tp].
+    """Each tensor rank computes some of the output features: [.., sequence (/ tp), batch, in] -> [sequence, batch, out
+    / tp].
 
     The output is a concatenation of logical outputs `names` (query, key, value; gate, up), each cut evenly by itself.
     """
@@ -100,11 +101,19 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """Each tensor rank sees some of the input features: [sequence, batch, in / tp] -> [sequence (/ tp), batch, out].
 
-    The partial outputs are summed over the group, and the sequence is cut again where it is parallel. The bias is added after that.
+    The partial outputs are summed over the group, and the sequence is cut again where it is parallel. The bias is
+    added after that.
     """
 
     def __init__(
-        self, name: str, input_size: int, output_size: int, context: LayoutContext, *, bias: bool, standard_deviation: float
+        self,
+        name: str,
+        input_size: int,
+        output_size: int,
+        context: LayoutContext,
+        *,
+        bias: bool,
+        standard_deviation: float,
     ) -> None:
         super().__init__()
         self.context = context
@@ -131,7 +140,9 @@ class RowParallelLinear(nn.Module):
 
 
 def column_parallel_linear(input: torch.Tensor, weight: nn.Parameter, context: LayoutContext) -> torch.Tensor:
-    """The product of a column parallel layer with a weight that belongs to another layer, such as a tied output matrix."""
+    """The product of a column parallel layer with a weight that belongs to another layer, such as a tied output
+    matrix.
+    """
     return _Linear.apply(input, weight, context.weight_gradients, context.tp, context.sequence_parallel)
 
 

@@ -20,7 +20,9 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, name: str, config: ModelConfig, context: LayoutContext, recompute_core_attention: bool) -> None:
         super().__init__()
-        assert config.kv_channels and config.num_query_groups and config.ffn_hidden_size, "the configuration is resolved"
+        assert config.kv_channels and config.num_query_groups and config.ffn_hidden_size, (
+            "the configuration is resolved"
+        )
         hidden, epsilon = config.hidden_size, config.norm_epsilon
         deviation = config.init_method_std
         # Each layer adds two outputs to the residual stream: their variance is kept down to that of one (GPT-2).

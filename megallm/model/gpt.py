@@ -45,7 +45,9 @@ class GPTEmbedding(nn.Module):
             )
             self.position = make_parameter(description, context.dtype, context.device)
         elif model.position_embedding_type == "sinusoidal":
-            sinusoids = sinusoidal_table(model.max_position_embeddings, model.hidden_size, context.dtype, context.device)
+            sinusoids = sinusoidal_table(
+                model.max_position_embeddings, model.hidden_size, context.dtype, context.device
+            )
         self.register_buffer("sinusoids", sinusoids, persistent=False)
         self.dropout = HiddenDropout("embedding", model.hidden_dropout, context)
 
@@ -60,7 +62,10 @@ class GPTEmbedding(nn.Module):
 
 
 class GPTHead(nn.Module):
-    """Final norm and output layer: [sequence (/ tp), batch, hidden] -> logits [sequence, batch, padded vocabulary / tp]."""
+    """Final norm and output layer.
+
+    [sequence (/ tp), batch, hidden] -> logits [sequence, batch, padded vocabulary / tp].
+    """
 
     def __init__(self, config: Config, context: LayoutContext, padded_size: int, shared: nn.Parameter | None) -> None:
         super().__init__()
@@ -71,7 +76,8 @@ class GPTHead(nn.Module):
         if shared is not None:
             self.weight = shared
             return
-        # With tied weights on another pipeline rank, this is a second holder of the embedding, equal from the first step on.
+        # With tied weights on another pipeline rank, this is a second holder of the embedding, equal from the first
+        # step on.
         tied = model.tie_embeddings
         self.weight = vocabulary_parameter(
             WORD_EMBEDDING if tied else "output.weight",
@@ -91,16 +97,15 @@ class GPTHead(nn.Module):
 class GPTStage(nn.Module):
     """Consecutive layers of a GPT, with the embedding before the first and the head after the last.
 
-    Takes the previous stage's outputs and a micro-batch (`tokens`, `position_ids` int64 [batch, sequence], `sample_ids` int64 [batch], optionally
-    `document_ids` int64 [batch, sequence]), returns a tuple of one tensor: hidden states, or logits from the last stage.
+    Takes the previous stage's outputs and a micro-batch (`tokens`, `position_ids` int64 [batch, sequence],
+    `sample_ids` int64 [batch], optionally `document_ids` int64 [batch, sequence]), returns a tuple of one tensor:
+    hidden states, or logits from the last stage.
     """
 
     cosines: torch.Tensor | None
     sines: torch.Tensor | None
 
-    def __init__(
-        self, config: Config, layers: range, context: LayoutContext, *, is_first: bool, is_last: bool
-    ) -> None:
+    def __init__(self, config: Config, layers: range, context: LayoutContext, *, is_first: bool, is_last: bool) -> None:
         super().__init__()
         model, training = config.model, config.training
         assert model.vocab_size and model.kv_channels and model.max_position_embeddings, "the configuration is resolved"
@@ -111,9 +116,7 @@ class GPTStage(nn.Module):
         tie = WORD_EMBEDDING if model.tie_embeddings and not is_last else None
         self.embedding = GPTEmbedding(config, context, padded, tie) if is_first else None
         self.layers = nn.ModuleList(
-            TransformerLayer(
-                f"decoder.layers.{number}", model, context, training.recompute_granularity == "selective"
-            )
+            TransformerLayer(f"decoder.layers.{number}", model, context, training.recompute_granularity == "selective")
             for number in layers
         )
         self.head = None

@@ -29,7 +29,9 @@ class AdamWState:
 def new_state(weights: torch.Tensor) -> AdamWState:
     """The state before the first update."""
     return AdamWState(
-        torch.zeros_like(weights), torch.zeros_like(weights), torch.zeros((), dtype=torch.float32, device=weights.device)
+        torch.zeros_like(weights),
+        torch.zeros_like(weights),
+        torch.zeros((), dtype=torch.float32, device=weights.device),
     )
 
 
@@ -46,8 +48,8 @@ def adamw_step(
 ) -> None:
     """Updates flat `weights` in place.
 
-    `learning_rate` (float64), `clip_coefficient` (multiplies the gradient) and `skip` (1 leaves everything as it was) are scalars on the
-    tensors' device, so that nothing waits for the host. `gradient` is overwritten.
+    `learning_rate` (float64), `clip_coefficient` (multiplies the gradient) and `skip` (1 leaves everything as it was)
+    are scalars on the tensors' device, so that nothing waits for the host. `gradient` is overwritten.
     """
     if weights.numel() == 0:
         return

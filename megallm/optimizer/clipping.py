@@ -15,7 +15,10 @@ def squared_norm(tensors: list[torch.Tensor], device: torch.device) -> torch.Ten
 
 
 def clip_coefficient(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
-    """min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it; 1 where `max_norm` is 0: float64 scalar."""
+    """min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it.
+
+    1 where `max_norm` is 0: float64 scalar.
+    """
     if max_norm <= 0.0:
         return torch.ones_like(norm)
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -12,8 +12,8 @@ import torch
 class LearningRateSchedule:
     """Linear warm-up, then a decay from `peak` to `minimum`, which stays. Lengths are in samples.
 
-    The position is the number of samples that moved the weights: a skipped step does not advance it. The first step is taken at position 0,
-    as in Megatron: with a warm-up from 0 it moves nothing.
+    The position is the number of samples that moved the weights: a skipped step does not advance it. The first step is
+    taken at position 0, as in Megatron: with a warm-up from 0 it moves nothing.
     """
 
     peak: float

@@ -1,12 +1,12 @@
 """Walks this rank's list of steps and does what each says.
 
-The executor knows nothing of any particular schedule. The order of work, the receive buffers and the waits are all in the lowered schedule,
-which was verified before; here each kind of action is one short method.
+The executor knows nothing of any particular schedule. The order of work, the receive buffers and the waits are all in
+the lowered schedule, which was verified before; here each kind of action is one short method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,20 +62,21 @@ class PipelineExecutor:
         stages: this rank's stages by their global number.
         mesh: for the pipeline neighbours.
         message: shape and dtype of each tensor that passes between stages; constant within one call.
-        close_chunk: called with a stage's number after its last backward pass.
+
+    Attributes:
+        close_chunk: called with a stage's number after its last backward pass; does nothing until it is set.
     """
 
     def __init__(
         self,
-        stages: dict[int, Stage],
+        stages: Mapping[int, Stage],
         mesh: Mesh,
         message: list[tuple[tuple[int, ...], torch.dtype]],
-        close_chunk: Callable[[int], None],
     ) -> None:
         self.stages = stages
         self.mesh = mesh
         self.message = message
-        self.close_chunk = close_chunk
+        self.close_chunk: Callable[[int], None] = lambda stage: None
         self.channels = mesh.connect_pipeline()
         self._buffers: dict[tuple[Kind, int], Tensors] = {}
         self._check_messages_agree()
@@ -102,7 +103,9 @@ class PipelineExecutor:
         `stopwatch` measures each forward and backward pass.
         """
         schedule = lowered.schedule
-        assert len(micro_batches) == schedule.num_micro_batches, "the schedule is made for another number of micro-batches"
+        assert len(micro_batches) == schedule.num_micro_batches, (
+            "the schedule is made for another number of micro-batches"
+        )
         run = _Run(micro_batches, loss_function, dropout_step, with_backward=not schedule.forward_only)
         with torch.set_grad_enabled(run.with_backward):
             for step in lowered.steps[self.mesh.pp.rank]:

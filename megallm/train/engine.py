@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -24,7 +25,8 @@ from megallm.train.tasks.task import Task
 class Progress:
     """Where a run stands.
 
-    `position` (float64 scalar on the device) counts the samples of the steps that were not skipped: the learning rate follows it.
+    `position` (float64 scalar on the device) counts the samples of the steps that were not skipped: the learning rate
+    follows it.
     """
 
     position: torch.Tensor
@@ -35,15 +37,34 @@ class Progress:
 
 
 @dataclass
-class Engine:
-    """A model in its layout, ready to train."""
+class Model:
+    """A model in its layout, with what runs it: enough to evaluate and to generate.
+
+    `chunks` are this rank's stages by their global number, `layers` the numbers of the layers in each.
+    """
 
     config: Config
     task: Task
     mesh: Mesh
     context: LayoutContext
+    layers: dict[int, range]
     chunks: dict[int, nn.Module]
     executor: PipelineExecutor
+
+    def schedule(self, num_micro_batches: int, *, forward_only: bool = False) -> LoweredSchedule:
+        """The verified schedule for one call of the executor."""
+        parallel = self.config.parallel
+        name = parallel.pipeline_schedule
+        if name == "auto":
+            name = "interleaved" if parallel.num_virtual_stages_per_pipeline_rank > 1 else "1f1b"
+        virtual_stages = parallel.num_virtual_stages_per_pipeline_rank
+        return _verified(name, parallel.pipeline_model_parallel_size, virtual_stages, num_micro_batches, forward_only)
+
+
+@dataclass
+class Engine(Model):
+    """A model with everything that trains it."""
+
     reducer: GradientReducer
     optimizer: BucketOptimizer
     learning_rate: LearningRateSchedule
@@ -56,49 +77,55 @@ class Engine:
         assert training.global_batch_size, "the configuration is resolved"
         return training.global_batch_size // (training.micro_batch_size * self.mesh.shape.dp)
 
-    def schedule(self, *, forward_only: bool = False, num_micro_batches: int | None = None) -> LoweredSchedule:
-        """The verified schedule of one call of the executor."""
-        return lowered_schedule(self.config, num_micro_batches or self.num_micro_batches, forward_only)
+
+@lru_cache(maxsize=64)
+def _verified(
+    name: str, num_ranks: int, num_virtual_stages: int, num_micro_batches: int, forward_only: bool
+) -> LoweredSchedule:
+    lowered = lower(build_schedule(name, num_ranks, num_virtual_stages, num_micro_batches, forward_only=forward_only))
+    verify(lowered)
+    return lowered
 
 
-def lowered_schedule(config: Config, num_micro_batches: int, forward_only: bool) -> LoweredSchedule:
-    """Builds, lowers and verifies the schedule that the configuration names. Repeated calls are answered from the schedule caches."""
-    parallel = config.parallel
-    name = parallel.pipeline_schedule
-    if name == "auto":
-        name = "interleaved" if parallel.num_virtual_stages_per_pipeline_rank > 1 else "1f1b"
-    schedule = build_schedule(
-        name,
-        parallel.pipeline_model_parallel_size,
-        parallel.num_virtual_stages_per_pipeline_rank,
-        num_micro_batches,
-        forward_only=forward_only,
-    )
-    return lower(schedule)
+def build_model(config: Config, task: Task, mesh: Mesh) -> Model:
+    """Builds and initialises this rank's stages.
 
-
-def build_engine(config: Config, task: Task, mesh: Mesh) -> Engine:
-    """Builds this rank's part of everything. Called by all ranks with a resolved and validated configuration."""
-    training, parallel = config.training, config.parallel
+    Called by all ranks with a resolved and validated configuration.
+    """
+    training = config.training
     dtype = torch.float64 if training.fp64 else torch.bfloat16 if training.bf16 else torch.float32
     context = LayoutContext(
         tp=mesh.tp,
-        sequence_parallel=parallel.sequence_parallel and mesh.tp.size > 1,
+        sequence_parallel=config.parallel.sequence_parallel and mesh.tp.size > 1,
         dtype=dtype,
         device=mesh.device,
         seed=training.seed,
     )
-    chunks = _build_chunks(config, task, mesh, context)
+    layers = _own_layers(config, mesh)
+    last = mesh.shape.pp * config.parallel.num_virtual_stages_per_pipeline_rank - 1
+    chunks = {
+        stage: task.build_stage(config, own, context, is_first=stage == 0, is_last=stage == last)
+        for stage, own in layers.items()
+    }
+    sequence = config.data.seq_length // (mesh.tp.size if context.sequence_parallel else 1)
+    message = ((sequence, training.micro_batch_size, config.model.hidden_size), dtype)
+    return Model(config, task, mesh, context, layers, chunks, PipelineExecutor(chunks, mesh, [message]))
+
+
+def build_engine(config: Config, task: Task, mesh: Mesh) -> Engine:
+    """Builds this rank's part of everything that training needs. Called by all ranks, as `build_model`."""
+    model = build_model(config, task, mesh)
+    parallel, settings = config.parallel, config.optimizer
     assert parallel.ddp_bucket_size, "the configuration is resolved"
     reducer = GradientReducer(
-        chunks,
+        model.chunks,
         mesh,
-        context.weight_gradients,
+        model.context.weight_gradients,
         bucket_elements=parallel.ddp_bucket_size,
         sharded=parallel.use_distributed_optimizer,
         overlap=parallel.overlap_grad_reduce,
     )
-    settings = config.optimizer
+    model.executor.close_chunk = reducer.close_chunk
     optimizer = BucketOptimizer(
         reducer,
         mesh,
@@ -107,40 +134,31 @@ def build_engine(config: Config, task: Task, mesh: Mesh) -> Engine:
         max_grad_norm=settings.clip_grad,
         overlap_gather=parallel.overlap_param_gather,
     )
-    sequence = config.data.seq_length // (mesh.tp.size if context.sequence_parallel else 1)
-    message = ((sequence, training.micro_batch_size, config.model.hidden_size), dtype)
-    executor = PipelineExecutor(chunks, mesh, [message], reducer.close_chunk)
-    engine = Engine(
-        config,
-        task,
-        mesh,
-        context,
-        chunks,
-        executor,
-        reducer,
-        optimizer,
-        _learning_rate_schedule(config),
-        Progress(
-            torch.zeros((), dtype=torch.float64, device=mesh.device),
-            torch.zeros((), dtype=torch.float32, device=mesh.device),
-        ),
+    progress = Progress(
+        torch.zeros((), dtype=torch.float64, device=mesh.device),
+        torch.zeros((), dtype=torch.float32, device=mesh.device),
     )
-    _verify_schedule(engine)
+    engine = Engine(
+        **vars(model),
+        reducer=reducer,
+        optimizer=optimizer,
+        learning_rate=_learning_rate_schedule(config),
+        progress=progress,
+    )
+    _compare_schedules(engine)
     return engine
 
 
-def _build_chunks(config: Config, task: Task, mesh: Mesh, context: LayoutContext) -> dict[int, nn.Module]:
-    """This rank's stages by their global number: stage s lives on pipeline rank s mod pipeline size."""
+def _own_layers(config: Config, mesh: Mesh) -> dict[int, range]:
+    """Layers of this rank's stages, by the stage's global number: stage s lives on pipeline rank s mod pipeline size.
+
+    The output layer costs as much as several layers where the vocabulary is large, so that the last stage gets fewer.
+    """
     size = mesh.shape.pp
     num_stages = size * config.parallel.num_virtual_stages_per_pipeline_rank
     head_cost = head_cost_in_layers(config.model, config.data.seq_length)
     ranges = split_layers(config.model.num_layers, num_stages, embedding_cost=0.0, head_cost=head_cost)
-    return {
-        stage: task.build_stage(
-            config, ranges[stage], context, is_first=stage == 0, is_last=stage == num_stages - 1
-        )
-        for stage in range(mesh.pp.rank, num_stages, size)
-    }
+    return {stage: ranges[stage] for stage in range(mesh.pp.rank, num_stages, size)}
 
 
 def _learning_rate_schedule(config: Config) -> LearningRateSchedule:
@@ -156,11 +174,9 @@ def _learning_rate_schedule(config: Config) -> LearningRateSchedule:
     )
 
 
-def _verify_schedule(engine: Engine) -> None:
-    """Proves the schedule and makes sure that every rank runs the same one."""
-    lowered = engine.schedule()
-    verify(lowered)
-    mine = int(lowered.fingerprint()[:15], 16)
+def _compare_schedules(engine: Engine) -> None:
+    """Makes sure that every rank runs the same schedule."""
+    mine = int(engine.schedule(engine.num_micro_batches).fingerprint()[:15], 16)
     extremes = torch.tensor([mine, -mine], dtype=torch.int64, device=engine.mesh.device)
     engine.mesh.world.all_reduce(extremes, "max")
     if extremes.tolist() != [mine, -mine]:

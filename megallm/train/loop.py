@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from megallm.config import resolve
 from megallm.config.tree import Config
-from megallm.data.loader import build_loader
+from megallm.data.loader import SampleSource, build_loader
 from megallm.data.sampler import GlobalBatchSampler
-from megallm.device import Stopwatch, select_backend, select_device, use_one_thread_per_process
-from megallm.mesh import Mesh, MeshShape, start_processes
+from megallm.device import Stopwatch
+from megallm.mesh import Mesh
 from megallm.plan.flops import parameter_count
-from megallm.plan.validate import check
 from megallm.schedule import Event, Timeline, simulate
-from megallm.train.datasets import Datasets, build_datasets, build_tokenizer_of
+from megallm.train.agreement import on_every_rank
+from megallm.train.datasets import Datasets, build_datasets, build_tokenizer_of, model_vocab_size
 from megallm.train.engine import Engine, build_engine
 from megallm.train.metrics import Reporter, log_on_rank_zero, mean_losses
+from megallm.train.processes import joined_processes
 from megallm.train.resume import load_engine, save_engine
 from megallm.train.step import Batch, evaluate_step, train_step
 from megallm.train.tasks.task import Task
@@ -32,30 +30,17 @@ def pretrain(config: Config, make_task: Callable[[Config], Task]) -> None:
 
     Raises ValueError, the same on every rank, for a mistake in the configuration or in a file it names.
     """
-    training, parallel = config.training, config.parallel
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    check(config, world_size)
-    device = select_device(training.device, int(os.environ.get("LOCAL_RANK", "0")))
-    if device.type == "cpu":
-        use_one_thread_per_process(local_world_size)
-    backend = select_backend(device, local_world_size, parallel.distributed_backend)
-    rank, world_size = start_processes(backend, device, timedelta(minutes=parallel.distributed_timeout_minutes))
-    try:
-        tokenizer = build_tokenizer_of(config)
-        config = resolve(config, world_size, tokenizer.vocab_size if tokenizer is not None else None)
-        model_size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-        shape = MeshShape(
-            tp=parallel.tensor_model_parallel_size,
-            dp=world_size // model_size,
-            pp=parallel.pipeline_model_parallel_size,
-        )
-        mesh = Mesh(shape, rank, device)
-        _run(config, make_task(config), mesh, build_datasets(config, tokenizer))
-        mesh.close()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with joined_processes(config) as (resolved, mesh):
+        config, datasets = on_every_rank(mesh, lambda: _read_files(resolved))
+        _run(config, make_task(config), mesh, datasets)
+
+
+def _read_files(config: Config) -> tuple[Config, Datasets]:
+    """Tokenizer and datasets; the tokenizer settles the size of the vocabulary."""
+    tokenizer = build_tokenizer_of(config)
+    vocab_size = model_vocab_size(config, tokenizer)
+    config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+    return config, build_datasets(config, tokenizer)
 
 
 def _run(config: Config, task: Task, mesh: Mesh, datasets: Datasets) -> None:
@@ -105,6 +90,7 @@ def _train(engine: Engine, datasets: Datasets, reporter: Reporter, log: Callable
 
 
 def _evaluate(engine: Engine, datasets: Datasets, reporter: Reporter) -> None:
+    assert datasets.valid is not None, "there is validation data"
     reporter.flush()
     resume = reporter.pause()
     progress, training = engine.progress, engine.config.training
@@ -120,12 +106,14 @@ def _evaluate(engine: Engine, datasets: Datasets, reporter: Reporter) -> None:
     resume()
 
 
-def _global_batches(engine: Engine, dataset: object, consumed_samples: int, purpose: str) -> Iterator[list[Batch]]:
+def _global_batches(
+    engine: Engine, dataset: SampleSource, consumed_samples: int, purpose: str
+) -> Iterator[list[Batch]]:
     """This rank's micro-batches of one global batch after another, on the device."""
     config, mesh = engine.config, engine.mesh
     assert config.training.global_batch_size, "the configuration is resolved"
     sampler = GlobalBatchSampler(
-        num_samples=len(dataset),  # type: ignore[arg-type]
+        num_samples=len(dataset),
         consumed_samples=consumed_samples,
         global_batch_size=config.training.global_batch_size,
         micro_batch_size=config.training.micro_batch_size,
@@ -140,7 +128,7 @@ def _global_batches(engine: Engine, dataset: object, consumed_samples: int, purp
         ]
     raise ValueError(
         f"the {purpose} data ended after {consumed_samples} consumed samples and "
-        f"{sampler.num_batches} further global batches of {config.training.global_batch_size}"
+        f"{len(sampler)} further global batches of {config.training.global_batch_size}"
     )
 
 
@@ -148,8 +136,8 @@ def _describe(engine: Engine, log: Callable[[str], None]) -> None:
     """One paragraph before the first step: what runs, in which layout, under which schedule."""
     shape, config = engine.mesh.shape, engine.config
     count = parameter_count(config.model).total
-    layers = [len(chunk.layers) for chunk in engine.chunks.values() if hasattr(chunk, "layers")]
-    lowered = engine.schedule()
+    layers = [len(layers) for layers in engine.layers.values()]
+    lowered = engine.schedule(engine.num_micro_batches)
     bubble = simulate(lowered).bubble
     log(
         f"{count:,} parameters in {config.model.num_layers} layers over {shape.world_size} processes: tensor {shape.tp}"

@@ -1,11 +1,12 @@
 """The scale of the loss and of every gradient, defined here and nowhere else.
 
-A loss is a sum of terms t, each with a weight w_t, a sum S_t over something countable (tokens, sentences, examples) and its count N_t:
+A loss is a sum of terms t, each with a weight w_t, a sum S_t over something countable (tokens, sentences, examples)
+and its count N_t:
 
     loss = sum over t of  w_t * S_t / N_t
 
-S_t and N_t run over the whole global batch: all micro-batches of all data parallel ranks. N_t is known before the first backward pass, since
-it depends on the data alone. Each micro-batch on each rank therefore differentiates
+S_t and N_t run over the whole global batch: all micro-batches of all data parallel ranks. N_t is known before the
+first backward pass, since it depends on the data alone. Each micro-batch on each rank therefore differentiates
 
     sum over t of  w_t * (its share of S_t) / N_t
 

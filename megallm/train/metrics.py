@@ -37,7 +37,12 @@ class StepRecord:
         """Flat form: each loss under its own name."""
         fields = asdict(self)
         losses = fields.pop("losses")
-        return {"iteration": fields.pop("iteration"), "consumed_samples": fields.pop("consumed_samples"), **losses, **fields}
+        return {
+            "iteration": fields.pop("iteration"),
+            "consumed_samples": fields.pop("consumed_samples"),
+            **losses,
+            **fields,
+        }
 
 
 class JsonLines:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from megallm.checkpoint.boxes import local_boxes
+from megallm.checkpoint.boxes import local_boxes, weight_boxes
 from megallm.checkpoint.load import find_checkpoint, load_boxes, read_manifest
 from megallm.checkpoint.save import save_checkpoint
 from megallm.config import to_dict
-from megallm.train.engine import Engine
+from megallm.train.agreement import on_every_rank
+from megallm.train.engine import Engine, Model
 
 
 def save_engine(engine: Engine, root: str) -> Path:
@@ -27,15 +29,20 @@ def save_engine(engine: Engine, root: str) -> Path:
 
 
 def load_engine(engine: Engine, root: str) -> Path | None:
-    """Continues from the newest checkpoint under `root`, saved under any layout. Returns its folder, or None if there is none.
+    """Continues from the newest checkpoint under `root`, saved under any layout. Returns its folder, or None if there
+    is none.
 
     Raises ValueError if the checkpoint is of another model or incomplete.
     """
     folder = find_checkpoint(root)
     if folder is None:
         return None
-    manifest = read_manifest(folder)
-    load_boxes(folder, local_boxes(engine.optimizer, engine.chunks, engine.mesh))
+
+    def read() -> dict[str, Any]:
+        load_boxes(folder, local_boxes(engine.optimizer, engine.chunks, engine.mesh))
+        return read_manifest(folder)
+
+    manifest = on_every_rank(engine.mesh, read)
     engine.optimizer.publish_weights()
     engine.reducer.finish_gather()
     progress = engine.progress
@@ -47,3 +54,11 @@ def load_engine(engine: Engine, root: str) -> Path | None:
     for shard in engine.optimizer.shards:
         shard.state.num_updates.fill_(manifest["num_updates"])
     return folder
+
+
+def load_weights(model: Model, folder: Path) -> None:
+    """Fills a model's parameters, without optimizer state, from a checkpoint saved under any layout.
+
+    Raises ValueError if the checkpoint is of another model or incomplete.
+    """
+    on_every_rank(model.mesh, lambda: load_boxes(folder, weight_boxes(model.chunks, model.mesh)))

@@ -32,7 +32,7 @@ def train_step(engine: Engine, micro_batches: list[Batch], stopwatch: Stopwatch 
     dropout_step = torch.full((), engine.progress.iteration, dtype=torch.int64, device=engine.mesh.device)
     engine.reducer.start_step(len(micro_batches))
     engine.executor.run(
-        engine.schedule(),
+        engine.schedule(len(micro_batches)),
         micro_batches,
         lambda outputs, batch: scaler(engine.task.loss_terms(outputs, batch, engine.context)),
         dropout_step,
@@ -55,7 +55,7 @@ def evaluate_step(engine: Engine, micro_batches: list[Batch]) -> tuple[torch.Ten
     engine.reducer.finish_gather()
     scaler = LossScaler(_counts(engine, micro_batches))
     engine.executor.run(
-        engine.schedule(forward_only=True, num_micro_batches=len(micro_batches)),
+        engine.schedule(len(micro_batches), forward_only=True),
         micro_batches,
         lambda outputs, batch: scaler(engine.task.loss_terms(outputs, batch, engine.context)),
     )
@@ -70,7 +70,10 @@ def _counts(engine: Engine, micro_batches: list[Batch]) -> torch.Tensor:
 
 
 def _own_sums(engine: Engine, scaler: LossScaler) -> torch.Tensor:
-    """This rank's part of the loss sums: of the tensor ranks of the last stage, which all have it, the first one's counts."""
+    """This rank's part of the loss sums.
+
+    Of the tensor ranks of the last stage, which all have it, the first one's counts.
+    """
     mesh = engine.mesh
     if mesh.tp.rank == 0 and mesh.pp.rank == mesh.pp.size - 1:
         return scaler.sums

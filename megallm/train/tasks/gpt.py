@@ -19,6 +19,12 @@ class GPTTask:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
+    @classmethod
+    def from_config(cls, config: Config) -> GPTTask:
+        """The task of a resolved configuration."""
+        assert config.model.vocab_size, "the configuration is resolved"
+        return cls(config.model.vocab_size)
+
     def build_stage(
         self, config: Config, layers: range, context: LayoutContext, *, is_first: bool, is_last: bool
     ) -> GPTStage:

@@ -1,0 +1,89 @@
+"""The data of a run: tokenizer and datasets as the configuration names them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megallm.config.tree import Config
+from megallm.data.blended_dataset import build_train_valid_test_datasets, parse_data_path
+from megallm.data.gpt_dataset import GPTDatasetSettings
+from megallm.data.loader import SampleSource
+from megallm.data.mock_dataset import MockDataset
+from megallm.data.tokenizer import Tokenizer, build_tokenizer
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """Training data, and validation data if the run evaluates."""
+
+    train: SampleSource
+    valid: SampleSource | None
+
+
+def build_tokenizer_of(config: Config) -> Tokenizer | None:
+    """The run's tokenizer; None for mock data that names none or NullTokenizer, whose vocabulary is --vocab-size.
+
+    Raises ValueError for a tokenizer that cannot be read, or that has more tokens than --vocab-size.
+    """
+    data, given = config.data, config.model.vocab_size
+    if data.tokenizer_type is None or (data.mock_data and data.tokenizer_type == "NullTokenizer"):
+        return None
+    tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, given)
+    if given is not None and data.tokenizer_type != "NullTokenizer" and given < tokenizer.vocab_size:
+        raise ValueError(
+            f"--vocab-size {given} is less than the {tokenizer.vocab_size} tokens of {data.tokenizer_model}: "
+            f"leave the flag out, or give {tokenizer.vocab_size} or more"
+        )
+    return tokenizer
+
+
+def model_vocab_size(config: Config, tokenizer: Tokenizer | None) -> int | None:
+    """Rows of the model's vocabulary.
+
+    --vocab-size, but at least the tokenizer's (NullTokenizer adds its end of document).
+    """
+    sizes = [config.model.vocab_size, tokenizer.vocab_size if tokenizer is not None else None]
+    return max((size for size in sizes if size is not None), default=None)
+
+
+def build_datasets(config: Config, tokenizer: Tokenizer | None) -> Datasets:
+    """Training and validation data with as many samples as the run takes.
+
+    Raises ValueError if a file is missing, broken or too small.
+    """
+    training, data = config.training, config.data
+    batch, vocab_size = training.global_batch_size, config.model.vocab_size
+    assert batch and vocab_size, "the configuration is resolved"
+    train_samples = training.train_iters * batch
+    # One evaluation more than the interval asks for, as Megatron counts: the indices are then the same.
+    evaluations = training.train_iters // training.eval_interval + 1 if training.eval_interval else 0
+    valid_samples = evaluations * training.eval_iters * batch
+    if data.mock_data:
+        seeds = training.seed, training.seed + 1
+        train, valid = (
+            MockDataset(size, data.seq_length, vocab_size, seed)
+            for size, seed in zip((train_samples, valid_samples), seeds, strict=True)
+        )
+        return Datasets(train, valid if valid_samples else None)
+    cache = data.data_cache_path
+    if cache is None:
+        prefixes, _ = parse_data_path(data.data_path)
+        cache = str(Path(prefixes[0]).parent / "cache" / "GPTDataset_indices")
+    settings = GPTDatasetSettings(
+        sequence_length=data.seq_length,
+        seed=training.seed,
+        vocab_size=vocab_size,
+        eod_id=tokenizer.eod_id if tokenizer is not None else None,
+        pad_id=tokenizer.pad_id if tokenizer is not None else None,
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+        eod_mask_loss=data.eod_mask_loss,
+        cache_path=cache,
+        data_path=tuple(data.data_path),
+        split=data.split,
+    )
+    built = build_train_valid_test_datasets(settings, (train_samples, valid_samples, 0))
+    if built[0] is None:
+        raise ValueError(f"--split {data.split!r} leaves no training data")
+    return Datasets(built[0], built[1])

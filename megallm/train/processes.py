@@ -1,0 +1,45 @@
+"""The processes of a job: device, backend, groups, and their end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megallm.config import data_parallel_size, resolve
+from megallm.config.tree import Config
+from megallm.device import select_backend, select_device, use_one_thread_per_process
+from megallm.mesh import Mesh, MeshShape, start_processes
+from megallm.plan.validate import check
+
+
+@contextmanager
+def joined_processes(config: Config) -> Iterator[tuple[Config, Mesh]]:
+    """Checks and resolves a configuration for the processes that torchrun started, or for this one alone, and joins
+    them in a mesh.
+
+    Raises ValueError with everything that is wrong, before any process waits for another.
+    """
+    parallel = config.parallel
+    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = select_device(config.training.device, int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cpu":
+        use_one_thread_per_process(local_world_size)
+    backend = select_backend(device, local_world_size, parallel.distributed_backend)
+    rank, world_size = start_processes(backend, device, timedelta(minutes=parallel.distributed_timeout_minutes))
+    try:
+        shape = MeshShape(
+            tp=parallel.tensor_model_parallel_size,
+            dp=data_parallel_size(parallel, world_size),
+            pp=parallel.pipeline_model_parallel_size,
+        )
+        mesh = Mesh(shape, rank, device)
+        yield resolve(config, world_size), mesh
+        mesh.close()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,38 @@
+"""Pretrains a decoder-only transformer (GPT, Llama).
+
+torchrun --nproc-per-node 8 pretrain_gpt.py --num-layers 8 --hidden-size 192 ...
+python pretrain_gpt.py --help
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from megallm.config import parse_arguments, stop
+from megallm.plan.validate import validate
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """From the command line to the training loop."""
+    program = "pretrain_gpt.py"
+    config = parse_arguments(
+        sys.argv[1:] if arguments is None else arguments,
+        prog=program,
+        description="Pretrains a decoder-only transformer in tensor, pipeline and data parallelism.",
+    )
+    problems = validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if problems:
+        stop(program, [str(problem) for problem in problems])
+    # Imported late: a mistake on the command line is answered before torch is loaded.
+    from megallm.train.loop import pretrain
+    from megallm.train.tasks.gpt import GPTTask
+
+    try:
+        pretrain(config, GPTTask.from_config)
+    except ValueError as error:
+        stop(program, [str(error)])
+
+
+if __name__ == "__main__":
+    main()
