@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from datetime import timedelta
+from itertools import combinations
+from math import prod
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megallm.device import select_device
+from megallm.mesh import AXES, Mesh, MeshShape, start_processes
+
+SMALL = st.builds(MeshShape, *[st.integers(1, 4)] * 4)
+LARGE = MeshShape(tp=8, cp=2, dp=64, pp=8)
+SUBSETS = [axes for length in range(1, 5) for axes in combinations(AXES, length)]
+
+
+@given(SMALL)
+def test_coordinates_and_ranks_are_inverse(shape: MeshShape) -> None:
+    positions = [shape.coordinates(rank) for rank in range(shape.world_size)]
+    assert [shape.rank_at(position) for position in positions] == list(range(shape.world_size))
+    assert len({tuple(position.values()) for position in positions}) == shape.world_size
+    for position in positions:
+        assert all(0 <= position[axis] < getattr(shape, axis) for axis in AXES)
+
+
+@given(SMALL, st.sampled_from(SUBSETS))
+@settings(deadline=None)
+def test_a_partition_holds_each_rank_once(shape: MeshShape, axes: tuple[str, ...]) -> None:
+    groups = shape.partition(axes)
+    assert sorted(rank for group in groups for rank in group) == list(range(shape.world_size))
+    for group in groups:
+        assert len(group) == prod(getattr(shape, axis) for axis in axes)
+        assert list(group) == sorted(group)
+        for axis in set(AXES) - set(axes):
+            assert len({shape.coordinates(rank)[axis] for rank in group}) == 1, "a group may vary along its axes only"
+
+
+@given(SMALL, st.permutations(AXES))
+def test_the_order_in_which_axes_are_named_does_not_matter(shape: MeshShape, axes: list[str]) -> None:
+    named = tuple(axes[:2])
+    assert shape.partition(named) == shape.partition(named[::-1])
+
+
+def test_tensor_ranks_are_neighbours_and_pipeline_ranks_far_apart() -> None:
+    """Megatron's order, by the example of eight processes."""
+    shape = MeshShape(tp=2, dp=2, pp=2)
+    assert shape.partition(("tp",)) == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert shape.partition(("cp", "dp")) == [(0, 2), (1, 3), (4, 6), (5, 7)]
+    assert shape.partition(("pp",)) == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    assert shape.partition(("tp", "cp", "dp")) == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert shape.partition(AXES) == [tuple(range(8))]
+    assert shape.coordinates(6) == {"tp": 0, "cp": 0, "dp": 1, "pp": 1}
+
+
+def test_context_ranks_stand_between_tensor_and_data_ranks() -> None:
+    shape = MeshShape(tp=2, cp=2, dp=2)
+    assert shape.partition(("cp",)) == [(0, 2), (1, 3), (4, 6), (5, 7)]
+    assert shape.partition(("dp",)) == [(0, 4), (1, 5), (2, 6), (3, 7)]
+
+
+def test_eight_thousand_ranks() -> None:
+    assert LARGE.world_size == 8192
+    assert all(LARGE.rank_at(LARGE.coordinates(rank)) == rank for rank in range(0, 8192, 61))
+    for axes in (("tp",), ("cp", "dp"), ("pp",), ("tp", "cp", "dp"), AXES):
+        groups = LARGE.partition(axes)
+        size = prod(getattr(LARGE, axis) for axis in axes)
+        assert len(groups) == 8192 // size
+        assert sorted(rank for group in groups for rank in group) == list(range(8192))
+    assert LARGE.partition(("tp",))[1] == tuple(range(8, 16))
+    assert LARGE.partition(("pp",))[0] == tuple(range(0, 8192, 1024))
+
+
+def test_a_process_alone_has_groups_that_talk_to_nobody() -> None:
+    mesh = Mesh(MeshShape(), 0, torch.device("cpu"))
+    for group in (mesh.world, mesh.tp, mesh.dp, mesh.pp, mesh.tp_dp, mesh.tie):
+        assert (group.ranks, group.rank, group.size) == ((0,), 0, 1)
+        tensor, output = torch.arange(4.0), torch.zeros(4)
+        group.all_reduce(tensor)
+        group.all_gather(output, tensor)
+        assert output.tolist() == [0.0, 1.0, 2.0, 3.0]
+        group.reduce_scatter(output, tensor + 1.0)
+        assert output.tolist() == [1.0, 2.0, 3.0, 4.0]
+        group.barrier()
+    assert mesh.connect_pipeline() == {}
+    assert mesh.group_over(("tp",)) is mesh.tp_dp
+    assert mesh.group_over(()) is mesh.dp
+    mesh.close()
+
+
+def _set(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    _set(monkeypatch)
+    assert start_processes("gloo", select_device("cpu"), timedelta(seconds=5)) == (0, 1)
+
+
+def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _set(monkeypatch, RANK="1", WORLD_SIZE="2")
+    with pytest.raises(ValueError, match="but not MASTER_ADDR, MASTER_PORT"):
+        start_processes("gloo", select_device("cpu"), timedelta(seconds=5))
