@@ -19,6 +19,7 @@ Environment:
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,6 +44,13 @@ def setting(name: str) -> str:
 
 def say(line: str) -> None:
     print(f"megallm: {line}", file=sys.stderr, flush=True)
+
+
+def runs(compiler: str) -> bool:
+    try:
+        return subprocess.run([*shlex.split(compiler), "--version"], capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 def find_cuda_toolkit() -> "Path | None":
@@ -127,7 +135,7 @@ def data_helpers() -> Extension:
         language="c++",
         optional=setting("MEGALLM_NATIVE") != "1",
         include_dirs=[pybind11.get_include()],
-        extra_compile_args=["-O3", "-fvisibility=hidden"],
+        extra_compile_args=["-O3", "-fvisibility=hidden", "-g0"],
     )
 
 
@@ -136,8 +144,8 @@ def extensions() -> list[Extension]:
     if setting("MEGALLM_NATIVE") == "0":
         say("builds nothing native: MEGALLM_NATIVE=0.")
         return []
-    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
-    if shutil.which(compiler) is None:
+    compiler = os.environ.get("CXX", "c++")
+    if not runs(compiler):
         if setting("MEGALLM_NATIVE") == "1":
             raise SystemExit(f"megallm: MEGALLM_NATIVE=1, but there is no C++ compiler `{compiler}`.")
         say(f"BUILDS NOTHING NATIVE: there is no C++ compiler `{compiler}`. Everything works, slower.")
