@@ -165,7 +165,7 @@ class Mesh:
         for edges in [pairs for pairs in rounds if pairs]:
             for direction in (1, -1):
                 split = [
-                    tuple(line[i] for i in edge[::direction])
+                    (line[edge[::direction][0]], line[edge[::direction][1]])
                     for line in self.shape.partition(("pp",))
                     for edge in edges
                 ]
@@ -187,7 +187,8 @@ def start_processes(backend: str, device: torch.device, timeout: timedelta) -> t
         return 0, 1
     if missing:
         raise ValueError(
-            f"the environment sets some of {', '.join(wanted)} but not {', '.join(missing)}: start with torchrun, which sets all of them"
+            f"the environment sets some of {', '.join(wanted)} but not {', '.join(missing)}: "
+            "start with torchrun, which sets all of them"
         )
     bound = device if backend == "nccl" else None
     dist.init_process_group(backend, timeout=timeout, device_id=bound)

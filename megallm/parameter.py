@@ -116,7 +116,7 @@ def freeze(parameter: nn.Parameter) -> None:
 
 
 def piece_views(tensor: torch.Tensor, description: Description) -> list[tuple[Piece, torch.Tensor]]:
-    """Each piece with its box inside a stored tensor (or one of the same shape, such as a gradient), without padding."""
+    """Each piece with its box inside a stored tensor or one of its shape, such as a gradient; no padding."""
     views, begin = [], 0
     for piece in description.pieces:
         views.append((piece, tensor[begin : begin + piece.shape[0]]))

@@ -63,15 +63,16 @@ def load_boxes(folder: Path, boxes: Iterable[LocalBox]) -> None:
         extent = _extent(sources)
         if extent != box.global_shape:
             raise ValueError(
-                f"{folder} holds {box.kind} of {box.name} with shape {extent}, but this model wants {box.global_shape}: the model that was "
-                "saved has another shape. Give the same model flags as the run that saved it."
+                f"{folder} holds {box.kind} of {box.name} with shape {extent}, but this model wants "
+                f"{box.global_shape}: the model that was saved has another shape. Give the same model flags as the run that saved it."
             )
         filled = 0
         for source in sources:
             filled += _copy_overlap(box, source, handles)
         if filled != box.tensor.numel():
             raise ValueError(
-                f"{folder} holds {filled} of {box.tensor.numel()} elements of {box.kind} of {box.name} at {box.offset}: a part is missing"
+                f"{folder} holds {filled} of {box.tensor.numel()} elements of {box.kind} of {box.name} "
+                f"at {box.offset}: a part is missing"
             )
 
 

@@ -217,7 +217,8 @@ class PipelineExecutor:
         for edge, other in theirs.items():
             if not torch.equal(mine, other):
                 raise RuntimeError(
-                    f"pipeline ranks {edge[0]} and {edge[1]} expect messages of different shapes: {other.tolist()} and {mine.tolist()}"
+                    f"pipeline ranks {edge[0]} and {edge[1]} expect messages of different shapes: "
+                    f"{other.tolist()} and {mine.tolist()}"
                 )
 
 

@@ -142,7 +142,8 @@ def _describe(engine: Engine, log: Callable[[str], None]) -> None:
     log(
         f"{count:,} parameters in {config.model.num_layers} layers over {shape.world_size} processes: tensor {shape.tp}"
         f"{' with sequence parallelism' if engine.context.sequence_parallel else ''}, pipeline {shape.pp} with "
-        f"{config.parallel.num_virtual_stages_per_pipeline_rank} stages each ({layers} layers on the first rank), data {shape.dp}"
+        f"{config.parallel.num_virtual_stages_per_pipeline_rank} stages each ({layers} layers on the "
+        f"first rank), data {shape.dp}"
         f"{' with the distributed optimizer' if config.parallel.use_distributed_optimizer else ''}, "
         f"{str(engine.context.dtype).removeprefix('torch.')} on {engine.mesh.device.type}"
     )

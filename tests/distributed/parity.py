@@ -24,8 +24,8 @@ from megallm.train.step import train_step
 from megallm.train.tasks.gpt import GPTTask
 from tests.distributed.pool import WorkerPool
 
-# Bounds in float64: a gradient may differ by this much of its norm, or of a small part of the norm of all gradients, whichever is
-# larger (the true gradient of a key bias is zero); a loss by this much of itself.
+# Bounds in float64: a gradient may differ by this much of its norm, or of a small part of the norm of all gradients,
+# whichever is larger (the true gradient of a key bias is zero); a loss by this much of itself.
 GRADIENT_BOUND = 1e-12
 GRADIENT_FLOOR = 1e-5
 LOSS_BOUND = 1e-12
@@ -105,7 +105,10 @@ class Outcome:
 
 
 def global_batch(step: int, batch_size: int, length: int, vocab_size: int, mask: str) -> dict[str, torch.Tensor]:
-    """The samples of a step, the same in every layout. Under "ragged", the eight sequences count 1, 3, 0 and 7 tokens, then none."""
+    """The samples of a step, the same in every layout.
+
+    Under "ragged", the eight sequences count 1, 3, 0 and 7 tokens, then none.
+    """
     generator = torch.Generator().manual_seed(1000 + step)
     text = torch.randint(0, vocab_size, (batch_size, length + 1), generator=generator)
     loss_mask = torch.ones(batch_size, length)
@@ -178,7 +181,10 @@ def _boxes(engine: Engine, select: Callable[[Any], torch.Tensor]) -> list[Any]:
 
 
 def assemble(outcomes: list[Outcome], what: str) -> dict[str, np.ndarray]:
-    """Logical tensors from all ranks' boxes. Every element must be stood for exactly once, and replicas must agree bit for bit."""
+    """Logical tensors from all ranks' boxes.
+
+    Every element must be stood for exactly once, and replicas must agree bit for bit.
+    """
     tensors: dict[str, np.ndarray] = {}
     holders: dict[str, np.ndarray] = {}
     boxes = [box for outcome in outcomes for box in getattr(outcome, what)]
@@ -264,10 +270,12 @@ def main() -> int:
     pool = WorkerPool()
     references = References(pool)
     print(
-        f"float64, {NUM_STEPS} AdamW steps, against one process. 1 is the bound: {GRADIENT_BOUND:g} for gradients and norms, {LOSS_BOUND:g} for losses."
+        f"float64, {NUM_STEPS} AdamW steps, against one process. "
+        f"1 is the bound: {GRADIENT_BOUND:g} for gradients and norms, {LOSS_BOUND:g} for losses."
     )
     print(
-        f"{'case':58} {'tp':>2} {'pp':>2} {'dp':>2} {'gradient':>9} {'norm':>9} {'loss':>9} {'weights':>9} {'seconds':>8}  worst gradient"
+        f"{'case':58} {'tp':>2} {'pp':>2} {'dp':>2} {'gradient':>9} {'norm':>9} {'loss':>9} {'weights':>9} "
+        f"{'seconds':>8}  worst gradient"
     )
     failed = 0
     chosen = [case for case in CASES if all(word in case.name for word in sys.argv[1:])]
@@ -276,8 +284,9 @@ def main() -> int:
         difference = compare(references.of(case), pool.run(case.world_size, run_case, case))
         failed += not difference.passes
         print(
-            f"{case.name:58} {case.tp:2} {case.pp:2} {case.dp:2} {difference.gradient:9.2e} {difference.grad_norm:9.2e} "
-            f"{difference.loss:9.2e} {difference.weights:9.2e} {time.monotonic() - begin:8.1f}  {difference.gradient_name}"
+            f"{case.name:58} {case.tp:2} {case.pp:2} {case.dp:2} {difference.gradient:9.2e} "
+            f"{difference.grad_norm:9.2e} {difference.loss:9.2e} {difference.weights:9.2e} "
+            f"{time.monotonic() - begin:8.1f}  {difference.gradient_name}"
             f"{'' if difference.passes else '   FAILED'}",
             flush=True,
         )

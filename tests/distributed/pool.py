@@ -1,7 +1,8 @@
 """A standing pool of processes for tests that need several ranks.
 
-Starting eight Python processes with torch takes seconds, so that one set of workers serves all tests of a session. Each job gets process
-groups of its own. When a job fails or hangs, the whole pool is replaced, since the other workers may be stuck in a message.
+Starting eight Python processes with torch takes seconds, so that one set of workers serves all tests of a session.
+Each job gets process groups of its own. When a job fails or hangs, the whole pool is replaced, since the other workers
+may be stuck in a message.
 """
 
 from __future__ import annotations

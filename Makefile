@@ -1,0 +1,67 @@
+# Everything runs in .venv, which `make install` makes. Set PYTHON to choose the interpreter, and TORCH_INDEX_URL to
+# choose where torch comes from: https://download.pytorch.org/whl/cpu saves gigabytes on a machine without a GPU.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*)
+# Two threads each on a busy machine make several processes many times slower.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help install demo test test-fast parity lint format gpu-test gpu-bench clean
+
+help:
+	@echo "make install    .venv with pinned dependencies and the built extensions"
+	@echo "make demo       from this machine's own text to a trained model, in three dimensions of parallelism"
+	@echo "make test       all tests (at most 20 minutes on two cores); make test-fast: those under 2 minutes"
+	@echo "make parity     every layout against one process in float64, as a table"
+	@echo "make lint       formatting, lint, types; make format: repair what can be repaired"
+	@echo "make gpu-test   tests on a GPU; make gpu-bench: measurements on a GPU. Both need torch, not .venv"
+	@echo "make clean      remove .venv, builds and the demo's folder"
+
+install: $(STAMP)
+
+# torch comes first and by itself: the extensions are compiled against it, and no other requirement may replace it.
+$(STAMP): setup.py pyproject.toml constraints.txt $(NATIVE)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja "pybind11>=3.0" numpy
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[test,lint,plot]"
+	$(BIN)/python -m megallm.info
+	@touch $(STAMP)
+
+demo: install
+	@PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
+
+test: install
+	$(BIN)/python -m pytest -q
+
+test-fast: install
+	$(BIN)/python -m pytest -q -m "not slow"
+
+parity: install
+	$(BIN)/python -m tests.distributed.parity
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+# A machine with a GPU may have no network: these build in place with the Python that is there.
+gpu-test:
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m pytest -q tests/gpu
+
+gpu-bench:
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) benchmarks/rms_norm.py --device cuda --output benchmarks/results/rms_norm_gpu.json
+
+clean:
+	rm -rf $(VENV) build demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find megallm -name '*.so' -delete
