@@ -89,6 +89,8 @@ def normal_box(
     """
     if len(global_shape) == 1:
         return normal_box(seed, name, (1, *global_shape), (0, *offset), (1, *shape)).reshape(shape)
+    if 0 in shape:
+        return torch.empty(shape, dtype=torch.float32)
     key = stream_key(seed, name)
     rows = torch.zeros((), dtype=torch.int64)
     for size, begin, length in zip(global_shape[:-1], offset[:-1], shape[:-1], strict=True):

@@ -76,7 +76,9 @@ class BucketOptimizer:
         squares = squared_norm(
             [shard.gradient for shard in self.shards if self._counts(shard.bucket)], self.mesh.device
         )
-        totals = torch.cat((squares.reshape(1), sums))
+        # A copy that does not count must be finite all the same: zero times anything else is not a number.
+        copies = squared_norm([s.gradient for s in self.shards if not s.bucket.key.counts], self.mesh.device)
+        totals = torch.cat(((squares + 0.0 * copies).reshape(1), sums))
         self.mesh.world.all_reduce(totals)
         norm = totals[0].sqrt()
         skipped = (~torch.isfinite(norm)).double()

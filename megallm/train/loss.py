@@ -31,27 +31,33 @@ class LossTerm:
     sum: torch.Tensor
 
 
-def global_counts(local_counts: torch.Tensor, group: Group) -> torch.Tensor:
-    """Counts of every term over the batch: float64 [terms], summed over the data parallel `group`, at least 1."""
-    counts = local_counts.double()
-    group.all_reduce(counts)
-    return counts.clamp(min=1.0)
-
-
 class LossScaler:
     """Scales the terms of each micro-batch and keeps their sums for the report.
+
+    Args:
+        local_counts: float64 [terms], this rank's share of N_t.
+        group: the data parallel ranks. Their sum is started here and waited for where it is first needed, so that a gather
+            of weights that is still under way in the same group holds up nobody.
 
     `sums` is float64 [terms], this rank's S_t so far.
     """
 
-    def __init__(self, counts: torch.Tensor) -> None:
-        self.counts = counts
-        self.sums = torch.zeros_like(counts)
+    def __init__(self, local_counts: torch.Tensor, group: Group) -> None:
+        self._counts = local_counts
+        self._summing = group.all_reduce(self._counts, asynchronous=True)
+        self.sums = torch.zeros_like(local_counts)
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """N_t over the whole batch, at least 1: float64 [terms]."""
+        self._summing.wait()
+        return self._counts.clamp(min=1.0)
 
     def __call__(self, terms: list[LossTerm]) -> torch.Tensor:
         """The scalar to differentiate. `terms` come in the order of the counts."""
+        counts = self.counts
         total = terms[0].sum.new_zeros(())
         for number, term in enumerate(terms):
             self.sums[number] += term.sum.detach()
-            total = total + term.sum * (term.weight / self.counts[number]).to(term.sum.dtype)
+            total = total + term.sum * (term.weight / counts[number]).to(term.sum.dtype)
         return total

@@ -8,7 +8,7 @@ import torch
 
 from megallm.device import Stopwatch
 from megallm.train.engine import Engine
-from megallm.train.loss import LossScaler, global_counts
+from megallm.train.loss import LossScaler
 
 Batch = dict[str, torch.Tensor]
 
@@ -28,7 +28,7 @@ def train_step(engine: Engine, micro_batches: list[Batch], stopwatch: Stopwatch 
 
     Waits for nothing on a GPU: every scalar stays on the device.
     """
-    scaler = LossScaler(_counts(engine, micro_batches))
+    scaler = LossScaler(_local_counts(engine, micro_batches), engine.mesh.dp)
     dropout_step = torch.full((), engine.progress.iteration, dtype=torch.int64, device=engine.mesh.device)
     engine.reducer.start_step(len(micro_batches))
     engine.executor.run(
@@ -53,7 +53,7 @@ def train_step(engine: Engine, micro_batches: list[Batch], stopwatch: Stopwatch 
 def evaluate_step(engine: Engine, micro_batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums and counts of every loss term over one global batch, without dropout or gradients: two float64 [terms]."""
     engine.reducer.finish_gather()
-    scaler = LossScaler(_counts(engine, micro_batches))
+    scaler = LossScaler(_local_counts(engine, micro_batches), engine.mesh.dp)
     engine.executor.run(
         engine.schedule(len(micro_batches), forward_only=True),
         micro_batches,
@@ -64,9 +64,8 @@ def evaluate_step(engine: Engine, micro_batches: list[Batch]) -> tuple[torch.Ten
     return sums, scaler.counts
 
 
-def _counts(engine: Engine, micro_batches: list[Batch]) -> torch.Tensor:
-    local = torch.stack([engine.task.counts(batch) for batch in micro_batches]).double().sum(dim=0)
-    return global_counts(local, engine.mesh.dp)
+def _local_counts(engine: Engine, micro_batches: list[Batch]) -> torch.Tensor:
+    return torch.stack([engine.task.counts(batch) for batch in micro_batches]).double().sum(dim=0)
 
 
 def _own_sums(engine: Engine, scaler: LossScaler) -> torch.Tensor:

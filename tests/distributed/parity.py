@@ -90,7 +90,8 @@ class Case:
 
     def reference(self) -> Case:
         """The same model and batch in one process, all at once."""
-        return Case("reference", self.features, mask=self.mask, layout={"training.micro_batch_size": 8})
+        layout = {"training.micro_batch_size": 8}
+        return Case("reference", self.features, mask=self.mask, layout=layout, num_steps=self.num_steps)
 
 
 @dataclass
@@ -214,7 +215,8 @@ class Difference:
 
     @property
     def passes(self) -> bool:
-        return max(self.gradient, self.loss, self.grad_norm) <= 1.0 and self.initial_weights_equal
+        figures = (self.gradient, self.loss, self.grad_norm)
+        return all(figure <= 1.0 for figure in figures) and self.initial_weights_equal
 
 
 def compare(reference: list[Outcome], outcomes: list[Outcome]) -> Difference:
@@ -244,8 +246,12 @@ def compare(reference: list[Outcome], outcomes: list[Outcome]) -> Difference:
 
 
 def _relative(want: list[float], got: list[float]) -> float:
-    pairs = list(zip(want, got, strict=False))
-    return max(abs(b - a) / max(abs(a), 1e-300) if a != b else 0.0 for a, b in pairs)
+    """The largest relative difference; infinite where one of the two is not finite."""
+    worst = 0.0
+    for a, b in zip(want, got, strict=True):
+        difference = 0.0 if a == b else abs(b - a) / max(abs(a), 1e-300)
+        worst = max(worst, difference if np.isfinite(difference) else np.inf)
+    return worst
 
 
 class References:
@@ -257,7 +263,7 @@ class References:
 
     def of(self, case: Case) -> list[Outcome]:
         reference = case.reference()
-        key = repr((sorted(reference.settings().items()), reference.mask))
+        key = repr((sorted(reference.settings().items()), reference.mask, reference.num_steps))
         if key not in self._known:
             self._known[key] = self.pool.run(1, run_case, reference)
         return self._known[key]

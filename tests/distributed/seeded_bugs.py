@@ -22,7 +22,7 @@ import megallm.model.gpt
 import megallm.parameter
 import megallm.train.step
 import megallm.train.tasks.gpt
-from megallm.communication import Channel, Group, Work
+from megallm.communication import Channel, Group, Transport, Work
 from megallm.data_parallel.buckets import Bucket
 from megallm.data_parallel.optimizer import BucketOptimizer
 from megallm.data_parallel.reducer import GradientReducer
@@ -40,7 +40,7 @@ from megallm.pipeline.executor import PipelineExecutor
 from megallm.random import normal_box, stream_key
 from megallm.schedule import Action, Kind, LoweredSchedule
 from megallm.train.engine import Engine
-from megallm.train.loss import LossTerm, global_counts
+from megallm.train.loss import LossScaler, LossTerm
 from tests.distributed.parity import Case, Outcome, run_case
 
 Prepare = Callable[[Engine], None]
@@ -134,14 +134,15 @@ def skip_decided_by_each_shard_alone(patch: pytest.MonkeyPatch) -> None:
 
 
 def mean_of_the_means_of_ranks(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(megallm.train.step, "global_counts", lambda local, group: local.double().clamp(min=1.0) * group.size)
+    alone = Group((0,), 0, Transport(None))
+    patch.setattr(megallm.train.step, "LossScaler", lambda local, group: LossScaler(local * group.size, alone))
 
 
 def mean_of_the_means_of_micro_batches(patch: pytest.MonkeyPatch) -> Prepare:
     def number_of_micro_batches(engine: Engine, micro_batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        return torch.tensor([float(len(micro_batches) * engine.mesh.dp.size)], dtype=torch.float64)
+        return torch.tensor([float(len(micro_batches))], dtype=torch.float64)
 
-    patch.setattr(megallm.train.step, "_counts", number_of_micro_batches)
+    patch.setattr(megallm.train.step, "_local_counts", number_of_micro_batches)
 
     def prepare(engine: Engine) -> None:
         loss_terms = engine.task.loss_terms
@@ -169,7 +170,7 @@ def gradient_divided_by_the_number_of_micro_batches_once_more(patch: pytest.Monk
 
 def counts_summed_over_the_world(patch: pytest.MonkeyPatch) -> Prepare:
     def prepare(engine: Engine) -> None:
-        patch.setattr(megallm.train.step, "global_counts", lambda local, group: global_counts(local, engine.mesh.world))
+        patch.setattr(megallm.train.step, "LossScaler", lambda local, group: LossScaler(local, engine.mesh.world))
 
     return prepare
 

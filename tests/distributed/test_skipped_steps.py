@@ -88,12 +88,7 @@ POISONS = [
 
 @pytest.mark.parametrize(("name", "value"), POISONS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_step_is_skipped_everywhere(
-    pool: WorkerPool, request: pytest.FixtureRequest, case: Case, name: str, value: float
-) -> None:
-    if case is PLAIN and name != "decoder.layers.1.mlp.down.weight":
-        reason = "without sequence parallelism only the first tensor rank's copy of a replicated gradient is looked at"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_step_is_skipped_everywhere(pool: WorkerPool, case: Case, name: str, value: float) -> None:
     logs = pool.run(case.world_size, train, case, [0, 1, 2], name, value, ())
     clean = pool.run(case.world_size, train, case, [1, 2], None, 0.0, ())
     for log, wanted in zip(logs, clean, strict=True):

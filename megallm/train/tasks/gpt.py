@@ -14,7 +14,7 @@ from megallm.train.loss import LossTerm
 class GPTTask:
     """Mean cross-entropy over the tokens that the loss mask lets count."""
 
-    term_names = ("lm_loss",)
+    term_names: tuple[str, ...] = ("lm_loss",)
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
