@@ -66,8 +66,10 @@ class Transport:
         operation(False)
 
     def close(self) -> None:
+        """Lets go of the process group, whose threads end with the last reference to it. Nothing may use it after."""
         if self._thread is not None:
             self._thread.shutdown(wait=True)
+        del self.process_group
 
 
 class Group:
@@ -103,8 +105,9 @@ class Group:
             if output.data_ptr() != input.data_ptr():
                 output.copy_(input.view_as(output))
             return Work()
+        gather = _gather_by_swap if self._transport.staged and self.size == 2 else _all_gather
         return self._collective(
-            lambda sent, late: _all_gather(sent[0], sent[1], group=self._transport.process_group, async_op=late),
+            lambda sent, late: gather(sent[0], sent[1], group=self._transport.process_group, async_op=late),
             [output, input],
             outputs=[0],
             asynchronous=asynchronous,
@@ -117,8 +120,9 @@ class Group:
             if output.data_ptr() != input.data_ptr():
                 output.copy_(input.view_as(output))
             return Work()
+        reduce_scatter = _sum_exchanged_parts if self._transport.staged else _reduce_scatter
         return self._collective(
-            lambda sent, late: _reduce_scatter(sent[0], sent[1], group=self._transport.process_group, async_op=late),
+            lambda sent, late: reduce_scatter(sent[0], sent[1], group=self._transport.process_group, async_op=late),
             [output, input],
             outputs=[0],
             asynchronous=asynchronous,
@@ -217,3 +221,41 @@ class Channel:
             return handle
         handle.wait()
         return None
+
+
+# On gloo, exchanging parts and adding them up here takes about half the processor time of its own reduce-scatter, and
+# swapping two parts less than its all-gather. Both are called like torch's functions.
+
+
+def _sum_exchanged_parts(
+    output: torch.Tensor, input: torch.Tensor, group: dist.ProcessGroup | None, async_op: bool
+) -> Work:
+    """Reduce-scatter: every member receives the parts meant for it and adds them up in the order of the ranks."""
+    received = torch.empty_like(input)
+    exchange = dist.all_to_all_single(received, input, group=group, async_op=async_op)
+
+    def finish() -> None:
+        if exchange is not None:
+            exchange.wait()
+        parts = received.view(dist.get_world_size(group), -1)  # [size, elements of a part]
+        torch.sum(parts, dim=0, out=output.view(-1))
+
+    work = Work(finish)
+    if not async_op:
+        work.wait()
+    return work
+
+
+def _gather_by_swap(
+    output: torch.Tensor, input: torch.Tensor, group: dist.ProcessGroup | None, async_op: bool
+) -> dist.Work | None:
+    """All-gather in a group of two: each sends its part to the other, and nothing to itself."""
+    rank = dist.get_rank(group)
+    parts = output.view(2, -1)
+    own, others = parts[rank], parts[1 - rank]
+    splits = [0, 0]
+    splits[1 - rank] = input.numel()
+    swap = dist.all_to_all_single(others, input.view(-1), splits, splits, group=group, async_op=async_op)
+    if own.data_ptr() != input.data_ptr():
+        own.copy_(input.view(-1))
+    return swap
