@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # From this machine's own text to a trained model, in three dimensions of parallelism. Every command is shown before it
-# runs, so that it can be copied. Run it through `make demo`; DEMO_STEPS (100) and DEMO_FOLDER (demo) change its length and place.
+# runs, so that it can be copied. Run it through `make demo`; DEMO_STEPS (140) and DEMO_FOLDER (demo) change its length and place.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-STEPS=${DEMO_STEPS:-100}
+STEPS=${DEMO_STEPS:-140}
 HALF=$((STEPS / 2))
 OUT=${DEMO_FOLDER:-demo}
 # One thread for each of the eight processes: more would only get in each other's way on a small machine.
@@ -30,12 +30,13 @@ run python tools/preprocess_data.py --input "$OUT/text.jsonl" --output-prefix "$
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$OUT/tokenizer.json" --append-eod --workers 2
 
 MODEL=(--num-layers 4 --hidden-size 128 --num-attention-heads 4 --group-query-attention --num-query-groups 2
-    --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear --seq-length 128)
+    --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear --seq-length 128
+    --untie-embeddings-and-output-weights --init-method-std 0.08)
 DATA=(--data-path "$OUT/python_text_document" --split 95,5,0
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$OUT/tokenizer.json")
-TRAINING=(--micro-batch-size 4 --global-batch-size 32 --train-iters "$STEPS" --lr 8e-3 --min-lr 4e-4
-    --lr-decay-style cosine --lr-warmup-iters $((STEPS / 10)) --weight-decay 0.1 --adam-beta2 0.95
-    --eval-interval "$HALF" --eval-iters 4 --log-interval $((STEPS / 10)) --save "$OUT/checkpoints")
+TRAINING=(--micro-batch-size 4 --global-batch-size 32 --train-iters "$STEPS" --lr 6e-3 --min-lr 2e-4
+    --lr-decay-style cosine --lr-warmup-iters $((STEPS / 14)) --weight-decay 0.1 --adam-beta2 0.95
+    --eval-interval "$HALF" --eval-iters 8 --log-interval $((STEPS / 10)) --save "$OUT/checkpoints")
 
 say "4. Training in eight processes: tensor 2 with sequence parallelism, pipeline 2 with two stages each (interleaved
    1F1B), data 2 with the distributed optimizer. It stops in the middle."

@@ -36,7 +36,7 @@ class LossScaler:
 
     Args:
         local_counts: float64 [terms], this rank's share of N_t.
-        group: the data parallel ranks. Their sum is started here and waited for where it is first needed, so that a gather
+        group: the data parallel ranks. The sum is started here and waited for where it is needed, so that a gather
             of weights that is still under way in the same group holds up nobody.
 
     `sums` is float64 [terms], this rank's S_t so far.

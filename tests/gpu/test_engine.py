@@ -1,0 +1,56 @@
+"""The engine on a GPU: one process trains, and its losses are those of the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megallm.config import resolve
+from megallm.config.dictionary import build
+from megallm.mesh import Mesh, MeshShape
+from megallm.train.engine import build_engine
+from megallm.train.step import train_step
+from megallm.train.tasks.gpt import GPTTask
+from tests.distributed.parity import GPT, LLAMA, Case, global_batch, micro_batches
+from tests.distributed.parity_cases import DROPOUT
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def losses(case: Case, device: str, num_steps: int = 5, **settings: bool) -> list[float]:
+    values = case.settings() | {f"training.{name}": value for name, value in settings.items()}
+    config = resolve(build(values), 1)
+    assert config.model.vocab_size
+    engine = build_engine(config, GPTTask(config.model.vocab_size), Mesh(MeshShape(), 0, torch.device(device)))
+    found = []
+    for step in range(num_steps):
+        batch = global_batch(step, 8, config.data.seq_length, config.model.vocab_size, case.mask)
+        moved = [{name: tensor.to(device) for name, tensor in part.items()} for part in micro_batches(engine, batch)]
+        found.append(float(train_step(engine, moved).losses[0]))
+    return found
+
+
+@pytest.mark.parametrize("features", [LLAMA, GPT | DROPOUT], ids=["llama", "gpt with dropout"])
+def test_losses_equal_those_of_the_cpu(features):
+    case = Case("one GPU", features, mask="ragged")
+    assert losses(case, "cuda") == pytest.approx(losses(case, "cpu"), rel=1e-10)
+
+
+def test_bfloat16_trains():
+    case = Case("one GPU", LLAMA)
+    found = losses(case, "cuda", num_steps=20, fp64=False, bf16=True)
+    assert found[-1] < found[0]
+
+
+def test_a_step_waits_for_nothing():
+    config = resolve(build(Case("one GPU", LLAMA).settings()), 1)
+    assert config.model.vocab_size
+    engine = build_engine(config, GPTTask(config.model.vocab_size), Mesh(MeshShape(), 0, torch.device("cuda")))
+    batch = {name: tensor.cuda() for name, tensor in global_batch(0, 8, 16, config.model.vocab_size, "full").items()}
+    parts = micro_batches(engine, batch)
+    train_step(engine, parts)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_step(engine, parts)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
