@@ -36,7 +36,7 @@ DATA=(--data-path "$OUT/python_text_document" --split 95,5,0
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$OUT/tokenizer.json")
 TRAINING=(--micro-batch-size 4 --global-batch-size 32 --train-iters "$STEPS" --lr 6e-3 --min-lr 2e-4
     --lr-decay-style cosine --lr-warmup-iters $((STEPS / 14)) --weight-decay 0.1 --adam-beta2 0.95
-    --eval-interval "$HALF" --eval-iters 8 --log-interval $((STEPS / 10)) --save "$OUT/checkpoints")
+    --eval-interval $((STEPS > 13 ? STEPS / 7 : HALF)) --eval-iters 4 --log-interval $((STEPS / 10)) --save "$OUT/checkpoints")
 
 say "4. Training in eight processes: tensor 2 with sequence parallelism, pipeline 2 with two stages each (interleaved
    1F1B), data 2 with the distributed optimizer. It stops in the middle."

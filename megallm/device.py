@@ -56,7 +56,7 @@ def use_one_thread_per_process(local_world_size: int) -> None:
 class Stopwatch:
     """Measures spans of work on a device without stopping it: events on a GPU, the clock on a CPU.
 
-    The clock is the machine's monotonic one, which all processes of a machine share.
+    Spans count from when the stopwatch was made: to compare ranks, make theirs right after a barrier.
     """
 
     def __init__(self, device: torch.device) -> None:

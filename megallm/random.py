@@ -84,8 +84,7 @@ def normal_box(
     """The box [offset, offset + shape) of a standard normal tensor of `global_shape`: float32.
 
     The tensor is read as a matrix whose rows are all dims but the last. Box-Muller on pairs of words, in float64 and
-    rounded to float32
-    once: every layout then gets the same bits.
+    rounded to float32 once: every layout then gets the same bits.
     """
     if len(global_shape) == 1:
         return normal_box(seed, name, (1, *global_shape), (0, *offset), (1, *shape)).reshape(shape)

@@ -40,7 +40,7 @@ def embed_tokens(tokens: torch.Tensor, weight: torch.Tensor, context: LayoutCont
     """Rows of the embedding: tokens int64 [batch, sequence] -> [sequence (/ tp), batch, hidden].
 
     A rank looks up the tokens whose rows it holds; the others count as zero in the sum over ranks. With one rank, a
-    token outside the vocabulary raises IndexError; the loader checks ids before that.
+    token outside the vocabulary raises IndexError; datasets check ids before that.
     """
     group = context.tp
     tokens = tokens.t()  # [batch, sequence] -> [sequence, batch]

@@ -1,4 +1,4 @@
-"""Where a token stands: rotary angles, sinusoidal and learned tables."""
+"""Where a token stands: rotary angles and sinusoidal tables."""
 
 from __future__ import annotations
 

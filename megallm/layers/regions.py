@@ -26,19 +26,6 @@ def reduce_scatter_first_dim(tensor: torch.Tensor, group: Group) -> torch.Tensor
     return output
 
 
-class _CopyToGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.group = group
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        grad = grad.contiguous().clone()
-        ctx.group.all_reduce(grad)
-        return grad, None
-
-
 class _SumOverGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, group: Group) -> torch.Tensor:
@@ -49,17 +36,6 @@ class _SumOverGroup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad, None
-
-
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.group = group
-        return gather_first_dim(tensor, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return reduce_scatter_first_dim(grad, ctx.group), None
 
 
 class _ScatterSumSequence(torch.autograd.Function):
@@ -86,19 +62,9 @@ class _GatherFeatures(torch.autograd.Function):
         return reduce_scatter_first_dim(parts, ctx.group).squeeze(0), None
 
 
-def copy_to_group(tensor: torch.Tensor, group: Group) -> torch.Tensor:
-    """Identity; gradients are summed over the group. Goes before computations that each rank does in part."""
-    return tensor if group.size == 1 else _CopyToGroup.apply(tensor, group)
-
-
 def sum_over_group(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """Sum over the group; the gradient passes unchanged. Goes after computations that each rank does in part."""
     return tensor if group.size == 1 else _SumOverGroup.apply(tensor, group)
-
-
-def gather_sequence(tensor: torch.Tensor, group: Group) -> torch.Tensor:
-    """[sequence / size, ...] -> [sequence, ...]; the gradient is summed and cut again."""
-    return tensor if group.size == 1 else _GatherSequence.apply(tensor, group)
 
 
 def scatter_sum_sequence(tensor: torch.Tensor, group: Group) -> torch.Tensor:

@@ -78,12 +78,6 @@ def parameter_count(model: ModelConfig, sequence_length: int | None = None) -> P
     )
 
 
-def padded_vocab_size(model: ModelConfig, tensor_parallel_size: int) -> int:
-    """Rows of the embedding at run time: the vocabulary rounded up to a multiple of what the layout divides it by."""
-    multiple = model.make_vocab_size_divisible_by * tensor_parallel_size
-    return -(-_vocab_size(model) // multiple) * multiple
-
-
 def flops_per_token(model: ModelConfig, sequence_length: int) -> ModelFlops:
     """Operations that one token of a training step takes, forward and backward; a step takes this times its tokens.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megallm.config import resolve
 from megallm.config.tree import Config
 from megallm.data.blended_dataset import build_train_valid_test_datasets, parse_data_path
 from megallm.data.gpt_dataset import GPTDatasetSettings
@@ -24,27 +25,23 @@ class Datasets:
 def build_tokenizer_of(config: Config) -> Tokenizer | None:
     """The run's tokenizer; None for mock data that names none or NullTokenizer, whose vocabulary is --vocab-size.
 
-    Raises ValueError for a tokenizer that cannot be read, or that has more tokens than --vocab-size.
+    Raises ValueError for a tokenizer that cannot be read.
     """
-    data, given = config.data, config.model.vocab_size
+    data = config.data
     if data.tokenizer_type is None or (data.mock_data and data.tokenizer_type == "NullTokenizer"):
         return None
-    tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, given)
-    if given is not None and data.tokenizer_type != "NullTokenizer" and given < tokenizer.vocab_size:
-        raise ValueError(
-            f"--vocab-size {given} is less than the {tokenizer.vocab_size} tokens of {data.tokenizer_model}: "
-            f"leave the flag out, or give {tokenizer.vocab_size} or more"
-        )
-    return tokenizer
+    return build_tokenizer(data.tokenizer_type, data.tokenizer_model, config.model.vocab_size)
 
 
-def model_vocab_size(config: Config, tokenizer: Tokenizer | None) -> int | None:
-    """Rows of the model's vocabulary.
+def with_vocabulary(config: Config, tokenizer: Tokenizer | None, world_size: int) -> Config:
+    """`config` with the size of the vocabulary settled: --vocab-size, or the tokenizer's where that is not given.
 
-    --vocab-size, but at least the tokenizer's (NullTokenizer adds its end of document).
+    Raises ValueError if --vocab-size leaves out some of the tokenizer's tokens.
     """
-    sizes = [config.model.vocab_size, tokenizer.vocab_size if tokenizer is not None else None]
-    return max((size for size in sizes if size is not None), default=None)
+    if tokenizer is not None and config.data.tokenizer_type == "NullTokenizer":
+        # Here the flag counts the tokens without the end of document, which the tokenizer adds.
+        config = replace(config, model=replace(config.model, vocab_size=None))
+    return resolve(config, world_size, tokenizer.vocab_size if tokenizer is not None else None)
 
 
 def build_datasets(config: Config, tokenizer: Tokenizer | None) -> Datasets:

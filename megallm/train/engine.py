@@ -54,11 +54,13 @@ class Model:
     def schedule(self, num_micro_batches: int, *, forward_only: bool = False) -> LoweredSchedule:
         """The verified schedule for one call of the executor."""
         parallel = self.config.parallel
-        name = parallel.pipeline_schedule
-        if name == "auto":
-            name = "interleaved" if parallel.num_virtual_stages_per_pipeline_rank > 1 else "1f1b"
-        virtual_stages = parallel.num_virtual_stages_per_pipeline_rank
-        return _verified(name, parallel.pipeline_model_parallel_size, virtual_stages, num_micro_batches, forward_only)
+        return _verified(
+            parallel.pipeline_schedule,
+            parallel.pipeline_model_parallel_size,
+            parallel.num_virtual_stages_per_pipeline_rank,
+            num_micro_batches,
+            forward_only,
+        )
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from megallm.mesh import Mesh
 from megallm.plan.flops import parameter_count
 from megallm.schedule import Event, Timeline, simulate
 from megallm.train.agreement import on_every_rank
-from megallm.train.datasets import Datasets, build_datasets, build_tokenizer_of, model_vocab_size
+from megallm.train.datasets import Datasets, build_datasets, build_tokenizer_of, with_vocabulary
 from megallm.train.engine import Engine, build_engine
 from megallm.train.metrics import Reporter, log_on_rank_zero, mean_losses
 from megallm.train.processes import joined_processes
@@ -31,15 +30,13 @@ def pretrain(config: Config, make_task: Callable[[Config], Task]) -> None:
     Raises ValueError, the same on every rank, for a mistake in the configuration or in a file it names.
     """
     with joined_processes(config) as (resolved, mesh):
-        config, datasets = on_every_rank(mesh, lambda: _read_files(resolved))
+        config, datasets = on_every_rank(mesh, lambda: _read_files(resolved, mesh.shape.world_size))
         _run(config, make_task(config), mesh, datasets)
 
 
-def _read_files(config: Config) -> tuple[Config, Datasets]:
-    """Tokenizer and datasets; the tokenizer settles the size of the vocabulary."""
+def _read_files(config: Config, world_size: int) -> tuple[Config, Datasets]:
     tokenizer = build_tokenizer_of(config)
-    vocab_size = model_vocab_size(config, tokenizer)
-    config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+    config = with_vocabulary(config, tokenizer, world_size)
     return config, build_datasets(config, tokenizer)
 
 

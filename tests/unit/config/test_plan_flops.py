@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megallm.config import ModelConfig
-from megallm.plan.flops import flops_per_token, padded_vocab_size, parameter_count
+from megallm.plan.flops import flops_per_token, parameter_count
 
 LLAMA = ModelConfig(
     num_layers=32,
@@ -105,9 +105,3 @@ def test_position_table_takes_the_sequence_length_by_default() -> None:
 def test_unknown_vocabulary_is_a_sentence() -> None:
     with pytest.raises(ValueError, match="--vocab-size"):
         flops_per_token(LLAMA, 128)
-
-
-def test_vocabulary_is_padded_for_the_layout() -> None:
-    assert padded_vocab_size(GPT_2, 1) == 50257
-    assert padded_vocab_size(GPT_2, 4) == 50260
-    assert padded_vocab_size(replace(GPT_2, make_vocab_size_divisible_by=128), 8) == 51200
