@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from megallm.checkpoint.boxes import LocalBox
-from megallm.checkpoint.save import FORMAT, MANIFEST, TRACKER, checkpoint_folder
+from megallm.checkpoint.save import FORMAT, MANIFEST, MANIFEST_KEYS, TRACKER, checkpoint_folder
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ def find_checkpoint(root: str) -> Path | None:
         folder = checkpoint_folder(root, int(tracker.read_text()))
         if (folder / MANIFEST).exists():
             return folder
-    complete = sorted(folder for folder in Path(root).glob("iter_*") if (folder / MANIFEST).exists())
+    # The pattern leaves out folders that are still being written.
+    complete = sorted(folder for folder in Path(root).glob("iter_*[0-9]") if (folder / MANIFEST).exists())
     return complete[-1] if complete else None
 
 
@@ -41,10 +42,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Iteration, counters and configuration of a checkpoint. Raises ValueError if the folder is not one."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is not a readable checkpoint: {error}") from error
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{folder / MANIFEST} has format {manifest.get('format')!r}; this version reads {FORMAT!r}")
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{folder / MANIFEST} has format {found!r}; this version reads {FORMAT!r}")
+    missing = [key for key in MANIFEST_KEYS if key not in manifest]
+    if missing:
+        raise ValueError(f"{folder / MANIFEST} lacks {', '.join(missing)}: it was changed after it was saved")
     return manifest
 
 
@@ -64,7 +69,8 @@ def load_boxes(folder: Path, boxes: Iterable[LocalBox]) -> None:
         if extent != box.global_shape:
             raise ValueError(
                 f"{folder} holds {box.kind} of {box.name} with shape {extent}, but this model wants "
-                f"{box.global_shape}: the model that was saved has another shape. Give the same model flags as the run that saved it."
+                f"{box.global_shape}: the model that was saved has another shape. "
+                "Give the same model flags as the run that saved it."
             )
         filled = 0
         for source in sources:
@@ -82,13 +88,23 @@ def _read_index(folder: Path, num_files: int) -> dict[str, list[_SavedBox]]:
         raise ValueError(f"{folder} holds {len(files)} of the {num_files} files that its manifest counts")
     index: dict[str, list[_SavedBox]] = {}
     for file in files:
-        with safe_open(file, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118 (not a dict)
-                name, place = key.rsplit("@", 1)
-                offset = tuple(int(start) for start in place.split(","))
-                shape = tuple(handle.get_slice(key).get_shape())
-                index.setdefault(name, []).append(_SavedBox(file, key, offset, shape))
+        try:
+            saved = _boxes_in(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
+        for name, box in saved:
+            index.setdefault(name, []).append(box)
     return index
+
+
+def _boxes_in(file: Path) -> list[tuple[str, _SavedBox]]:
+    boxes = []
+    with safe_open(file, framework="pt") as handle:
+        for key in handle.keys():  # noqa: SIM118 (not a dict)
+            name, place = key.rsplit("@", 1)
+            offset = tuple(int(start) for start in place.split(","))
+            boxes.append((name, _SavedBox(file, key, offset, tuple(handle.get_slice(key).get_shape()))))
+    return boxes
 
 
 def _extent(sources: list[_SavedBox]) -> tuple[int, ...]:

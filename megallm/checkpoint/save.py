@@ -16,6 +16,17 @@ from megallm.mesh import Mesh
 FORMAT = "megallm sharded checkpoint 0"
 MANIFEST = "manifest.json"
 TRACKER = "latest_checkpointed_iteration.txt"
+# What a run needs from the manifest to go on; the first three are written here, the others come with the state.
+MANIFEST_KEYS = (
+    "format",
+    "iteration",
+    "num_files",
+    "consumed_samples",
+    "consumed_valid_samples",
+    "position",
+    "num_updates",
+    "config",
+)
 
 
 def checkpoint_folder(root: str | Path, iteration: int) -> Path:
@@ -31,8 +42,11 @@ def save_checkpoint(root: str, iteration: int, boxes: Iterable[LocalBox], state:
     """
     final = checkpoint_folder(root, iteration)
     temporary = final.with_name(final.name + ".tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
+    if mesh.rank == 0 and temporary.exists():
+        # A save that did not end may have left files of ranks that this job does not have.
+        _remove(temporary)
     mesh.world.barrier()
+    temporary.mkdir(parents=True, exist_ok=True)
     # Boxes are views of larger tensors, which the writer refuses; a copy stands alone.
     tensors = {box.key: box.tensor.detach().cpu().clone() for box in boxes if box.saves}
     file = temporary / f"rank_{mesh.rank:05d}.safetensors"
