@@ -114,9 +114,12 @@ class Mesh:
         return {edge: Channel(*edge, tag=1, transport=self._transport(dist.group.WORLD)) for edge in mine}
 
     def close(self) -> None:
-        """Ends the threads of delayed transports. The process groups themselves end with the default group."""
+        """Lets go of the process groups, so that they end with the default group. To be called when nothing is under
+        way.
+        """
         for transport in self._transports:
             transport.close()
+        self._transports.clear()
 
     def _backend(self) -> str:
         return dist.get_backend() if dist.is_initialized() else "gloo"

@@ -39,6 +39,8 @@ def joined_processes(config: Config) -> Iterator[tuple[Config, Mesh]]:
         )
         mesh = Mesh(shape, rank, device)
         yield resolve(config, world_size), mesh
+        # Threads of gloo that still hold a tensor when the interpreter ends abort the process. After an exception
+        # messages may be under way that nobody will answer, and waiting for the threads would take for ever.
         mesh.close()
     finally:
         if dist.is_initialized():
