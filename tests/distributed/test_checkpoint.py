@@ -1,0 +1,424 @@
+"""A checkpoint saved under one layout is taken up under any other: the same state bit for bit, and the run goes on as
+if it had never stopped. What cannot be taken up is refused with the same sentence on every rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from megallm.checkpoint.boxes import local_boxes
+from megallm.checkpoint.load import find_checkpoint, read_manifest
+from megallm.checkpoint.save import MANIFEST, TRACKER
+from megallm.train.engine import Engine
+from megallm.train.resume import load_engine, load_weights, save_engine
+from megallm.train.step import train_step
+from tests.distributed.parity import GPT, LLAMA, Case, assemble, global_batch, make_engine, micro_batches
+from tests.distributed.parity_cases import (
+    CLIPPED,
+    DROPOUT,
+    FOUR_PER_MICRO_BATCH,
+    NO_SEQUENCE_PARALLEL,
+    ODD_VOCABULARY,
+    OVERLAPPED,
+    SHARDED,
+    TWO_PER_MICRO_BATCH,
+    TWO_STAGES,
+)
+from tests.distributed.pool import WorkerPool
+
+NUM_BEFORE, NUM_AFTER = 3, 6
+BATCH = 8
+# A learning rate that changes from step to step, so that a wrong position is seen in the losses.
+WARMING_UP = {"optimizer.lr_decay_style": "cosine", "optimizer.lr_warmup_iters": 5, "optimizer.lr": 1e-2}
+TIED = GPT | DROPOUT | ODD_VOCABULARY | CLIPPED | WARMING_UP
+UNTIED = LLAMA | WARMING_UP
+BF16 = LLAMA | WARMING_UP | {"training.fp64": False, "training.bf16": True}
+
+
+@dataclass
+class Log:
+    """What one rank saw. `at_checkpoint` and `at_end` are boxes as `assemble` takes them."""
+
+    at_checkpoint: list[Any]
+    progress: tuple[float, ...]
+    losses: list[float]
+    at_end: list[Any]
+
+
+def train_and_save(rank: int, case: Case, root: str) -> Log:
+    """Trains, saves, and goes on without a break."""
+    engine = make_engine(rank, case)
+    _train(engine, case, NUM_BEFORE)
+    _pretend_a_skipped_step_and_an_evaluation(engine)
+    save_engine(engine, root)
+    return _continue(engine, case)
+
+
+def load_and_train(rank: int, case: Case, root: str) -> Log:
+    """Takes up what `train_and_save` saved, over other weights (the seed keys dropout too)."""
+    seed = {} if "model.hidden_dropout" in case.features else {"training.seed": 99}
+    engine = make_engine(rank, replace(case, layout=case.layout | seed))
+    assert load_engine(engine, root) is not None
+    return _continue(engine, case)
+
+
+def _continue(engine: Engine, case: Case) -> Log:
+    progress = engine.progress
+    log = Log(_state(engine), (), [], [])
+    log.progress = (
+        progress.iteration,
+        progress.consumed_samples,
+        progress.consumed_valid_samples,
+        float(progress.position),
+        float(progress.num_updates),
+        *{float(shard.state.num_updates) for shard in engine.optimizer.shards},
+    )
+    log.losses = _train(engine, case, NUM_AFTER)
+    engine.reducer.finish_gather()
+    log.at_end = _state(engine)
+    engine.mesh.close()
+    return log
+
+
+def _train(engine: Engine, case: Case, num_steps: int) -> list[float]:
+    model, losses = engine.config.model, []
+    assert model.vocab_size is not None
+    for _ in range(num_steps):
+        batch = global_batch(
+            engine.progress.iteration, BATCH, engine.config.data.seq_length, model.vocab_size, case.mask
+        )
+        losses.append(float(train_step(engine, micro_batches(engine, batch)).losses[0]))
+    return losses
+
+
+def _pretend_a_skipped_step_and_an_evaluation(engine: Engine) -> None:
+    """Makes every counter different from the others, so that none can stand in for another."""
+    engine.progress.position -= BATCH
+    engine.progress.num_updates -= 1
+    for shard in engine.optimizer.shards:
+        shard.state.num_updates -= 1
+    engine.progress.consumed_valid_samples = 5 * BATCH
+
+
+def _state(engine: Engine) -> list[Any]:
+    boxes = local_boxes(engine.optimizer, engine.chunks, engine.mesh)
+    return [
+        (f"{box.kind}/{box.name}", box.global_shape, box.offset, box.tensor.float().numpy().copy(), box.saves)
+        if box.tensor.element_size() < 4
+        else (f"{box.kind}/{box.name}", box.global_shape, box.offset, box.tensor.numpy().copy(), box.saves)
+        for box in boxes
+    ]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A layout that saves."""
+
+    name: str
+    case: Case
+
+
+SOURCES = {
+    source.name: source
+    for source in (
+        Source("tied, data 2 sharded", Case("", TIED, dp=2, layout=SHARDED)),
+        Source("tied, tensor 2 pipeline 2", Case("", TIED, tp=2, pp=2, layout=TWO_PER_MICRO_BATCH)),
+        Source("untied, tensor 2", Case("", UNTIED, tp=2, layout=TWO_PER_MICRO_BATCH)),
+        Source("untied, tensor 4", Case("", UNTIED, tp=4, layout=FOUR_PER_MICRO_BATCH)),
+        Source("untied, data 4 sharded", Case("", UNTIED, dp=4, layout=SHARDED)),
+        Source("tied, all axes", Case("", TIED, tp=2, pp=2, dp=2, layout=OVERLAPPED | TWO_STAGES)),
+        Source("bf16, tensor 2 data 2 sharded", Case("", BF16, tp=2, dp=2, layout=SHARDED)),
+    )
+}
+
+
+class SavedRuns:
+    """Each source's run and its checkpoint, made once."""
+
+    def __init__(self, pool: WorkerPool, folder: Path) -> None:
+        self.pool = pool
+        self.folder = folder
+        self._logs: dict[str, list[Log]] = {}
+
+    def of(self, name: str) -> tuple[str, list[Log]]:
+        """The folder of checkpoints, and every rank's log."""
+        root = str(self.folder / name.replace(" ", "_"))
+        if name not in self._logs:
+            case = SOURCES[name].case
+            self._logs[name] = self.pool.run(case.world_size, train_and_save, case, root, timeout=300.0)
+        return root, self._logs[name]
+
+
+@pytest.fixture(scope="session")
+def saved_runs(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> SavedRuns:
+    return SavedRuns(pool, tmp_path_factory.mktemp("checkpoints"))
+
+
+FAST = [
+    ("tied, data 2 sharded", Case("one process", TIED)),
+    ("tied, data 2 sharded", Case("interleaved 2", TIED, pp=2, layout=TWO_STAGES)),
+    ("untied, tensor 2", Case("data 2 sharded", UNTIED, dp=2, layout=SHARDED)),
+]
+SLOW = [
+    ("tied, data 2 sharded", Case("tensor 2, no sequence parallelism", TIED, tp=2, layout=NO_SEQUENCE_PARALLEL)),
+    ("tied, tensor 2 pipeline 2", Case("one process", TIED)),
+    ("tied, tensor 2 pipeline 2", Case("data 2, whole optimizer", TIED, dp=2)),
+    ("tied, tensor 2 pipeline 2", Case("pipeline 2 data 2 sharded", TIED, pp=2, dp=2, layout=SHARDED)),
+    ("untied, tensor 4", Case("one process", UNTIED)),
+    ("untied, tensor 4", Case("tensor 2 pipeline 2", UNTIED, tp=2, pp=2, layout=TWO_PER_MICRO_BATCH)),
+    ("untied, data 4 sharded", Case("tensor 4, fewer groups than ranks", UNTIED, tp=4, layout=FOUR_PER_MICRO_BATCH)),
+    ("untied, data 4 sharded", Case("pipeline 4", UNTIED, pp=4)),
+    ("untied, data 4 sharded", Case("interleaved 2 data 2", UNTIED, pp=2, dp=2, layout=OVERLAPPED | TWO_STAGES)),
+    ("tied, all axes", Case("pipeline 4 data 2", TIED, pp=4, dp=2)),
+    ("bf16, tensor 2 data 2 sharded", Case("pipeline 2", BF16, pp=2)),
+]
+
+
+def _pairs(pairs: list[tuple[str, Case]], *marks: pytest.MarkDecorator) -> list[Any]:
+    return [pytest.param(name, case, id=f"{name} to {case.name}", marks=marks) for name, case in pairs]
+
+
+@pytest.mark.parametrize(("source", "case"), _pairs(FAST) + _pairs(SLOW, pytest.mark.slow))
+def test_another_layout_goes_on(pool: WorkerPool, saved_runs: SavedRuns, source: str, case: Case) -> None:
+    root, wanted = saved_runs.of(source)
+    logs = pool.run(case.world_size, load_and_train, case, root, timeout=300.0)
+    before, after = assemble(wanted, "at_checkpoint"), assemble(logs, "at_checkpoint")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert np.array_equal(before[name], after[name]), f"{name} changed on its way"
+    for log in logs:
+        assert log.progress == wanted[0].progress == (3, 3 * BATCH, 5 * BATCH, 2.0 * BATCH, 2.0, 2.0)
+        bound = 1e-12 if SOURCES[source].case.settings()["training.fp64"] else 2e-2
+        assert log.losses == pytest.approx(wanted[0].losses, rel=bound, abs=0.0)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "tied, data 2 sharded",
+        "untied, tensor 2",
+        pytest.param("tied, all axes", marks=pytest.mark.slow),
+        pytest.param("bf16, tensor 2 data 2 sharded", marks=pytest.mark.slow),
+    ],
+)
+def test_the_same_layout_goes_on_bit_for_bit(pool: WorkerPool, saved_runs: SavedRuns, source: str) -> None:
+    root, wanted = saved_runs.of(source)
+    case = SOURCES[source].case
+    logs = pool.run(case.world_size, load_and_train, case, root, timeout=300.0)
+    for log, want in zip(logs, wanted, strict=True):
+        assert log.losses == want.losses
+        for (name, *place, values, _), (*_, original, _) in zip(log.at_end, want.at_end, strict=True):
+            assert np.array_equal(values.view(np.uint8), original.view(np.uint8)), f"{name} at {place} differs"
+
+
+def test_vocabulary_is_saved_at_its_true_size(saved_runs: SavedRuns) -> None:
+    root, _ = saved_runs.of("tied, data 2 sharded")
+    folder = find_checkpoint(root)
+    assert folder is not None
+    ends = [
+        int(key.rsplit("@", 1)[1].split(",")[0]) + tensor.shape[0]
+        for file in folder.glob("*.safetensors")
+        for key, tensor in load_file(file).items()
+        if key.startswith("weights/embedding.word.weight@")
+    ]
+    assert max(ends) == 51
+
+
+# What is refused
+
+
+def try_to_load(rank: int, case: Case, root: str) -> str:
+    """The sentence with which loading is refused. The ranks must still be in step afterwards."""
+    engine = make_engine(rank, case)
+    try:
+        load_engine(engine, root)
+    except ValueError as error:
+        engine.mesh.world.barrier()
+        return str(error)
+    return ""
+
+
+def _remove_a_file(folder: Path) -> None:
+    (folder / "rank_00001.safetensors").unlink()
+
+
+def _cut_a_file_short(folder: Path) -> None:
+    file = folder / "rank_00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _fill_a_file_with_nonsense(folder: Path) -> None:
+    (folder / "rank_00001.safetensors").write_bytes(b"\xff" * 1000)
+
+
+def _drop(name: str) -> Callable[[Path], None]:
+    def drop(folder: Path) -> None:
+        for file in folder.glob("*.safetensors"):
+            kept = {key: tensor for key, tensor in load_file(file).items() if not key.startswith(name)}
+            save_file(kept, file)
+
+    return drop
+
+
+def _rewrite_manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def rewrite(folder: Path) -> None:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        (folder / MANIFEST).write_text(json.dumps(change(manifest)))
+
+    return rewrite
+
+
+def _break_manifest(folder: Path) -> None:
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text[: len(text) // 2])
+
+
+# A layer that only the second of two pipeline ranks holds: the first one finds nothing wrong.
+LATE_NORM = "weights/decoder.layers.3.attention_norm.weight"
+
+DAMAGES = {
+    "missing file": (_remove_a_file, "1 of the 2 files"),
+    "short file": (_cut_a_file_short, "rank_00000.safetensors is damaged"),
+    "nonsense file": (_fill_a_file_with_nonsense, "rank_00001.safetensors is damaged"),
+    "missing tensor": (_drop(LATE_NORM), "holds no weights of decoder.layers.3.attention_norm.weight"),
+    "missing part": (_drop("first_moment/decoder.layers.3.mlp.down.weight@0,0"), "decoder.layers.3.mlp.down.weight"),
+    "missing moment": (_drop("second_moment/output.weight"), "holds no second_moment of output.weight"),
+    "half a manifest": (_break_manifest, "not a readable checkpoint"),
+    "manifest of another format": (_rewrite_manifest(lambda it: it | {"format": "other"}), "has format 'other'"),
+    "manifest that is a list": (_rewrite_manifest(lambda it: [it]), "has format None"),
+    "manifest without progress": (
+        _rewrite_manifest(lambda it: {key: value for key, value in it.items() if key != "position"}),
+        "lacks position",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_refused_by_all_ranks_alike(
+    pool: WorkerPool, saved_runs: SavedRuns, tmp_path: Path, damage: str
+) -> None:
+    root, _ = saved_runs.of("untied, tensor 2")
+    shutil.copytree(root, tmp_path / "copy")
+    spoil, wanted = DAMAGES[damage]
+    folder = find_checkpoint(str(tmp_path / "copy"))
+    assert folder is not None
+    spoil(folder)
+    first, second = pool.run(2, try_to_load, Case("", UNTIED, pp=2), str(tmp_path / "copy"))
+    assert first == second
+    assert wanted in first
+    assert "\n" not in first
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"model.hidden_size": 64}, "hidden_size is 32 there and 64 here"),
+        ({"model.num_layers": 2}, "num_layers is 4 there and 2 here"),
+        ({"model.num_layers": 6}, "num_layers is 4 there and 6 here"),
+        ({"model.vocab_size": 51}, "vocab_size is 52 there and 51 here"),
+        ({"model.activation": "geglu"}, "activation is 'swiglu' there and 'geglu' here"),
+        ({"model.tie_embeddings": True}, "tie_embeddings is False there and True here"),
+    ],
+)
+def test_another_model_is_refused(pool: WorkerPool, saved_runs: SavedRuns, change: dict[str, Any], wanted: str) -> None:
+    root, _ = saved_runs.of("untied, tensor 2")
+    first, second = pool.run(2, try_to_load, Case("", UNTIED | change, pp=2), root)
+    assert first == second
+    assert wanted in first
+
+
+def test_ranks_that_see_different_folders_are_stopped(pool: WorkerPool, saved_runs: SavedRuns, tmp_path: Path) -> None:
+    root, _ = saved_runs.of("untied, tensor 2")
+    first, second = pool.run(2, _load_from_own_folder, Case("", UNTIED, pp=2), [root, str(tmp_path)])
+    assert "checkpoint of iteration 3 there and others none" in first
+    assert "checkpoint of iteration 3 there and others none" in second
+
+
+def _load_from_own_folder(rank: int, case: Case, roots: list[str]) -> str:
+    return try_to_load(rank, case, roots[rank])
+
+
+def test_an_empty_folder_starts_afresh(pool: WorkerPool, tmp_path: Path) -> None:
+    assert pool.run(2, _load_nothing, Case("", UNTIED, pp=2), str(tmp_path)) == [(True, 0)] * 2
+    assert pool.run(2, _load_nothing, Case("", UNTIED, pp=2), str(tmp_path / "absent")) == [(True, 0)] * 2
+
+
+def _load_nothing(rank: int, case: Case, root: str) -> tuple[bool, int]:
+    engine = make_engine(rank, case)
+    return load_engine(engine, root) is None, engine.progress.iteration
+
+
+def test_weights_of_a_folder_that_is_no_checkpoint_are_refused(pool: WorkerPool, tmp_path: Path) -> None:
+    first, second = pool.run(2, _load_weights_of, Case("", UNTIED, pp=2), tmp_path)
+    assert first == second
+    assert "is not a readable checkpoint" in first
+
+
+def _load_weights_of(rank: int, case: Case, folder: Path) -> str:
+    engine = make_engine(rank, case)
+    with pytest.raises(ValueError) as caught:
+        load_weights(engine, folder)
+    return str(caught.value)
+
+
+# Whole or absent
+
+
+def _make_folder(root: Path, name: str) -> None:
+    (root / name).mkdir(parents=True)
+    (root / name / MANIFEST).write_text("{}")
+
+
+def test_a_half_written_folder_is_never_picked(tmp_path: Path) -> None:
+    _make_folder(tmp_path, "iter_0000009.tmp")
+    (tmp_path / "iter_0000008").mkdir()
+    assert find_checkpoint(str(tmp_path)) is None
+    _make_folder(tmp_path, "iter_0000003")
+    _make_folder(tmp_path, "iter_0000005")
+    assert find_checkpoint(str(tmp_path)) == tmp_path / "iter_0000005"
+    (tmp_path / TRACKER).write_text("9")
+    assert find_checkpoint(str(tmp_path)) == tmp_path / "iter_0000005"
+    (tmp_path / TRACKER).write_text("3\n")
+    assert find_checkpoint(str(tmp_path)) == tmp_path / "iter_0000003"
+    assert find_checkpoint(str(tmp_path / "iter_0000005")) == tmp_path / "iter_0000005"
+
+
+def test_a_save_that_breaks_off_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(0, Case("", UNTIED))
+    first = save_engine(engine, str(tmp_path))
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    engine.progress.iteration = 7
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="no space"):
+            save_engine(engine, str(tmp_path))
+    assert find_checkpoint(str(tmp_path)) == first
+    # What was left behind, here with a file of a rank that this job does not have, is no part of the next save.
+    (tmp_path / "iter_0000007.tmp" / "rank_00005.safetensors").write_bytes(b"")
+    second = save_engine(engine, str(tmp_path))
+    assert find_checkpoint(str(tmp_path)) == second
+    assert sorted(file.name for file in second.iterdir()) == [MANIFEST, "rank_00000.safetensors"]
+    assert load_engine(engine, str(tmp_path)) == second
+    assert read_manifest(second)["iteration"] == 7
+
+
+def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
+    engine = make_engine(0, Case("", UNTIED))
+    save_engine(engine, str(tmp_path))
+    engine.progress.consumed_valid_samples = 64
+    folder = save_engine(engine, str(tmp_path))
+    assert read_manifest(folder)["consumed_valid_samples"] == 64
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["iter_0000000", TRACKER]
