@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from megallm.config import parse_arguments, stop
+from megallm.config import fail, parse_arguments, stop
 from megallm.plan.validate import validate
 
 
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         pretrain(config, GPTTask.from_config)
     except ValueError as error:
-        stop(program, [str(error)])
+        fail(program, error)
 
 
 if __name__ == "__main__":

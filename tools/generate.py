@@ -12,7 +12,7 @@ import argparse
 import sys
 from dataclasses import replace
 
-from megallm.config import stop
+from megallm.config import fail
 
 PROGRAM = "generate.py"
 
@@ -40,7 +40,7 @@ def main() -> None:
     try:
         run(arguments)
     except ValueError as error:
-        stop(PROGRAM, [str(error)])
+        fail(PROGRAM, error)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 from megallm.config.arguments import build_parser, parse_arguments
 from megallm.config.dictionary import difference, from_dict, to_dict, to_yaml
-from megallm.config.report import numbered, stop
+from megallm.config.report import fail, numbered, stop
 from megallm.config.resolve import data_parallel_size, resolve
 from megallm.config.tree import (
     CheckpointConfig,
@@ -27,6 +27,7 @@ __all__ = [
     "build_parser",
     "data_parallel_size",
     "difference",
+    "fail",
     "from_dict",
     "numbered",
     "parse_arguments",

@@ -15,7 +15,19 @@ def numbered(problems: Sequence[str]) -> str:
 
 
 def stop(prog: str, problems: Sequence[str]) -> NoReturn:
-    """Print all problems on the standard error stream and leave with exit code 2, without a traceback.
+    """Leave because of a configuration, with all its problems on the standard error stream and exit code 2."""
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    text = f"{prog}: {count} in the configuration; nothing was started.\n{numbered(problems)}"
+    _leave(f"{text}\n`{prog} --help` lists every flag.")
+
+
+def fail(prog: str, error: ValueError) -> NoReturn:
+    """Leave because of what a file holds or lacks, with its sentence on the standard error stream and exit code 2."""
+    _leave(f"{prog}: {error}")
+
+
+def _leave(text: str) -> NoReturn:
+    """Prints and exits with code 2, without a traceback.
 
     Under a launcher (`LOCAL_RANK` is set) only the first process of each machine prints. The others wait, to be ended
     by the launcher: it ends all processes as soon as one fails, and would cut the first one short if they left before.
@@ -23,9 +35,7 @@ def stop(prog: str, problems: Sequence[str]) -> NoReturn:
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         time.sleep(10.0)
         raise SystemExit(2)
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    print(f"{prog}: {count} in the configuration; nothing was started.\n{numbered(problems)}", file=sys.stderr)
-    print(f"`{prog} --help` lists every flag.", file=sys.stderr, flush=True)
+    print(text, file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
