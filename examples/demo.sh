@@ -16,8 +16,13 @@ run() {
     "$@"
 }
 
+if [ -e "$OUT" ] && [ ! -e "$OUT/.made_by_demo" ]; then
+    echo "demo: $OUT exists and was not made by the demo; choose another DEMO_FOLDER" >&2
+    exit 2
+fi
 rm -rf "$OUT"
 mkdir -p "$OUT"
+touch "$OUT/.made_by_demo"
 
 say "1. Text that every machine has: the standard library of Python, source and docstrings"
 run python tools/collect_text.py --output "$OUT/text.jsonl"

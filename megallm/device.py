@@ -53,6 +53,23 @@ def use_one_thread_per_process(local_world_size: int) -> None:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+class Readback:
+    """Copies a small tensor to the host without waiting: `values()` waits for that copy alone, not for later work."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        self._host.copy_(values, non_blocking=True)
+        self._done = torch.cuda.Event() if values.is_cuda else None
+        if self._done is not None:
+            self._done.record()
+
+    def values(self) -> list[float]:
+        """The tensor's elements."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host.tolist()
+
+
 class Stopwatch:
     """Measures spans of work on a device without stopping it: events on a GPU, the clock on a CPU.
 

@@ -75,12 +75,18 @@ class Mesh:
     """
 
     def __init__(
-        self, shape: MeshShape, rank: int, device: torch.device, delay: Callable[[], float] | None = None
+        self,
+        shape: MeshShape,
+        rank: int,
+        device: torch.device,
+        timeout: timedelta = timedelta(minutes=10),
+        delay: Callable[[], float] | None = None,
     ) -> None:
         self.shape = shape
         self.rank = rank
         self.device = device
         self.coordinates = shape.coordinates(rank)
+        self._timeout = timeout
         self._delay = delay
         self._transports: list[Transport] = []
         self._by_partition: dict[tuple[tuple[int, ...], ...], Group] = {}
@@ -150,11 +156,13 @@ class Mesh:
         if self._backend() == "nccl":
             # One call splits the world for every member of the partition: the number of calls does not grow with the
             # world.
-            return dist.split_group(split_ranks=[list(ranks) for ranks in partition if len(ranks) > 1])
+            return dist.split_group(
+                split_ranks=[list(ranks) for ranks in partition if len(ranks) > 1], timeout=self._timeout
+            )
         mine = None
         for ranks in partition:
             # On gloo every rank takes part in the creation of every group, in one global order.
-            created = dist.new_group(list(ranks)) if len(ranks) > 1 else None
+            created = dist.new_group(list(ranks), timeout=self._timeout) if len(ranks) > 1 else None
             if self.rank in ranks:
                 mine = created
         return mine
@@ -172,7 +180,7 @@ class Mesh:
                     for line in self.shape.partition(("pp",))
                     for edge in edges
                 ]
-                process_group = dist.split_group(split_ranks=[sorted(pair) for pair in split])
+                process_group = dist.split_group(split_ranks=[sorted(pair) for pair in split], timeout=self._timeout)
                 for pair in split:
                     if self.rank in pair:
                         transports[pair] = self._transport(process_group)

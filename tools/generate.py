@@ -61,6 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
     if folder is None:
         raise ValueError(f"--load {arguments.load} holds no complete checkpoint: a folder iter_... with a manifest")
     config = from_dict(read_manifest(folder)["config"])
+    if config.data.tokenizer_type in (None, "NullTokenizer"):
+        raise ValueError("the model was trained on numbers, without a tokenizer of text: there is no text to continue")
     config = replace(
         config,
         parallel=replace(
@@ -69,14 +71,14 @@ def run(arguments: argparse.Namespace) -> None:
             pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
             num_virtual_stages_per_pipeline_rank=1,
             pipeline_schedule="auto",
+            distributed_backend=None,
         ),
         training=replace(config.training, micro_batch_size=1, global_batch_size=None, device=arguments.device),
         data=replace(config.data, tokenizer_model=arguments.tokenizer_model or config.data.tokenizer_model),
     )
     with joined_processes(config) as (config, mesh):
         tokenizer = build_tokenizer_of(config)
-        if tokenizer is None:
-            raise ValueError("the model was trained on mock data without a tokenizer: there is no text to continue")
+        assert tokenizer is not None, "the configuration names a tokenizer of text"
         model = build_model(config, GPTTask.from_config(config), mesh)
         load_weights(model, folder)
         prompt = tokenizer.encode(arguments.prompt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,11 @@ def load_boxes(folder: Path, boxes: Iterable[LocalBox]) -> None:
     Raises ValueError where the checkpoint lacks a tensor or has it in another shape.
     """
     saved = _read_index(folder, read_manifest(folder)["num_files"])
+    with ExitStack() as files:
+        _fill(folder, boxes, saved, files)
+
+
+def _fill(folder: Path, boxes: Iterable[LocalBox], saved: dict[str, list[_SavedBox]], files: ExitStack) -> None:
     handles: dict[Path, Any] = {}
     for box in boxes:
         sources = saved.get(f"{box.kind}/{box.name}")
@@ -74,7 +80,7 @@ def load_boxes(folder: Path, boxes: Iterable[LocalBox]) -> None:
             )
         filled = 0
         for source in sources:
-            filled += _copy_overlap(box, source, handles)
+            filled += _copy_overlap(box, source, handles, files)
         if filled != box.tensor.numel():
             raise ValueError(
                 f"{folder} holds {filled} of {box.tensor.numel()} elements of {box.kind} of {box.name} "
@@ -113,7 +119,7 @@ def _extent(sources: list[_SavedBox]) -> tuple[int, ...]:
     return tuple(max(dim) for dim in zip(*ends, strict=True))
 
 
-def _copy_overlap(box: LocalBox, source: _SavedBox, handles: dict[Path, Any]) -> int:
+def _copy_overlap(box: LocalBox, source: _SavedBox, handles: dict[Path, Any], files: ExitStack) -> int:
     """Copies what a saved box and a local box share; returns the number of elements."""
     shape = tuple(box.tensor.shape)
     begin = [max(a, b) for a, b in zip(box.offset, source.offset, strict=True)]
@@ -121,7 +127,7 @@ def _copy_overlap(box: LocalBox, source: _SavedBox, handles: dict[Path, Any]) ->
     if any(first >= last for first, last in zip(begin, end, strict=True)):
         return 0
     if source.file not in handles:
-        handles[source.file] = safe_open(source.file, framework="pt").__enter__()
+        handles[source.file] = files.enter_context(safe_open(source.file, framework="pt"))
     there = tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, source.offset, strict=True))
     here = tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, box.offset, strict=True))
     box.tensor[here].copy_(handles[source.file].get_slice(source.key)[there])

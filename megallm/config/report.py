@@ -31,10 +31,10 @@ def _leave(text: str) -> NoReturn:
 
     Under a launcher (`LOCAL_RANK` is set) only the first process of each machine prints. The others wait, to be ended
     by the launcher: it ends all processes as soon as one fails, and would cut the first one short if they left before.
+    One that is not ended by then was alone with its problem, and tells it.
     """
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         time.sleep(10.0)
-        raise SystemExit(2)
     print(text, file=sys.stderr, flush=True)
     raise SystemExit(2)
 

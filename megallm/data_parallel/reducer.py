@@ -47,6 +47,7 @@ class GradientReducer:
                 self._home[member.parameter] = (bucket, bucket.gradient_of(member))
                 member.parameter.register_post_accumulate_grad_hook(self._take_gradient)
         weight_gradients.sink = self._take_product
+        weight_gradients.gradient_sink = self._take_wide_gradient
         for chunk in chunks.values():
             _wait_for_weights_before_use(chunk, self._home)
 
@@ -99,6 +100,10 @@ class GradientReducer:
         """Adds the product of a linear layer's two factors to the bucket."""
         _, gradient = self._home[weight]
         accumulate_weight_gradient(gradient, grad_output, input)
+
+    def _take_wide_gradient(self, weight: nn.Parameter, gradient: torch.Tensor) -> None:
+        """Adds a gradient that was not rounded to the weight's dtype."""
+        self._home[weight][1].add_(gradient)
 
     def _start_complete_buckets(self) -> None:
         if self.overlap:

@@ -9,20 +9,24 @@ import torch
 
 from megallm.communication import Group
 
-# (weight, gradient of the output [tokens, out], input [tokens, in]) -> None: adds the weight gradient to where it is
-# kept.
-WeightGradientSink = Callable[[torch.nn.Parameter, torch.Tensor, torch.Tensor], None]
+# (weight, gradient of the output [tokens, out], input [tokens, in]) -> None: adds their product to where the weight's
+# gradient is kept.
+ProductSink = Callable[[torch.nn.Parameter, torch.Tensor, torch.Tensor], None]
+# (weight, its gradient in float32 or float64) -> None: adds it to where it is kept.
+GradientSink = Callable[[torch.nn.Parameter, torch.Tensor], None]
 
 
 class WeightGradients:
-    """Computes the weight gradients of linear layers.
+    """Computes the weight gradients of linear layers and embeddings.
 
-    By itself it hands them to autograd. A `sink` may take the two factors instead and accumulate their product where
-    the gradient is kept, or put it off.
+    By itself it hands them to autograd. A `sink` may take a linear layer's two factors instead and accumulate their
+    product where the gradient is kept, or put it off; a `gradient_sink` takes an embedding's gradient in its wide
+    dtype.
     """
 
     def __init__(self) -> None:
-        self.sink: WeightGradientSink | None = None
+        self.sink: ProductSink | None = None
+        self.gradient_sink: GradientSink | None = None
 
     def compute(
         self, weight: torch.nn.Parameter, grad_output: torch.Tensor, input: torch.Tensor
@@ -36,6 +40,13 @@ class WeightGradients:
         if self.sink is None:
             return grad_rows.t().matmul(input_rows)
         self.sink(weight, grad_rows, input_rows)
+        return None
+
+    def add(self, weight: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Tensor | None:
+        """The gradient of `weight` for autograd, in its dtype, or None if the sink took it."""
+        if self.gradient_sink is None:
+            return gradient.to(weight.dtype)
+        self.gradient_sink(weight, gradient)
         return None
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from megallm.communication import Group
-from megallm.layers.context import LayoutContext
+from megallm.layers.context import LayoutContext, WeightGradients
 from megallm.layers.regions import scatter_sum_sequence, sum_over_group
 from megallm.parameter import Description, make_parameter, padded_part
 
@@ -36,19 +36,39 @@ def vocabulary_parameter(
     return make_parameter(description, context.dtype, context.device)
 
 
-def embed_tokens(tokens: torch.Tensor, weight: torch.Tensor, context: LayoutContext) -> torch.Tensor:
+class _Lookup(torch.autograd.Function):
+    """Rows of a table.
+
+    Gradients of a token that occurs often are summed in float32: 16 bits would lose most of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: nn.Parameter, rows: torch.Tensor, weight_gradients: WeightGradients) -> torch.Tensor:
+        ctx.weight, ctx.weight_gradients = weight, weight_gradients
+        ctx.save_for_backward(rows)
+        return functional.embedding(rows, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        (rows,) = ctx.saved_tensors
+        wide = grad if grad.dtype == torch.float64 else grad.float()
+        gradient = torch.ops.aten.embedding_dense_backward(wide, rows, ctx.weight.shape[0], -1, False)
+        return ctx.weight_gradients.add(ctx.weight, gradient), None, None
+
+
+def embed_tokens(tokens: torch.Tensor, weight: nn.Parameter, context: LayoutContext) -> torch.Tensor:
     """Rows of the embedding: tokens int64 [batch, sequence] -> [sequence (/ tp), batch, hidden].
 
-    A rank looks up the tokens whose rows it holds; the others count as zero in the sum over ranks. With one rank, a
-    token outside the vocabulary raises IndexError; datasets check ids before that.
+    A rank looks up the tokens whose rows it holds; the others count as zero in the sum over ranks. Ids are not checked
+    here: datasets did.
     """
     group = context.tp
     tokens = tokens.t()  # [batch, sequence] -> [sequence, batch]
     if group.size == 1:
-        return functional.embedding(tokens, weight)
+        return _Lookup.apply(weight, tokens, context.weight_gradients)
     local = tokens - group.rank * weight.shape[0]
     absent = (local < 0) | (local >= weight.shape[0])
-    hidden = functional.embedding(local.masked_fill(absent, 0), weight)
+    hidden = _Lookup.apply(weight, local.masked_fill(absent, 0), context.weight_gradients)
     hidden = hidden.masked_fill(absent.unsqueeze(-1), 0.0)
     return scatter_sum_sequence(hidden, group) if context.sequence_parallel else sum_over_group(hidden, group)
 

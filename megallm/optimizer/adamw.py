@@ -49,7 +49,8 @@ def adamw_step(
     """Updates flat `weights` in place.
 
     `learning_rate` (float64), `clip_coefficient` (multiplies the gradient) and `skip` (1 leaves everything as it was)
-    are scalars on the tensors' device, so that nothing waits for the host. `gradient` is overwritten.
+    are scalars on the tensors' device, so that nothing waits for the host. On a GPU the learning rate
+    is rounded to float32. `gradient` is overwritten.
     """
     if weights.numel() == 0:
         return

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from megallm.agreement import on_every_rank
 from megallm.config.tree import Config
 from megallm.data.loader import SampleSource, build_loader
 from megallm.data.sampler import GlobalBatchSampler
@@ -14,7 +15,6 @@ from megallm.device import Stopwatch
 from megallm.mesh import Mesh
 from megallm.plan.flops import parameter_count
 from megallm.schedule import Event, Timeline, simulate
-from megallm.train.agreement import on_every_rank
 from megallm.train.datasets import Datasets, build_datasets, build_tokenizer_of, with_vocabulary
 from megallm.train.engine import Engine, build_engine
 from megallm.train.metrics import Reporter, log_on_rank_zero, mean_losses
@@ -45,13 +45,39 @@ def _run(config: Config, task: Task, mesh: Mesh, datasets: Datasets) -> None:
     engine = build_engine(config, task, mesh)
     _describe(engine, log)
     if config.checkpoint.load:
-        folder = load_engine(engine, config.checkpoint.load)
-        log(f"continuing from {folder}" if folder else f"{config.checkpoint.load} holds no checkpoint: starting afresh")
+        loaded = load_engine(engine, config.checkpoint.load)
+        log(
+            f"continuing from {loaded[0]}"
+            if loaded
+            else f"{config.checkpoint.load} holds no checkpoint: starting afresh"
+        )
+        for change in loaded[1] if loaded else []:
+            log(f"changed since it was saved: {change}")
+    _check_data_lasts(engine, datasets)
     reporter = Reporter(config, mesh.shape.world_size, mesh.rank == 0, task.term_names)
     try:
         _train(engine, datasets, reporter, log)
     finally:
         reporter.close()
+
+
+def _check_data_lasts(engine: Engine, datasets: Datasets) -> None:
+    """Raises ValueError before the first step if the data would end before the run does."""
+    training, progress = engine.config.training, engine.progress
+    assert training.global_batch_size, "the configuration is resolved"
+    remaining = max(0, training.train_iters - progress.iteration) * training.global_batch_size
+    needed = {"training": (datasets.train, progress.consumed_samples + remaining)}
+    if training.eval_interval and datasets.valid is not None:
+        evaluations = training.train_iters // training.eval_interval - progress.iteration // training.eval_interval
+        samples = max(0, evaluations) * training.eval_iters * training.global_batch_size
+        needed["validation"] = (datasets.valid, progress.consumed_valid_samples + samples)
+    for purpose, (dataset, samples) in needed.items():
+        if len(dataset) < samples:
+            raise ValueError(
+                f"the {purpose} data has {len(dataset)} samples, but this run reads up to sample {samples}, counting "
+                "those that were consumed before it was resumed: keep the batch size and the flags of the evaluation "
+                "as they were, or give fewer --train-iters"
+            )
 
 
 def _train(engine: Engine, datasets: Datasets, reporter: Reporter, log: Callable[[str], None]) -> None:
@@ -83,7 +109,7 @@ def _train(engine: Engine, datasets: Datasets, reporter: Reporter, log: Callable
             return
     reporter.flush()
     if checkpoint.save and last_saved < 0:
-        log(f"nothing was saved: the checkpoint in {checkpoint.load} is already at iteration {progress.iteration}")
+        log(f"nothing was trained and nothing saved: iteration {progress.iteration} is where the run ends")
 
 
 def _evaluate(engine: Engine, datasets: Datasets, reporter: Reporter) -> None:

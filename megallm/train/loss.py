@@ -49,13 +49,13 @@ class LossScaler:
 
     @property
     def counts(self) -> torch.Tensor:
-        """N_t over the whole batch, at least 1: float64 [terms]."""
+        """N_t over the whole batch: float64 [terms]."""
         self._summing.wait()
-        return self._counts.clamp(min=1.0)
+        return self._counts
 
     def __call__(self, terms: list[LossTerm]) -> torch.Tensor:
         """The scalar to differentiate. `terms` come in the order of the counts."""
-        counts = self.counts
+        counts = self.counts.clamp(min=1.0)
         total = terms[0].sum.new_zeros(())
         for number, term in enumerate(terms):
             self.sums[number] += term.sum.detach()

@@ -6,6 +6,7 @@ Scalars are read one step late: the device is then already past the step they be
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from megallm.config.tree import Config
+from megallm.device import Readback
 from megallm.plan.flops import flops_per_token
 from megallm.train.step import StepMetrics
 
@@ -46,14 +48,19 @@ class StepRecord:
 
 
 class JsonLines:
-    """Appends one JSON object per line; complete after each line."""
+    """Appends one JSON object per line; complete after each line. What is not finite is written as null."""
 
     def __init__(self, path: str) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a")  # noqa: SIM115 (open for the whole run)
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        # JSON knows no infinity and no NaN.
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -71,11 +78,9 @@ class Reporter:
         self.world_size = world_size
         self.report = report
         self.term_names = term_names
-        self._pending: tuple[int, int, StepMetrics, float] | None = None
+        self._pending: tuple[int, int, Readback, float] | None = None
         self._last = time.perf_counter()
         self._window: list[StepRecord] = []
-        self._num_skipped = 0
-        self._num_nan = 0
         logging = config.logging
         self._json = JsonLines(logging.metrics_jsonl) if report and logging.metrics_jsonl else None
         self._tensorboard: Any = None
@@ -92,7 +97,11 @@ class Reporter:
         """Takes note of a step and publishes the one before."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        previous, self._pending = self._pending, (iteration, consumed_samples, metrics, seconds)
+        if not self.report:
+            return
+        scalars = torch.stack((metrics.grad_norm, metrics.learning_rate, metrics.skipped))
+        readback = Readback(torch.cat((scalars, metrics.losses)))
+        previous, self._pending = self._pending, (iteration, consumed_samples, readback, seconds)
         if previous is not None:
             self._publish(*previous)
 
@@ -132,24 +141,21 @@ class Reporter:
         if self._tensorboard is not None:
             self._tensorboard.close()
 
-    def _publish(self, iteration: int, consumed_samples: int, metrics: StepMetrics, seconds: float) -> None:
-        if not self.report:
-            return
+    def _publish(self, iteration: int, consumed_samples: int, readback: Readback, seconds: float) -> None:
+        grad_norm, learning_rate, skipped, *losses = readback.values()
         batch = self.config.training.global_batch_size
         assert batch, "the configuration is resolved"
         record = StepRecord(
             iteration=iteration,
             consumed_samples=consumed_samples,
-            losses=dict(zip(self.term_names, metrics.losses.tolist(), strict=True)),
-            grad_norm=float(metrics.grad_norm),
-            learning_rate=float(metrics.learning_rate),
+            losses=dict(zip(self.term_names, losses, strict=True)),
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
             global_batch_size=batch,
-            skipped=int(metrics.skipped),
+            skipped=int(skipped),
             step_time_ms=seconds * 1e3,
             tokens_per_second=batch * self.config.data.seq_length / seconds,
         )
-        self._num_skipped += record.skipped
-        self._num_nan += any(value != value for value in record.losses.values())
         self._window.append(record)
         if self._json is not None:
             self._json.write(record.to_dict())
@@ -162,14 +168,20 @@ class Reporter:
             self._window.clear()
 
     def _log_line(self) -> str:
-        """Megatron's fields in Megatron's order; times and losses are means since the last line."""
+        """Megatron's fields in Megatron's order; times, losses and counts are those since the last line.
+
+        A skipped step has no part in the mean loss.
+        """
         last = self._window[-1]
+        counted = [record for record in self._window if not record.skipped] or self._window
+        skipped = sum(record.skipped for record in self._window)
+        nan = sum(any(math.isnan(loss) for loss in record.losses.values()) for record in self._window)
         milliseconds = sum(record.step_time_ms for record in self._window) / len(self._window)
         tokens = last.global_batch_size * self.config.data.seq_length
         flops = flops_per_token(self.config.model, self.config.data.seq_length).half * tokens
         teraflops = flops / (milliseconds / 1e3) / self.world_size / 1e12
         losses = " | ".join(
-            f"{name.replace('_', ' ')}: {sum(record.losses[name] for record in self._window) / len(self._window):.6E}"
+            f"{name.replace('_', ' ')}: {sum(record.losses[name] for record in counted) / len(counted):.6E}"
             for name in self.term_names
         )
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -181,7 +193,7 @@ class Reporter:
             f" learning rate: {last.learning_rate:.6E} |"
             f" global batch size: {last.global_batch_size:5d} |"
             f" {losses} | loss scale: 1.0 | grad norm: {last.grad_norm:.3f} |"
-            f" number of skipped iterations: {self._num_skipped:3d} | number of nan iterations: {self._num_nan:3d} |"
+            f" number of skipped iterations: {skipped:3d} | number of nan iterations: {nan:3d} |"
             f" tokens per second per process: {tokens / (milliseconds / 1e3) / self.world_size:.0f} |"
         )
 
@@ -193,4 +205,4 @@ def log_on_rank_zero(rank: int) -> Callable[[str], None]:
 
 def mean_losses(sums: torch.Tensor, counts: torch.Tensor, names: tuple[str, ...]) -> dict[str, float]:
     """Losses of an evaluation from its sums and counts."""
-    return dict(zip(names, (sums / counts).tolist(), strict=True))
+    return dict(zip(names, (sums / counts.clamp(min=1.0)).tolist(), strict=True))

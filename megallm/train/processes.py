@@ -30,14 +30,15 @@ def joined_processes(config: Config) -> Iterator[tuple[Config, Mesh]]:
     if device.type == "cpu":
         use_one_thread_per_process(local_world_size)
     backend = select_backend(device, local_world_size, parallel.distributed_backend)
-    rank, world_size = start_processes(backend, device, timedelta(minutes=parallel.distributed_timeout_minutes))
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    rank, world_size = start_processes(backend, device, timeout)
     try:
         shape = MeshShape(
             tp=parallel.tensor_model_parallel_size,
             dp=data_parallel_size(parallel, world_size),
             pp=parallel.pipeline_model_parallel_size,
         )
-        mesh = Mesh(shape, rank, device)
+        mesh = Mesh(shape, rank, device, timeout)
         yield resolve(config, world_size), mesh
         # Threads of gloo that still hold a tensor when the interpreter ends abort the process. After an exception
         # messages may be under way that nobody will answer, and waiting for the threads would take for ever.

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from megallm.agreement import on_every_rank
 from megallm.checkpoint.boxes import local_boxes, weight_boxes
 from megallm.checkpoint.load import find_checkpoint, load_boxes, read_manifest
 from megallm.checkpoint.save import save_checkpoint
-from megallm.config import from_dict, to_dict
+from megallm.config import difference, from_dict, to_dict
 from megallm.config.tree import Config
 from megallm.mesh import Mesh
-from megallm.train.agreement import on_every_rank
 from megallm.train.engine import Engine, Model
 
 # Settings that make the weights mean something else. Shapes alone do not tell: a model of fewer layers, or with another
@@ -26,7 +26,9 @@ _MODEL_SHAPE = (
     "num_query_groups",
     "kv_channels",
     "position_embedding_type",
+    "rotary_base",
     "normalization",
+    "norm_epsilon",
     "activation",
     "add_bias_linear",
     "add_qkv_bias",
@@ -50,9 +52,10 @@ def save_engine(engine: Engine, root: str) -> Path:
     return save_checkpoint(root, progress.iteration, boxes, state, engine.mesh)
 
 
-def load_engine(engine: Engine, root: str) -> Path | None:
-    """Continues from the newest checkpoint under `root`, saved under any layout. Returns its folder, or None if there
-    is none.
+def load_engine(engine: Engine, root: str) -> tuple[Path, list[str]] | None:
+    """Continues from the newest checkpoint under `root`, saved under any layout.
+
+    Returns its folder and what differs from the run that saved it apart from the layout, or None if there is none.
 
     Raises ValueError, on all ranks alike, if the checkpoint is of another model, damaged, or not seen by every rank.
     """
@@ -77,7 +80,18 @@ def load_engine(engine: Engine, root: str) -> Path | None:
     progress.num_updates.fill_(manifest["num_updates"])
     for shard in engine.optimizer.shards:
         shard.state.num_updates.fill_(manifest["num_updates"])
-    return folder
+    return folder, _changes(from_dict(manifest["config"]), engine.config)
+
+
+def _changes(saved: Config, now: Config) -> list[str]:
+    """Settings that bear on the numbers or on the order of the data, as `name: old -> new`."""
+    bearing = ("model.", "training.", "optimizer.", "data.")
+    silent = ("training.micro_batch_size", "training.device", "training.exit_interval", "data.num_workers")
+    return [
+        f"{path}: {old} -> {new}"
+        for path, old, new in difference(saved, now)
+        if path.startswith(bearing) and path not in silent
+    ]
 
 
 def load_weights(model: Model, folder: Path) -> None:

@@ -47,7 +47,7 @@ def train_step(engine: Engine, micro_batches: list[Batch], stopwatch: Stopwatch 
     engine.progress.num_updates += made
     engine.progress.iteration += 1
     engine.progress.consumed_samples += engine.config.training.global_batch_size
-    return StepMetrics(outcome.sums / scaler.counts, outcome.grad_norm, rate, outcome.skipped)
+    return StepMetrics(outcome.sums / scaler.counts.clamp(min=1.0), outcome.grad_norm, rate, outcome.skipped)
 
 
 def evaluate_step(engine: Engine, micro_batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -140,7 +140,7 @@ def make_engine(rank: int, case: Case) -> Engine:
     if case.delayed:
         generator = Random(rank)
         delay = lambda: generator.choice((0.0, 0.002, 0.01))  # noqa: E731
-    mesh = Mesh(MeshShape(tp=case.tp, pp=case.pp, dp=case.dp), rank, torch.device("cpu"), delay)
+    mesh = Mesh(MeshShape(tp=case.tp, pp=case.pp, dp=case.dp), rank, torch.device("cpu"), delay=delay)
     assert config.model.vocab_size is not None
     return build_engine(config, GPTTask(config.model.vocab_size), mesh)
 

@@ -224,7 +224,7 @@ def test_a_run_that_is_over_says_so(tmp_path: Path) -> None:
     flags = [*without(TINY, "--eval-interval", "--eval-iters"), "--save", str(tmp_path / "checkpoints")]
     succeeded(python("pretrain_gpt.py", *flags))
     again = succeeded(python("pretrain_gpt.py", *flags, "--load", str(tmp_path / "checkpoints")))
-    assert "already at iteration 6" in again.output
+    assert "nothing was trained and nothing saved: iteration 6" in again.output
     assert not LOG_LINE.search(again.output)
 
 
@@ -425,3 +425,12 @@ def test_mistakes_of_generation(text: Text, single: Run, tmp_path: Path) -> None
         ),
     ):
         assert_one_clear_answer(python("tools/generate.py", *flags, "--device", "cpu"), wanted)
+
+
+def test_data_that_would_end_too_early_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    flags = [*without(TINY, "--eval-interval", "--eval-iters"), "--save", str(tmp_path), "--exit-interval", "3"]
+    succeeded(python("pretrain_gpt.py", *flags))
+    fewer = without(TINY, "--eval-interval", "--eval-iters", "--global-batch-size")
+    again = python("pretrain_gpt.py", *fewer, "--global-batch-size", "2", "--load", str(tmp_path), timeout=60.0)
+    assert_one_clear_answer(again, "the training data has 12 samples, but this run reads up to sample 18")
+    assert "changed since it was saved: training.global_batch_size: 4 -> 2" in again.output

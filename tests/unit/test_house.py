@@ -17,7 +17,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # The rooms of the package by floor. A room imports from its own floor and from those below, never from above.
 FLOORS = (
-    ("__init__", "config", "schedule", "communication", "mesh", "device", "parameter", "random", "ops", "info"),
+    (
+        "__init__",
+        "config",
+        "schedule",
+        "communication",
+        "agreement",
+        "mesh",
+        "device",
+        "parameter",
+        "random",
+        "ops",
+        "info",
+    ),
     ("layers", "optimizer", "data"),
     ("model",),
     ("pipeline", "data_parallel", "checkpoint"),

@@ -103,7 +103,9 @@ def test_skipped_and_undefined_steps_are_counted(config: Config, capsys: pytest.
     reporter.close()
     first, second = capsys.readouterr().out.splitlines()
     assert "number of skipped iterations:   2 | number of nan iterations:   1 |" in first
-    assert "number of skipped iterations:   2 | number of nan iterations:   1 |" in second
+    assert "number of skipped iterations:   0 | number of nan iterations:   0 |" in second
+    assert "lm loss: 1.500000E+00 |" in second
+    assert [line["lm_loss"] for line in written(config)] == [None, 2.0, 2.0, 1.0], "JSON has no NaN"
     assert [line["skipped"] for line in written(config)] == [1, 1, 0, 0]
 
 

@@ -1,0 +1,38 @@
+"""The word embedding's gradient is summed in float32, however often a token occurs."""
+
+from __future__ import annotations
+
+import torch
+
+from megallm.communication import Group, Transport
+from megallm.layers.context import LayoutContext
+from megallm.layers.embedding import embed_tokens, vocabulary_parameter
+
+
+def test_a_frequent_token_keeps_its_gradient_in_bfloat16():
+    alone = Group((0,), 0, Transport(None))
+    context = LayoutContext(alone, False, torch.bfloat16, torch.device("cpu"), seed=1)
+    weight = vocabulary_parameter("w", 5, 5, 8, context, 0.02)
+    torch.nn.init.zeros_(weight)
+    kept = torch.zeros(5, 8)
+
+    def keep(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+        kept.add_(gradient)
+
+    context.weight_gradients.gradient_sink = keep
+    embed_tokens(torch.full((4, 1024), 3), weight, context).backward(torch.ones(1024, 4, 8, dtype=torch.bfloat16))
+    # Ones summed in bfloat16 stop at 256.
+    assert torch.equal(kept[3], torch.full((8,), 4096.0))
+    assert kept.sum() == 4096 * 8
+    assert weight.grad is None
+
+
+def test_without_a_sink_autograd_gets_the_gradient():
+    context = LayoutContext(Group((0,), 0, Transport(None)), False, torch.float64, torch.device("cpu"), seed=1)
+    weight = vocabulary_parameter("w", 5, 5, 3, context, 0.02)
+    torch.nn.init.normal_(weight)
+    tokens = torch.tensor([[0, 1, 1, 4]])
+    grad = torch.randn(4, 1, 3, dtype=torch.float64)
+    embed_tokens(tokens, weight, context).backward(grad)
+    expected = torch.autograd.grad(torch.nn.functional.embedding(tokens.t(), weight), weight, grad)[0]
+    torch.testing.assert_close(weight.grad, expected)
