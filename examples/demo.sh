@@ -16,8 +16,8 @@ run() {
     "$@"
 }
 
-if [ -e "$OUT" ] && [ ! -e "$OUT/.made_by_demo" ]; then
-    echo "demo: $OUT exists and was not made by the demo; choose another DEMO_FOLDER" >&2
+if [ -n "$(ls -A "$OUT" 2>/dev/null)" ] && [ ! -e "$OUT/.made_by_demo" ]; then
+    echo "demo: $OUT holds something else than an earlier demo; choose another DEMO_FOLDER" >&2
     exit 2
 fi
 rm -rf "$OUT"
