@@ -265,7 +265,7 @@ def assert_one_clear_answer(ended: Ended, wanted: str) -> None:
     assert ended.code == 2, ended.errors
     assert re.search(wanted, ended.errors), ended.errors
     assert "Traceback" not in ended.errors
-    assert ended.errors.startswith("pretrain_gpt.py: "), ended.errors
+    assert re.match(r"(pretrain_gpt|generate)\.py: ", ended.errors), ended.errors
     assert not LOG_LINE.search(ended.output)
 
 
