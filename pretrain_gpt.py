@@ -32,6 +32,11 @@ def main(arguments: list[str] | None = None) -> None:
         pretrain(config, GPTTask.from_config)
     except ValueError as error:
         fail(program, error)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{program}: interrupted; --load continues from the last checkpoint", file=sys.stderr, flush=True)
+        # Other ranks may be gone: leaving in an orderly way would wait for them.
+        os._exit(130)
 
 
 if __name__ == "__main__":

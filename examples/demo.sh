@@ -12,7 +12,9 @@ export OMP_NUM_THREADS=1
 
 say() { printf '\n== %s\n' "$*"; }
 run() {
-    printf '$ %s\n' "$*"
+    printf '$'
+    printf ' %q' "$@"
+    printf '\n'
     "$@"
 }
 

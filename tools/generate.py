@@ -79,6 +79,11 @@ def run(arguments: argparse.Namespace) -> None:
     with joined_processes(config) as (config, mesh):
         tokenizer = build_tokenizer_of(config)
         assert tokenizer is not None, "the configuration names a tokenizer of text"
+        if tokenizer.vocab_size > (config.model.vocab_size or 0):
+            raise ValueError(
+                f"the tokenizer {config.data.tokenizer_model} has {tokenizer.vocab_size} tokens, the model knows "
+                f"{config.model.vocab_size}: give the tokenizer that it was trained with as --tokenizer-model"
+            )
         model = build_model(config, GPTTask.from_config(config), mesh)
         load_weights(model, folder)
         prompt = tokenizer.encode(arguments.prompt)

@@ -26,16 +26,32 @@ class _SavedBox:
 
 
 def find_checkpoint(root: str) -> Path | None:
-    """The newest complete checkpoint under `root`, or None. `root` may also be a checkpoint's own folder."""
+    """The checkpoint to continue from under `root`, or None if nothing was ever saved there.
+
+    It is the one that the tracker file names, or the newest one where there is no tracker. `root` may also be a
+    checkpoint's own folder. Raises ValueError where something was saved but cannot be used: starting afresh would
+    overwrite it.
+    """
+    if Path(root).exists() and not Path(root).is_dir():
+        raise ValueError(f"--load {root} is not a folder")
     if (Path(root) / MANIFEST).exists():
         return Path(root)
-    tracker = Path(root) / TRACKER
-    if tracker.exists() and tracker.read_text().strip().isdigit():
-        folder = checkpoint_folder(root, int(tracker.read_text()))
-        if (folder / MANIFEST).exists():
-            return folder
     # The pattern leaves out folders that are still being written.
-    complete = sorted(folder for folder in Path(root).glob("iter_*[0-9]") if (folder / MANIFEST).exists())
+    folders = sorted(Path(root).glob("iter_*[0-9]"))
+    complete = [folder for folder in folders if (folder / MANIFEST).exists()]
+    known = f"complete here: {complete[-1].name}" if complete else "nothing here is complete"
+    tracker = Path(root) / TRACKER
+    if tracker.exists():
+        text = tracker.read_text().strip()
+        named = checkpoint_folder(root, int(text)) if text.isdigit() else None
+        if named is None or named not in complete:
+            raise ValueError(
+                f"{tracker} names {text!r}, which is no complete checkpoint ({known}). Write another iteration into "
+                "it, or give another folder to start afresh"
+            )
+        return named
+    if folders and not complete:
+        raise ValueError(f"{folders[-1]} has no {MANIFEST}: it is damaged. Give another folder to start afresh")
     return complete[-1] if complete else None
 
 

@@ -18,6 +18,7 @@ from megallm.schedule import Event, Timeline, simulate
 from megallm.train.datasets import Datasets, build_datasets, build_tokenizer_of, with_vocabulary
 from megallm.train.engine import Engine, build_engine
 from megallm.train.metrics import Reporter, log_on_rank_zero, mean_losses
+from megallm.train.outputs import try_outputs
 from megallm.train.processes import joined_processes
 from megallm.train.resume import load_engine, save_engine
 from megallm.train.step import Batch, evaluate_step, train_step
@@ -42,6 +43,7 @@ def _read_files(config: Config, world_size: int) -> tuple[Config, Datasets]:
 
 def _run(config: Config, task: Task, mesh: Mesh, datasets: Datasets) -> None:
     log = log_on_rank_zero(mesh.rank)
+    on_every_rank(mesh, lambda: try_outputs(config) if mesh.rank == 0 else None)
     engine = build_engine(config, task, mesh)
     _describe(engine, log)
     if config.checkpoint.load:
@@ -66,6 +68,8 @@ def _check_data_lasts(engine: Engine, datasets: Datasets) -> None:
     training, progress = engine.config.training, engine.progress
     assert training.global_batch_size, "the configuration is resolved"
     remaining = max(0, training.train_iters - progress.iteration) * training.global_batch_size
+    if remaining == 0:
+        return
     needed = {"training": (datasets.train, progress.consumed_samples + remaining)}
     if training.eval_interval and datasets.valid is not None:
         evaluations = training.train_iters // training.eval_interval - progress.iteration // training.eval_interval

@@ -37,9 +37,6 @@ THREE_GROUPS = {
     "model.num_query_groups": 3,
 }
 
-# Tensor parallel steps over many processes on few cores take long; their losses are compared over fewer of them.
-SHORT = 6
-
 CASES = [
     # one process
     Case("llama, micro-batch 1", LLAMA),
@@ -73,20 +70,18 @@ CASES = [
     Case("gpt, data, overlapped all-reduce, delayed", GPT | DROPOUT, dp=2, layout=OVERLAPPED_ALL_REDUCE, delayed=True),
     Case("gpt, data, ragged mask, clipped", GPT | CLIPPED, dp=2, mask="ragged", layout=SHARDED | FOUR_PER_MICRO_BATCH),
     # four processes
-    Case("llama, tensor 4, fewer groups than ranks", LLAMA, tp=4, layout=TWO_PER_MICRO_BATCH, num_steps=SHORT),
+    Case("llama, tensor 4, fewer groups than ranks", LLAMA, tp=4, layout=TWO_PER_MICRO_BATCH),
     Case(
         "llama, tensor 4, fewer groups, no sequence parallelism",
         LLAMA,
         tp=4,
         layout=NO_SEQUENCE_PARALLEL | FOUR_PER_MICRO_BATCH,
-        num_steps=SHORT,
     ),
     Case(
         "gpt, tensor 4, multi-query, both dropouts",
         GPT | ONE_GROUP | DROPOUT,
         tp=4,
         layout=SELECTIVE | FOUR_PER_MICRO_BATCH,
-        num_steps=SHORT,
     ),
     Case("gpt tied, pipeline 4", GPT, pp=4),
     Case("llama, 8 layers, pipeline 4, interleaved", LLAMA | EIGHT_LAYERS, pp=4, layout=TWO_STAGES),
@@ -101,14 +96,13 @@ CASES = [
         layout=OVERLAPPED_ALL_REDUCE | TWO_STAGES,
         delayed=True,
     ),
-    Case("gpt tied, tensor 2 data 2, sharded, clipped", GPT | CLIPPED, tp=2, dp=2, layout=SHARDED, num_steps=SHORT),
+    Case("gpt tied, tensor 2 data 2, sharded, clipped", GPT | CLIPPED, tp=2, dp=2, layout=SHARDED),
     Case(
         "gpt, tensor 2 data 2, ragged mask, vocabulary 51",
         GPT | ODD_VOCABULARY,
         tp=2,
         dp=2,
         mask="ragged",
-        num_steps=SHORT,
     ),
     Case(
         "llama, tensor 2 pipeline 2, clipped, dropout",
@@ -116,7 +110,6 @@ CASES = [
         tp=2,
         pp=2,
         layout=TWO_PER_MICRO_BATCH,
-        num_steps=SHORT,
     ),
     Case(
         "gpt tied, tensor 2 pipeline 2, no sequence parallelism",
@@ -124,7 +117,6 @@ CASES = [
         tp=2,
         pp=2,
         layout=NO_SEQUENCE_PARALLEL,
-        num_steps=SHORT,
     ),
     Case("llama, data 4, sharded, ragged mask", LLAMA, dp=4, layout=SHARDED, mask="ragged"),
     # eight processes, every axis at once
@@ -137,7 +129,6 @@ CASES = [
         dp=2,
         layout=OVERLAPPED | TWO_STAGES,
         delayed=True,
-        num_steps=SHORT,
     ),
     Case(
         "gpt tied, all axes, ragged mask, clipped, full recompute",
@@ -147,7 +138,6 @@ CASES = [
         dp=2,
         mask="ragged",
         layout=SHARDED | FULL,
-        num_steps=SHORT,
     ),
     Case(
         "gpt tied, all axes, no sequence parallelism",
@@ -156,7 +146,6 @@ CASES = [
         pp=2,
         dp=2,
         layout=NO_SEQUENCE_PARALLEL | SHARDED,
-        num_steps=SHORT,
     ),
     Case(
         "gpt untied, all axes, gpipe, squared relu",
@@ -165,11 +154,14 @@ CASES = [
         pp=2,
         dp=2,
         layout=GPIPE,
-        num_steps=SHORT,
     ),
-    Case("llama tied, tensor 4, pipeline 2", LLAMA | TIED, tp=4, pp=2, layout=FOUR_PER_MICRO_BATCH, num_steps=SHORT),
+    Case("llama tied, tensor 4, pipeline 2", LLAMA | TIED, tp=4, pp=2, layout=FOUR_PER_MICRO_BATCH),
     Case(
-        "llama, tensor 2, data 4, sharded, overlapped", LLAMA | CLIPPED, tp=2, dp=4, layout=OVERLAPPED, num_steps=SHORT
+        "llama, tensor 2, data 4, sharded, overlapped",
+        LLAMA | CLIPPED,
+        tp=2,
+        dp=4,
+        layout=OVERLAPPED,
     ),
     Case("llama, 7 layers, pipeline 4, data 2, sharded", LLAMA | SEVEN_LAYERS, pp=4, dp=2, layout=SHARDED),
 ]

@@ -381,16 +381,26 @@ def _make_folder(root: Path, name: str) -> None:
 
 def test_a_half_written_folder_is_never_picked(tmp_path: Path) -> None:
     _make_folder(tmp_path, "iter_0000009.tmp")
-    (tmp_path / "iter_0000008").mkdir()
     assert find_checkpoint(str(tmp_path)) is None
     _make_folder(tmp_path, "iter_0000003")
     _make_folder(tmp_path, "iter_0000005")
     assert find_checkpoint(str(tmp_path)) == tmp_path / "iter_0000005"
-    (tmp_path / TRACKER).write_text("9")
-    assert find_checkpoint(str(tmp_path)) == tmp_path / "iter_0000005"
     (tmp_path / TRACKER).write_text("3\n")
     assert find_checkpoint(str(tmp_path)) == tmp_path / "iter_0000003"
     assert find_checkpoint(str(tmp_path / "iter_0000005")) == tmp_path / "iter_0000005"
+
+
+def test_what_is_damaged_is_not_taken_for_nothing(tmp_path: Path) -> None:
+    (tmp_path / "iter_0000008").mkdir()
+    with pytest.raises(ValueError, match="iter_0000008 has no manifest.json"):
+        find_checkpoint(str(tmp_path))
+    _make_folder(tmp_path, "iter_0000005")
+    for text in ("8", "77", "foo"):
+        (tmp_path / TRACKER).write_text(text)
+        with pytest.raises(ValueError, match=f"names '{text}', which is no complete.*complete here: iter_0000005"):
+            find_checkpoint(str(tmp_path))
+    with pytest.raises(ValueError, match="is not a folder"):
+        find_checkpoint(str(tmp_path / TRACKER))
 
 
 def test_a_save_that_breaks_off_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

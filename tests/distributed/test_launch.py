@@ -434,3 +434,12 @@ def test_data_that_would_end_too_early_is_refused_before_the_first_step(tmp_path
     again = python("pretrain_gpt.py", *fewer, "--global-batch-size", "2", "--load", str(tmp_path), timeout=60.0)
     assert_one_clear_answer(again, "the training data has 12 samples, but this run reads up to sample 18")
     assert "changed since it was saved: training.global_batch_size: 4 -> 2" in again.output
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for flag, place, wanted in (
+        ("--save", tmp_path / "file", "--save: .*file cannot be written to"),
+        ("--metrics-jsonl", tmp_path, "--metrics-jsonl .* is a folder"),
+    ):
+        assert_one_clear_answer(python("pretrain_gpt.py", *TINY, flag, str(place), timeout=60.0), wanted)

@@ -1,0 +1,31 @@
+"""Places to write to are tried before the first step: a run must not end at its first save."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from megallm.config.tree import Config
+
+
+def try_outputs(config: Config) -> None:
+    """Makes the folders that a run writes to, and writes there.
+
+    Raises ValueError naming the flag and the place where that fails.
+    """
+    checkpoint, logging = config.checkpoint, config.logging
+    folders = {"--save": checkpoint.save, "--tensorboard-dir": logging.tensorboard_dir}
+    files = {"--metrics-jsonl": logging.metrics_jsonl, "--timeline": logging.timeline}
+    for flag, file in files.items():
+        if file is not None and flag == "--metrics-jsonl" and Path(file).is_dir():
+            raise ValueError(f"{flag} {file} is a folder; name a file in it")
+        folders[flag] = None if file is None else str(Path(file).parent)
+    for flag, folder in folders.items():
+        if folder is None:
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(f"{flag}: {folder} cannot be written to: {error.strerror or error}") from error
