@@ -392,7 +392,7 @@ def test_a_half_written_folder_is_never_picked(tmp_path: Path) -> None:
 
 def test_what_is_damaged_is_not_taken_for_nothing(tmp_path: Path) -> None:
     (tmp_path / "iter_0000008").mkdir()
-    with pytest.raises(ValueError, match="iter_0000008 has no manifest.json"):
+    with pytest.raises(ValueError, match=r"iter_0000008 has no manifest\.json"):
         find_checkpoint(str(tmp_path))
     _make_folder(tmp_path, "iter_0000005")
     for text in ("8", "77", "foo"):
