@@ -157,12 +157,15 @@ def test_two_processes(single: Run, tmp_path: Path) -> None:
 
 
 THREADS = """
+import os
 import sys
 from pathlib import Path
 sys.path.insert(0, ".")
 import pretrain_gpt
 pretrain_gpt.main(sys.argv[1:])
-print("threads", [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")])
+names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+# One write a process: the parts of a `print` from several of them can mix.
+os.write(1, f"threads {names}\\n".encode())
 """
 
 
