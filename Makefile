@@ -26,7 +26,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja "pybind11>=3.0" numpy
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[test,lint,plot]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[test,lint,plot,data]"
 	$(BIN)/python -m megallm.info
 	@touch $(STAMP)
 

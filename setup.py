@@ -2,8 +2,8 @@
 
 `megallm._C` is the operator library. It uses only the LibTorch stable ABI and Python's limited API, so one binary
 serves every torch from 2.11 on, with or without a GPU. The CPU operators are always in it; the CUDA operators join when
-a CUDA toolkit is found, whether or not the torch of this machine can use them. `megallm.data._helpers` holds the loops
-over numpy arrays that build sample indices.
+a CUDA toolkit is found, whether or not the torch of this machine can use them. `megallm.data.samples._helpers` holds
+the loops over numpy arrays that build sample indices.
 
 Both are optional: where there is no C++ compiler, or where one of them does not compile, the package installs without
 it, says so, and works on its references in plain torch and numpy.
@@ -130,7 +130,7 @@ def operator_library(cuda: "Path | None") -> Extension:
 
 def data_helpers() -> Extension:
     return Extension(
-        "megallm.data._helpers",
+        "megallm.data.samples._helpers",
         ["csrc/data_helpers.cpp"],
         language="c++",
         optional=setting("MEGALLM_NATIVE") != "1",

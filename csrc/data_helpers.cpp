@@ -1,6 +1,6 @@
 // Loops over numpy arrays that decide which tokens make a sample and which dataset a sample comes from.
 //
-// Each function has a reference in megallm/data/helpers.py with the same arguments, results and errors; the tests hold
+// Each function has a reference in megallm/data/samples/helpers.py with the same arguments, results and errors; the tests hold
 // the two together.
 
 #include <pybind11/numpy.h>
@@ -136,7 +136,7 @@ py::tuple build_exhaustive_blending_indices(const Array<int64_t>& sizes) {
 }  // namespace
 
 PYBIND11_MODULE(_helpers, module) {
-  module.doc() = "Native forms of the functions in megallm.data.helpers.";
+  module.doc() = "Native forms of the functions in megallm.data.samples.helpers.";
   module.def("build_sample_index", &build_sample_index, py::arg("sequence_lengths").noconvert(),
              py::arg("document_index").noconvert(), py::arg("sequence_length"), py::arg("num_samples"),
              py::arg("wide"));

@@ -49,7 +49,7 @@ def collect() -> dict[str, Any]:
             "reason": NATIVE.reason,
             "cuda_architectures": list(NATIVE.cuda_architectures),
         },
-        "data_helpers": {"built": _imports("megallm.data._helpers")},
+        "data_helpers": {"built": _imports("megallm.data.samples._helpers")},
         "communication": {
             "gloo": torch.distributed.is_available() and torch.distributed.is_gloo_available(),
             "nccl": torch.distributed.is_available() and torch.distributed.is_nccl_available(),

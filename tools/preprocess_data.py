@@ -7,8 +7,8 @@ import time
 from tqdm import tqdm
 
 from megallm.data.command_line import ToolParser, add_tokenizer_arguments, positive
-from megallm.data.documents import check_inputs
-from megallm.data.preprocess import Encoder, Totals, output_prefix_of, preprocess
+from megallm.data.prepare.job import Encoder, Totals, output_prefix_of, preprocess
+from megallm.data.text.documents import check_inputs
 
 DESCRIPTION = """\
 Tokenizes text files into the .bin/.idx files that training reads.

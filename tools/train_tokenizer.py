@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megallm.data.command_line import ToolParser, positive
-from megallm.data.documents import check_inputs, read_documents, texts_of
+from megallm.data.text.documents import check_inputs, read_documents, texts_of
 
 DESCRIPTION = """\
 Trains a byte-level BPE tokenizer on text files and writes it as tokenizer.json.

@@ -1,1 +1,1 @@
-"""Indexed files, sample orders, blending, samplers and tokenizers. Torch is imported by `loader` alone."""
+"""Text, tokenizers, token files, samples and their feeding. Torch is imported by `feeding.loader` alone."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from typing import NoReturn
 
-from megallm.data.tokenizer import TOKENIZER_TYPES
+from megallm.data.tokenizer.build import TOKENIZER_TYPES
 
 
 class ToolParser(argparse.ArgumentParser):

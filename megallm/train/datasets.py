@@ -7,11 +7,11 @@ from pathlib import Path
 
 from megallm.config import resolve
 from megallm.config.tree import Config
-from megallm.data.blended_dataset import build_train_valid_test_datasets, parse_data_path
-from megallm.data.gpt_dataset import GPTDatasetSettings
-from megallm.data.loader import SampleSource
-from megallm.data.mock_dataset import MockDataset
-from megallm.data.tokenizer import Tokenizer, build_tokenizer
+from megallm.data.feeding.loader import SampleSource
+from megallm.data.samples.blended import build_train_valid_test_datasets, parse_data_path
+from megallm.data.samples.gpt import GPTDatasetSettings
+from megallm.data.samples.mock import MockDataset
+from megallm.data.tokenizer.build import Tokenizer, build_tokenizer
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 
 from megallm.agreement import on_every_rank
 from megallm.config.tree import Config
-from megallm.data.loader import SampleSource, build_loader
-from megallm.data.sampler import GlobalBatchSampler
+from megallm.data.feeding.loader import SampleSource, build_loader
+from megallm.data.feeding.sampler import GlobalBatchSampler
 from megallm.device import Stopwatch
 from megallm.mesh import Mesh
 from megallm.plan.flops import parameter_count

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from small_data import write_dataset
 
-from megallm.data.blended_dataset import (
+from megallm.data.indexed.dataset import IndexedDataset
+from megallm.data.samples.blended import (
     BlendedDataset,
     build_train_valid_test_datasets,
     parse_data_path,
@@ -12,8 +13,7 @@ from megallm.data.blended_dataset import (
     samples_of_each,
     split_range,
 )
-from megallm.data.gpt_dataset import GPTDataset, GPTDatasetSettings
-from megallm.data.indexed_dataset import IndexedDataset
+from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings
 
 
 class Numbers:

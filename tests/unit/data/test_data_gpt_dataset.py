@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_data import GOLDEN_DOCUMENTS, write_dataset
 
-from megallm.data.gpt_dataset import GPTDataset, GPTDatasetSettings, build_sample_order, make_sample
-from megallm.data.indexed_dataset import IndexedDataset
+from megallm.data.indexed.dataset import IndexedDataset
+from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings, build_sample_order, make_sample
 
 SETTINGS = GPTDatasetSettings(sequence_length=4, seed=1234)
 # Samples asked for; document, sample and shuffle index.
@@ -200,7 +200,7 @@ def same_indices(one, other):
 
 def test_cache_is_read_again(golden, tmp_path, monkeypatch):
     built = GPTDataset(golden, 0, 5, 10, cached(tmp_path))
-    monkeypatch.setattr("megallm.data.gpt_dataset.build_sample_order", lambda *_: pytest.fail("built a second time"))
+    monkeypatch.setattr("megallm.data.samples.gpt.build_sample_order", lambda *_: pytest.fail("built a second time"))
     read = GPTDataset(golden, 0, 5, 10, cached(tmp_path))
     assert isinstance(read.shuffle_index, np.memmap)
     assert same_indices(built, read)

@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megallm.data import helpers, reference
+from megallm.data.samples import helpers, reference
 
 
 def _native(name):
     if not helpers.is_native():
-        pytest.skip("megallm.data._helpers is not built (pip install -e .): there is nothing to compare")
+        pytest.skip("megallm.data.samples._helpers is not built (pip install -e .): there is nothing to compare")
     return getattr(helpers._native, name)
 
 

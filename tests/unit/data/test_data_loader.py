@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from megallm.data.loader import build_loader
-from megallm.data.mock_dataset import MockDataset
-from megallm.data.sampler import GlobalBatchSampler
+from megallm.data.feeding.loader import build_loader
+from megallm.data.feeding.sampler import GlobalBatchSampler
+from megallm.data.samples.mock import MockDataset
 
 # The first tokens of the fixture below.
 GOLDEN_TOKENS = [0, 43, 1, 1, 26, 0, 43, 1, 1, 26, 88, 9, 1, 1, 26, 0]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megallm.data.sampler import GlobalBatchSampler
+from megallm.data.feeding.sampler import GlobalBatchSampler
 
 GLOBAL_BATCH = 24
 LAYOUTS = [(micro, ranks) for micro in (1, 2, 3, 4, 6, 12, 24) for ranks in (1, 2, 3, 4, 6, 8, 12, 24)]

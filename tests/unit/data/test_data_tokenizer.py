@@ -6,7 +6,7 @@ import pytest
 from small_data import TEXTS
 from tokenizers import AddedToken, Tokenizer, processors
 
-from megallm.data.tokenizer import TOKENIZER_TYPES, build_tokenizer
+from megallm.data.tokenizer.build import TOKENIZER_TYPES, build_tokenizer
 
 
 def test_huggingface_round_trip(tokenizer_json):

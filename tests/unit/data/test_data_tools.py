@@ -9,8 +9,9 @@ import pytest
 from small_data import TEXTS, TOOLS, load_tool
 from tokenizers import Tokenizer
 
-from megallm.data import documents, preprocess
-from megallm.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megallm.data.indexed.dataset import IndexedDataset, IndexedDatasetWriter
+from megallm.data.prepare import job
+from megallm.data.text import documents
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def slow_reference(texts, tokenizer_json, append_eod):
 def test_bytes_equal_the_slow_reference_for_any_number_of_workers(
     tool, jsonl, tokenizer_json, tmp_path, append_eod, monkeypatch
 ):
-    monkeypatch.setattr(preprocess, "BATCH_DOCUMENTS", 16)
+    monkeypatch.setattr(job, "BATCH_DOCUMENTS", 16)
     records = [json.loads(line) for line in jsonl.read_text().split("\n") if line.strip()]
     flags = ["--append-eod"] if append_eod else []
     for workers in (1, 3) if append_eod else (1,):
@@ -121,7 +122,7 @@ def test_a_broken_line_is_named_and_nothing_is_written(tool, tokenizer_json, tmp
 
 
 def test_a_broken_line_in_a_worker(tool, tokenizer_json, tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocess, "BATCH_DOCUMENTS", 2)
+    monkeypatch.setattr(job, "BATCH_DOCUMENTS", 2)
     (tmp_path / "in.jsonl").write_bytes(GOOD * 42 + b"{\n" + GOOD * 20 + b"{\n")
     command = arguments(tokenizer_json, tmp_path / "out" / "x", tmp_path / "in.jsonl")
     code, _, err = tool("preprocess_data", *command, "--workers", 2)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from megallm.data.sampler import GlobalBatchSampler, SamplePlace
+from megallm.data.feeding.sampler import GlobalBatchSampler, SamplePlace
 
 MicroBatch = dict[str, torch.Tensor]
 

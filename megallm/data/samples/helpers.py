@@ -1,6 +1,6 @@
 """Loops that decide which tokens make a sample and which dataset a sample comes from.
 
-Each function calls the compiled `megallm.data._helpers` where it was built; `reference` holds the same functions in
+Each function calls the compiled `megallm.data.samples._helpers` where it was built; `reference` holds the same ones in
 numpy, with the same arguments and results. Token counts are 64-bit throughout.
 """
 
@@ -9,15 +9,16 @@ from types import ModuleType
 
 import numpy as np
 
-from megallm.data import reference
+from megallm.data.samples import reference
 
 _native: ModuleType | None
 try:
-    from megallm.data import _helpers as _native  # type: ignore[attr-defined,no-redef]
+    from megallm.data.samples import _helpers as _native  # type: ignore[attr-defined,no-redef]
 except ImportError:
     _native = None
     warnings.warn(
-        "megallm.data._helpers is not built: sample indices are built in numpy, slower. `pip install -e .` builds it.",
+        "megallm.data.samples._helpers is not built: sample indices are built in numpy, slower. "
+        "`pip install -e .` builds it.",
         stacklevel=2,
     )
 

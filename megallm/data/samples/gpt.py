@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megallm.data import helpers, index_cache
-from megallm.data.indexed_dataset import IndexedDataset
+from megallm.data.indexed.dataset import IndexedDataset
+from megallm.data.samples import helpers, index_cache
 
 # A last epoch of which less than this share is used is shuffled apart from the others, so that they are all seen whole
 # before it.

@@ -7,9 +7,9 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from megallm.data import helpers
-from megallm.data.gpt_dataset import GPTDataset, GPTDatasetSettings
-from megallm.data.indexed_dataset import IndexedDataset
+from megallm.data.indexed.dataset import IndexedDataset
+from megallm.data.samples import helpers
+from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings
 
 SPLIT_NAMES = ("training", "validation", "test")
 # Megatron builds each dataset of a blend this share larger than the blend needs.

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megallm.data.documents import RawDocument, read_documents, texts_of
-from megallm.data.indexed_dataset import IndexedDatasetWriter, token_dtype
-from megallm.data.tokenizer import Tokenizer, build_tokenizer
+from megallm.data.indexed.dataset import IndexedDatasetWriter, token_dtype
+from megallm.data.text.documents import RawDocument, read_documents, texts_of
+from megallm.data.tokenizer.build import Tokenizer, build_tokenizer
 
 # A batch is handed to a worker when it reaches one of these: enough to hide the cost of handing over, small in memory.
 BATCH_BYTES = 1 << 20

@@ -1,0 +1,1 @@
+"""The .bin/.idx token files of Megatron: read, written, checked, merged."""

@@ -1,0 +1,1 @@
+"""Text as it comes: which files, how they are packed, where a document starts, what it says."""
