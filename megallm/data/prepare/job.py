@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megallm.data.indexed.dataset import IndexedDatasetWriter, token_dtype
+from megallm.data.indexed.format import token_dtype
+from megallm.data.indexed.writer import IndexedDatasetWriter
 from megallm.data.text.documents import RawDocument, read_documents, texts_of
 from megallm.data.tokenizer.build import Tokenizer, build_tokenizer
 

@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from megallm.data.indexed.dataset import IndexedDataset
+from megallm.data.indexed.reader import IndexedDataset
 from megallm.data.samples import helpers
 from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megallm.data.indexed.dataset import IndexedDataset
+from megallm.data.indexed.reader import IndexedDataset
 from megallm.data.samples import helpers, index_cache
 
 # A last epoch of which less than this share is used is shuffled apart from the others, so that they are all seen whole

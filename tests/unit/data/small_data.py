@@ -3,7 +3,9 @@
 import importlib.util
 from pathlib import Path
 
-from megallm.data.indexed.dataset import IndexedDataset, IndexedDatasetWriter, token_dtype
+from megallm.data.indexed.format import token_dtype
+from megallm.data.indexed.reader import IndexedDataset
+from megallm.data.indexed.writer import IndexedDatasetWriter
 
 TOOLS = Path(__file__).parents[3] / "tools"
 GOLDEN_DOCUMENTS = [[5, 6, 7, 0], [1, 2, 0], [9, 9, 9, 9, 9, 0], [3, 0], [4, 4, 4, 0]]

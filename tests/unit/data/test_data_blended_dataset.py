@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from small_data import write_dataset
 
-from megallm.data.indexed.dataset import IndexedDataset
+from megallm.data.indexed.reader import IndexedDataset
 from megallm.data.samples.blended import (
     BlendedDataset,
     build_train_valid_test_datasets,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_data import GOLDEN_DOCUMENTS, write_dataset
 
-from megallm.data.indexed.dataset import IndexedDataset
+from megallm.data.indexed.reader import IndexedDataset
 from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings, build_sample_order, make_sample
 
 SETTINGS = GPTDatasetSettings(sequence_length=4, seed=1234)

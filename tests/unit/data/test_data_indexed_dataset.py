@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_data import GOLDEN_DOCUMENTS, write_dataset
 
-from megallm.data.indexed.dataset import DTYPES, IndexedDataset, IndexedDatasetWriter, token_dtype
+from megallm.data.indexed.format import DTYPES, token_dtype
+from megallm.data.indexed.reader import IndexedDataset
+from megallm.data.indexed.writer import IndexedDatasetWriter
 
 NO_TORCH = "import sys; import {}; sys.exit('torch' in sys.modules)"
 
@@ -173,7 +175,8 @@ def test_missing_files(golden, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", ["megallm.data.indexed.dataset", "megallm.data.prepare.job, megallm.data.samples.gpt"]
+    "module",
+    ["megallm.data.indexed.reader, megallm.data.indexed.writer", "megallm.data.prepare.job, megallm.data.samples.gpt"],
 )
 def test_imports_without_torch(module):
     assert subprocess.run([sys.executable, "-c", NO_TORCH.format(module)], check=False).returncode == 0

@@ -9,7 +9,8 @@ import pytest
 from small_data import TEXTS, TOOLS, load_tool
 from tokenizers import Tokenizer
 
-from megallm.data.indexed.dataset import IndexedDataset, IndexedDatasetWriter
+from megallm.data.indexed.reader import IndexedDataset
+from megallm.data.indexed.writer import IndexedDatasetWriter
 from megallm.data.prepare import job
 from megallm.data.text import documents
 
