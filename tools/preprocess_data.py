@@ -6,7 +6,7 @@ import time
 
 from tqdm import tqdm
 
-from megallm.data.command_line import ToolParser, add_tokenizer_arguments, positive
+from megallm.data.command_line import ToolParser, add_tokenizer_arguments, positive, tokenizer_settings
 from megallm.data.prepare.job import Encoder, Totals, output_prefix_of, preprocess
 from megallm.data.text.documents import check_inputs
 
@@ -81,9 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--json-keys {' '.join(options.json_keys)} names a key twice.")
         paths = check_inputs(options.input)
         encoder = Encoder(
-            options.tokenizer_type,
-            options.tokenizer_model,
-            options.vocab_size,
+            tokenizer_settings(options),
             tuple(options.json_keys),
             options.append_eod,
         )

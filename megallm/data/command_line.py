@@ -7,6 +7,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from typing import NoReturn
 
+from megallm.data.tokenizer.base import TokenizerSettings
 from megallm.data.tokenizer.build import TOKENIZER_TYPES
 
 
@@ -65,3 +66,8 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer-model", metavar="PATH", help="tokenizer.json or its folder; or SentencePiece .model"
     )
     group.add_argument("--vocab-size", type=positive, metavar="N", help="size of NullTokenizer; others know their own")
+
+
+def tokenizer_settings(options: argparse.Namespace) -> TokenizerSettings:
+    """The settings that the arguments of `add_tokenizer_arguments` gave."""
+    return TokenizerSettings(options.tokenizer_type, options.tokenizer_model, vocab_size=options.vocab_size)

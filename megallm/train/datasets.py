@@ -11,7 +11,8 @@ from megallm.data.feeding.loader import SampleSource
 from megallm.data.samples.blended import build_train_valid_test_datasets, parse_data_path
 from megallm.data.samples.gpt import GPTDatasetSettings
 from megallm.data.samples.mock import MockDataset
-from megallm.data.tokenizer.build import Tokenizer, build_tokenizer
+from megallm.data.tokenizer.base import Tokenizer, TokenizerSettings
+from megallm.data.tokenizer.build import build_tokenizer
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ def build_tokenizer_of(config: Config) -> Tokenizer | None:
     data = config.data
     if data.tokenizer_type is None or (data.mock_data and data.tokenizer_type == "NullTokenizer"):
         return None
-    return build_tokenizer(data.tokenizer_type, data.tokenizer_model, config.model.vocab_size)
+    return build_tokenizer(
+        TokenizerSettings(data.tokenizer_type, data.tokenizer_model, vocab_size=config.model.vocab_size)
+    )
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer | None, world_size: int) -> Config:

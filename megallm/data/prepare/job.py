@@ -18,7 +18,8 @@ import numpy as np
 from megallm.data.indexed.format import token_dtype
 from megallm.data.indexed.writer import IndexedDatasetWriter
 from megallm.data.text.documents import RawDocument, read_documents, texts_of
-from megallm.data.tokenizer.build import Tokenizer, build_tokenizer
+from megallm.data.tokenizer.base import Tokenizer, TokenizerSettings
+from megallm.data.tokenizer.build import build_tokenizer
 
 # A batch is handed to a worker when it reaches one of these: enough to hide the cost of handing over, small in memory.
 BATCH_BYTES = 1 << 20
@@ -31,13 +32,11 @@ BATCHES_PER_WORKER = 3
 class Encoder:
     """Turns batches of documents into tokens: the same in every process that it is sent to.
 
-    Attributes: `tokenizer_type`, `tokenizer_model`, `vocab_size`, the arguments of `build_tokenizer`; `keys` of the
-    JSON objects whose texts are tokenized; `append_eod`, whether the token that ends documents is added.
+    Attributes: `settings` of the tokenizer; `keys` of the JSON objects whose texts are tokenized; `append_eod`, whether
+    the token that ends documents is added.
     """
 
-    tokenizer_type: str
-    tokenizer_model: str | None = None
-    vocab_size: int | None = None
+    settings: TokenizerSettings
     keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
 
@@ -89,7 +88,7 @@ def _tokenizer(encoder: Encoder) -> Tokenizer:
     """One tokenizer for each process, made when it is first needed."""
     # One thread for each worker: threads of the library would fight with the other workers for the same cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return build_tokenizer(encoder.tokenizer_type, encoder.tokenizer_model, encoder.vocab_size)
+    return build_tokenizer(encoder.settings)
 
 
 def _encode_one(document: RawDocument, text: str, tokenizer: Tokenizer) -> list[int]:

@@ -6,7 +6,13 @@ import pytest
 from small_data import TEXTS
 from tokenizers import AddedToken, Tokenizer, processors
 
-from megallm.data.tokenizer.build import TOKENIZER_TYPES, build_tokenizer
+from megallm.data.tokenizer.base import TokenizerSettings
+from megallm.data.tokenizer.build import TOKENIZER_TYPES
+from megallm.data.tokenizer.build import build_tokenizer as build_from_settings
+
+
+def build_tokenizer(*arguments, **settings):
+    return build_from_settings(TokenizerSettings(*arguments, **settings))
 
 
 def test_huggingface_round_trip(tokenizer_json):

@@ -1,0 +1,39 @@
+"""Numbers as text."""
+
+from collections.abc import Sequence
+
+from megallm.data.tokenizer.base import Tokenizer
+
+
+class NullTokenizer(Tokenizer):
+    """Numbers below `vocab_size`, written as text and separated by blanks; one id more ends a document, as in Megatron.
+
+    So the attribute `vocab_size` is one more than the argument.
+    """
+
+    kind = "null"
+
+    def __init__(self, vocab_size: int) -> None:
+        if vocab_size < 1:
+            raise ValueError(f"The vocabulary of NullTokenizer has {vocab_size} entries, but must have 1 at least.")
+        self.eod_id = vocab_size
+        self.vocab_size = vocab_size + 1
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            ids = [int(word) for word in text.split()]
+        except ValueError as error:
+            raise ValueError(f"NullTokenizer reads numbers separated by blanks: {error}.") from None
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            wrong = min(ids) if min(ids) < 0 else max(ids)
+            raise ValueError(f"NullTokenizer has ids 0 to {self.vocab_size - 1}, not {wrong}.")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(str(int(number)) for number in ids)
+
+    def token_text(self, token_id: int) -> str:
+        return str(token_id)
+
+    def definition(self) -> bytes:
+        return str(self.vocab_size).encode()
