@@ -131,11 +131,14 @@ def operator_library(cuda: "Path | None") -> Extension:
 def data_helpers() -> Extension:
     return Extension(
         "megallm.data.samples._helpers",
-        ["csrc/data_helpers.cpp"],
+        sorted(str(source.relative_to(ROOT)) for source in ROOT.glob("csrc/data/*.cpp")),
+        depends=["csrc/data/helpers.h"],
         language="c++",
         optional=setting("MEGALLM_NATIVE") != "1",
         include_dirs=[pybind11.get_include()],
-        extra_compile_args=["-O3", "-fvisibility=hidden", "-g0"],
+        # A blend compares products of doubles whose ties are common. A fused multiply-add would round them differently
+        # on machines that have one, and with that the order of the samples would depend on the machine.
+        extra_compile_args=["-O3", "-fvisibility=hidden", "-g0", "-ffp-contract=off"],
     )
 
 

@@ -1,10 +1,4 @@
-// Loops over numpy arrays that decide which tokens make a sample and which dataset a sample comes from.
-//
-// Each function has a reference in megallm/data/samples/helpers.py with the same arguments, results and errors; the tests hold
-// the two together.
-
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
+// Loops that decide which tokens make a sample and which dataset a sample comes from.
 
 #include <algorithm>
 #include <cstdint>
@@ -13,20 +7,10 @@
 #include <string>
 #include <vector>
 
-// The greedy choice compares products of doubles whose ties are common. A fused multiply-add would round them
-// differently on machines that have one, and with that the order of the samples would depend on the machine.
-#if defined(__clang__)
-#pragma STDC FP_CONTRACT OFF
-#elif defined(__GNUC__)
-#pragma GCC optimize("fp-contract=off")
-#endif
+#include "helpers.h"
 
-namespace py = pybind11;
-
+namespace megallm::data {
 namespace {
-
-template <typename T>
-using Array = py::array_t<T, py::array::c_style>;
 
 // Start of every sample as (position in the document index, token offset in that document). A sample is sequence_length
 // tokens and the one that follows, which is the first of the next sample.
@@ -135,11 +119,12 @@ py::tuple build_exhaustive_blending_indices(const Array<int64_t>& sizes) {
 
 }  // namespace
 
-PYBIND11_MODULE(_helpers, module) {
-  module.doc() = "Native forms of the functions in megallm.data.samples.helpers.";
+void add_indices(py::module_& module) {
   module.def("build_sample_index", &build_sample_index, py::arg("sequence_lengths").noconvert(),
              py::arg("document_index").noconvert(), py::arg("sequence_length"), py::arg("num_samples"),
              py::arg("wide"));
   module.def("build_blending_indices", &build_blending_indices, py::arg("weights").noconvert(), py::arg("size"));
   module.def("build_exhaustive_blending_indices", &build_exhaustive_blending_indices, py::arg("sizes").noconvert());
 }
+
+}  // namespace megallm::data

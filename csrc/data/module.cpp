@@ -1,0 +1,6 @@
+#include "helpers.h"
+
+PYBIND11_MODULE(_helpers, module) {
+  module.doc() = "Native forms of functions in megallm.data.samples.";
+  megallm::data::add_indices(module);
+}
