@@ -107,20 +107,36 @@ def test_writer_refuses_lengths_that_do_not_sum(tmp_path):
 
 
 BROKEN = {
-    "magic": (slice(0, 1), b"X", "the magic is"),
-    "version": (slice(9, 17), struct.pack("<Q", 2), "the version is 2, but must be 1"),
-    "dtype": (slice(17, 18), b"\x09", "the dtype code is 9, but must be one of"),
-    "float": (slice(17, 18), b"\x06", "the dtype is float64, but must be an integer"),
-    "width": (slice(17, 18), b"\x04", "byte offset of sequence 1 is 8, but must be 16"),
+    "magic": (slice(0, 1), b"X", r"the magic \(byte 0\) is"),
+    "version": (slice(9, 17), struct.pack("<Q", 2), r"the version \(byte 9\) is 2, but must be 1"),
+    "dtype": (slice(17, 18), b"\x09", r"the dtype code \(byte 17\) is 9, but must be one of"),
+    "float": (slice(17, 18), b"\x06", r"the dtype code \(byte 17\) is 6 \(float64\), but must be one of an integer"),
+    "width": (slice(17, 18), b"\x04", r"byte offset of sequence 1 \(byte 62\) is 8, but must be 16"),
     "sequences": (slice(18, 26), struct.pack("<Q", 6), "size of the file is 142 bytes, but must be 154"),
     "huge": (slice(18, 26), b"\xff" * 8, "size of the file is 142 bytes"),
-    "documents": (slice(26, 34), struct.pack("<Q", 0), "length of the document array is 0, but must be 1 at least"),
-    "length": (slice(38, 42), struct.pack("<i", -3), "the length of sequence 1 is -3, but must be 0 at least"),
-    "longer": (slice(50, 54), struct.pack("<i", 9), "must be 48, the sum of the sequences"),
-    "offset": (slice(62, 70), struct.pack("<q", 9), "byte offset of sequence 1 is 9, but must be 8"),
-    "first": (slice(94, 102), struct.pack("<q", 1), "entry 0 of the document array is 1, but must be 0"),
-    "falls": (slice(118, 126), struct.pack("<q", 1), "entry 3 of the document array is 1, but must be 2 at least"),
-    "last": (slice(134, 142), struct.pack("<q", 7), "last entry of the document array is 7, but must be 5"),
+    "documents": (
+        slice(26, 34),
+        struct.pack("<Q", 0),
+        r"length of the document array \(byte 26\) is 0, but must be 1 at least",
+    ),
+    "length": (
+        slice(38, 42),
+        struct.pack("<i", -3),
+        r"the length of sequence 1 \(byte 38\) is -3, but must be 0 at least",
+    ),
+    "longer": (slice(50, 54), struct.pack("<i", 9), "must be 48, the sum of the lengths"),
+    "offset": (slice(62, 70), struct.pack("<q", 9), r"byte offset of sequence 1 \(byte 62\) is 9, but must be 8"),
+    "first": (slice(94, 102), struct.pack("<q", 1), r"entry 0 of the document array \(byte 94\) is 1, but must be 0"),
+    "falls": (
+        slice(118, 126),
+        struct.pack("<q", 1),
+        r"entry 3 of the document array \(byte 118\) is 1, but must be 2 at least",
+    ),
+    "last": (
+        slice(134, 142),
+        struct.pack("<q", 7),
+        r"last entry of the document array \(byte 134\) is 7, but must be 5",
+    ),
     "short": (slice(140, 142), b"", "size of the file is 140 bytes, but must be 142"),
     "header": (slice(20, 142), b"", "size of the file is 20 bytes, but must be 34 at least"),
     "empty": (slice(0, 142), b"", "size of the file is 0 bytes"),
@@ -166,10 +182,20 @@ def test_size_of_the_bin_must_fit(golden, tmp_path, size):
 
 def test_missing_files(golden, tmp_path):
     with pytest.raises(ValueError, match=r"without .bin or .idx; in that folder lie .*golden"):
+        IndexedDataset(tmp_path / "silver")
+    with pytest.raises(
+        ValueError, match=r"golden.idx is a file of a dataset; give the path without its ending: .*golden"
+    ):
         IndexedDataset(tmp_path / "golden.idx")
+    with pytest.raises(ValueError, match=r"is a folder: give the path of a dataset .*; in that folder lie .*golden"):
+        IndexedDataset(tmp_path)
     with pytest.raises(ValueError, match="there is no folder"):
         IndexedDataset(tmp_path / "no" / "golden")
     (tmp_path / "golden.bin").unlink()
+    (tmp_path / "golden.bin").mkdir()
+    with pytest.raises(ValueError, match=r"golden.bin is a folder, but must be a file"):
+        IndexedDataset(tmp_path / "golden")
+    (tmp_path / "golden.bin").rmdir()
     with pytest.raises(ValueError, match=r"golden.bin does not exist"):
         IndexedDataset(tmp_path / "golden")
 
