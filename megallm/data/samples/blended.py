@@ -54,11 +54,26 @@ class BlendedDataset:
         return len(self.dataset_index)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"The blend has samples 0 to {len(self) - 1}, not {index}.")
-        dataset = int(self.dataset_index[index])
-        sample = self._datasets[dataset][int(self.dataset_sample_index[index])]
-        return {**sample, "dataset_id": np.array(dataset, np.int64)}
+        return {name: array[0] for name, array in self.get_batch([index]).items()}
+
+    def get_batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Several samples at once: each array of an item with a leading dim [n]."""
+        chosen = np.asarray(indices, np.int64)
+        outside = (chosen < 0) | (chosen >= len(self))
+        if outside.any():
+            raise IndexError(f"The blend has samples 0 to {len(self) - 1}, not {int(chosen[outside][0])}.")
+        numbers, samples = self.dataset_index[chosen].astype(np.int64), self.dataset_sample_index[chosen]
+        batch: dict[str, np.ndarray] = {}
+        for number in np.unique(numbers).tolist():
+            rows = np.flatnonzero(numbers == number)
+            part = self._datasets[number].get_batch(samples[rows])
+            if len(rows) == len(chosen):
+                batch = part
+                break
+            for name, array in part.items():
+                whole = batch.setdefault(name, np.empty((len(chosen), *array.shape[1:]), array.dtype))
+                whole[rows] = array
+        return {**batch, "dataset_id": numbers}
 
 
 def normalize(weights: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -2,17 +2,16 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megallm.data.indexed.reader import IndexedDataset
-from megallm.data.samples import helpers, index_cache
+from megallm.data.samples import index_cache
+from megallm.data.samples.order import build_sample_order, plan_epochs
 
-# A last epoch of which less than this share is used is shuffled apart from the others, so that they are all seen whole
-# before it.
-SEPARATE_EPOCH_THRESHOLD = 0.80
 # Stands for "no token is padding".
 NO_PADDING = -1
 # Raised when the meaning of what is cached changes.
@@ -62,72 +61,6 @@ class GPTDatasetSettings:
         if self.eod_id is None and any(needs_eod.values()):
             asked = ", ".join(name for name, value in needs_eod.items() if value)
             raise ValueError(f"{asked} needs to know the token that ends a document, and the tokenizer has none.")
-
-
-@dataclass(frozen=True)
-class EpochPlan:
-    """How often the documents are read for a number of samples.
-
-    Attributes: `num_epochs`; `num_samples` in all epochs together; `num_samples_before_last`, those that are shuffled
-    apart from the last epoch's, or None when all are shuffled together.
-    """
-
-    num_epochs: int
-    num_samples: int
-    num_samples_before_last: int | None
-
-
-def plan_epochs(num_tokens: int, sequence_length: int, num_samples: int | None) -> EpochPlan:
-    """The smallest number of epochs of `num_tokens` that gives `num_samples` (one epoch for None).
-
-    Each sample takes `sequence_length` tokens, and the last one needs one token more, for its last label.
-    """
-    assert num_tokens > 0, "a dataset without tokens has no epochs"
-    wanted = 0 if num_samples is None else num_samples * sequence_length + 1
-    num_epochs = max(1, -(-wanted // num_tokens))
-    total = (num_epochs * num_tokens - 1) // sequence_length
-    if num_epochs == 1 or num_samples is None:
-        return EpochPlan(1, total, None)
-    before_last = ((num_epochs - 1) * num_tokens - 1) // sequence_length
-    per_epoch = (num_tokens - 1) // sequence_length
-    from_last = num_samples - before_last
-    assert 0 <= from_last <= per_epoch + 1, "the number of epochs is not the smallest one"
-    is_separate = from_last < int(SEPARATE_EPOCH_THRESHOLD * per_epoch)
-    return EpochPlan(num_epochs, total, before_last if is_separate else None)
-
-
-def build_sample_order(
-    sequence_lengths: np.ndarray, first: int, last: int, sequence_length: int, num_samples: int | None, seed: int
-) -> dict[str, np.ndarray]:
-    """Megatron's three indices over sequences `first` to `last - 1`.
-
-    Returns:
-        `document_index` int32 [epochs * (last - first)], the sequences in the order in which they are read;
-        `sample_index` [samples + 1, 2], where each sample starts (see `helpers.build_sample_index`); `shuffle_index`
-        uint32 or int64 [samples], the order of the samples.
-    """
-    num_tokens = int(sequence_lengths[first:last].sum(dtype=np.int64))
-    plan = plan_epochs(num_tokens, sequence_length, num_samples)
-    # Up to four shuffles draw from one generator, whose stream numpy has frozen; their order fixes the result.
-    generator = np.random.RandomState(seed)
-    documents = np.arange(first, last, dtype=np.int32)
-    separate = plan.num_samples_before_last is not None
-    document_index = np.tile(documents, plan.num_epochs - separate)
-    generator.shuffle(document_index)
-    if separate:
-        generator.shuffle(documents)
-        document_index = np.concatenate([document_index, documents])
-    wide = len(document_index) > np.iinfo(np.int32).max
-    sample_index = helpers.build_sample_index(sequence_lengths, document_index, sequence_length, plan.num_samples, wide)
-
-    dtype = np.int64 if plan.num_samples >= np.iinfo(np.uint32).max - 1 else np.uint32
-    boundary = plan.num_samples if plan.num_samples_before_last is None else plan.num_samples_before_last
-    shuffle_index = np.arange(plan.num_samples, dtype=dtype)
-    # Slices of one array are shuffled in place, with the draws that arrays of their own would take.
-    generator.shuffle(shuffle_index[:boundary])
-    if separate:
-        generator.shuffle(shuffle_index[boundary:])
-    return {"document_index": document_index, "sample_index": sample_index, "shuffle_index": shuffle_index}
 
 
 class GPTDataset:
@@ -204,23 +137,36 @@ class GPTDataset:
         return len(self.shuffle_index)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"The dataset has samples 0 to {len(self) - 1}, not {index}.")
-        text = self._text(int(self.shuffle_index[index]))
-        vocab_size = self.settings.vocab_size
-        if text.min() < 0 or (vocab_size is not None and text.max() >= vocab_size):
-            wrong = int(text.min()) if text.min() < 0 else int(text.max())
-            limit = "negative" if wrong < 0 else f"not below the vocabulary size {vocab_size}"
-            raise ValueError(
-                f"Token {wrong} in {self._indexed_dataset.path_prefix} is {limit}: "
-                f"the data was made with another tokenizer than this run's."
-            )
-        return make_sample(text, self.settings, self._pad_id)
+        return {name: array[0] for name, array in self.get_batch([index]).items()}
 
-    def _text(self, sample: int) -> np.ndarray:
-        """Tokens of a sample and the one that follows, int64 [L + 1]."""
+    def get_batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Several samples at once: each array of an item with a leading dim [n]."""
+        chosen = np.asarray(indices, np.int64)
+        outside = (chosen < 0) | (chosen >= len(self))
+        if outside.any():
+            raise IndexError(f"The dataset has samples 0 to {len(self) - 1}, not {int(chosen[outside][0])}.")
+        text = np.empty((len(chosen), self.settings.sequence_length + 1), np.int64)
+        for row, sample in zip(text, self.shuffle_index[chosen].tolist(), strict=True):
+            self._read(sample, row)
+        if text.size:
+            self._check_tokens(int(text.min()), int(text.max()))
+        return make_batch(text, self.settings, self._pad_id)
+
+    def _check_tokens(self, lowest: int, highest: int) -> None:
+        """Refuse tokens that the model does not have."""
+        vocab_size = self.settings.vocab_size
+        if lowest >= 0 and (vocab_size is None or highest < vocab_size):
+            return
+        wrong = lowest if lowest < 0 else highest
+        limit = "negative" if wrong < 0 else f"not below the vocabulary size {vocab_size}"
+        raise ValueError(
+            f"Token {wrong} in {self._indexed_dataset.path_prefix} is {limit}: "
+            f"the data was made with another tokenizer than this run's."
+        )
+
+    def _read(self, sample: int, text: np.ndarray) -> None:
+        """Fill `text`, int64 [L + 1], with the tokens of a sample and the one that follows."""
         position, offset = (int(number) for number in self.sample_index[sample])
-        text = np.empty(self.settings.sequence_length + 1, np.int64)
         filled = 0
         while filled < len(text):
             document = int(self.document_index[position])
@@ -229,36 +175,36 @@ class GPTDataset:
             text[filled : filled + count] = self._indexed_dataset.get(document, offset, count)
             filled += count
             position, offset = position + 1, 0
-        return text
 
 
-def make_sample(text: np.ndarray, settings: GPTDatasetSettings, pad_id: int = NO_PADDING) -> dict[str, np.ndarray]:
-    """Inputs, labels, mask and positions from `text`, int64 [L + 1]; the result is described at `GPTDataset`.
+def make_batch(text: np.ndarray, settings: GPTDatasetSettings, pad_id: int = NO_PADDING) -> dict[str, np.ndarray]:
+    """Inputs, labels, masks and positions from `text`, int64 [n, L + 1]; the result is described at `GPTDataset`.
 
-    Padding is masked where it is the label, and then replaced by token 0, which every embedding has.
+    Padding is masked where it is the label, and then replaced by token 0, which every embedding has. `tokens` and
+    `labels` are views of `text` where nothing is replaced.
     """
-    tokens, labels = text[:-1].copy(), text[1:].copy()
-    is_eod = tokens == settings.eod_id if settings.eod_id is not None else np.zeros(len(tokens), bool)
-    loss_mask = np.ones(len(tokens), np.float32)
+    tokens, labels = text[:, :-1], text[:, 1:]
+    is_eod = tokens == settings.eod_id if settings.eod_id is not None else np.zeros(tokens.shape, bool)
+    loss_mask = np.ones(tokens.shape, np.float32)
     if settings.eod_mask_loss:
         loss_mask[is_eod] = 0.0
     loss_mask[labels == pad_id] = 0.0
-    sample = {
+    batch = {
         "tokens": np.where(tokens == pad_id, 0, tokens),
         "labels": np.where(labels == pad_id, 0, labels),
         "loss_mask": loss_mask,
-        "position_ids": np.arange(len(tokens), dtype=np.int64),
+        "position_ids": np.tile(np.arange(tokens.shape[1], dtype=np.int64), (len(tokens), 1)),
     }
     if settings.reset_position_ids:
-        sample["position_ids"] -= _document_starts(is_eod)
+        batch["position_ids"] -= _document_starts(is_eod)
     if settings.reset_attention_mask:
         # A document's end belongs to it: the number rises behind it.
-        sample["document_ids"] = np.cumsum(is_eod, dtype=np.int64) - is_eod
-    return sample
+        batch["document_ids"] = np.cumsum(is_eod, axis=1, dtype=np.int64) - is_eod
+    return batch
 
 
 def _document_starts(is_eod: np.ndarray) -> np.ndarray:
-    """First position of the document of each token: int64 [L]."""
-    starts = np.zeros(len(is_eod), np.int64)
-    starts[1:][is_eod[:-1]] = np.flatnonzero(is_eod[:-1]) + 1
-    return np.maximum.accumulate(starts)
+    """First position of the document of each token: int64 [n, L]."""
+    starts = np.zeros(is_eod.shape, np.int64)
+    starts[:, 1:] = np.where(is_eod[:, :-1], np.arange(1, is_eod.shape[1]), 0)
+    return np.maximum.accumulate(starts, axis=1)

@@ -1,5 +1,7 @@
 """Samples that need no files and that a model can learn from: for tests, measurements and first steps."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 LONGEST_PERIOD = 32
@@ -55,6 +57,11 @@ class MockDataset:
             "loss_mask": np.ones(self._sequence_length, np.float32),
             "position_ids": np.arange(self._sequence_length, dtype=np.int64),
         }
+
+    def get_batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Several samples at once: each array of an item with a leading dim [n]."""
+        samples = [self[int(index)] for index in indices]
+        return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
 
     def _draw(self, source: np.random.Philox, count: int) -> np.ndarray:
         """Random tokens int64 [count]: first the number of binary digits, then one of the numbers that have them."""

@@ -28,6 +28,9 @@ class Numbers:
     def __getitem__(self, index):
         return {"tokens": np.array([self._name, index])}
 
+    def get_batch(self, indices):
+        return {"tokens": np.array([[self._name, index] for index in indices])}
+
 
 @pytest.fixture
 def three(tmp_path):
@@ -58,6 +61,9 @@ def test_items_are_the_datasets_samples():
     seen = [tuple(blend[index]["tokens"].tolist()) for index in range(len(blend))]
     assert seen == [(1, 0), (0, 0), (1, 1), (1, 2), (0, 1), (1, 3), (1, 4), (0, 2), (1, 5), (1, 6)]
     assert [int(blend[index]["dataset_id"]) for index in range(10)] == [name for name, _ in seen]
+    batch = blend.get_batch([7, 0, 1])
+    assert batch["tokens"].tolist() == [[0, 2], [1, 0], [0, 0]]
+    assert batch["dataset_id"].tolist() == [0, 1, 0]
     with pytest.raises(IndexError):
         blend[10]
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from small_data import GOLDEN_DOCUMENTS, write_dataset
 
 from megallm.data.indexed.reader import IndexedDataset
-from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings, build_sample_order, make_sample
+from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings, make_batch
+from megallm.data.samples.order import build_sample_order
 
 SETTINGS = GPTDatasetSettings(sequence_length=4, seed=1234)
 # Samples asked for; document, sample and shuffle index.
@@ -129,6 +130,19 @@ def test_samples_are_cut_from_the_stream(tmp_path_factory, case):
         assert dataset[index]["labels"].tolist() == stream[start + 1 : start + sequence_length + 1]
 
 
+def test_a_batch_is_its_samples(golden):
+    chosen = replace(SETTINGS, eod_id=0, reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True)
+    dataset = GPTDataset(golden, 0, 5, 9, chosen)
+    for indices in ([3, 0, 0, 8], np.array([5])):
+        batch = dataset.get_batch(indices)
+        for name, array in batch.items():
+            stacked = np.stack([dataset[int(index)][name] for index in indices])
+            assert np.array_equal(array, stacked)
+            assert array.dtype == stacked.dtype
+    with pytest.raises(IndexError, match="samples 0 to 8, not -1"):
+        dataset.get_batch([0, -1])
+
+
 def test_one_epoch_without_a_number_of_samples(golden):
     assert len(GPTDataset(golden, 0, 5, None, SETTINGS)) == 4
 
@@ -150,7 +164,8 @@ def test_masks_and_positions(text, reset_position_ids, reset_attention_mask, eod
         reset_attention_mask=reset_attention_mask,
         eod_mask_loss=eod_mask_loss,
     )
-    sample = make_sample(np.array(text), chosen, PAD)
+    batch = make_batch(np.array([text[::-1], text]), chosen, PAD)
+    sample = {name: array[1] for name, array in batch.items()}
     position = document = 0
     for number, (token, label) in enumerate(pairwise(text)):
         assert sample["tokens"][number] == (0 if token == PAD else token)

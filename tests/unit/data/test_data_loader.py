@@ -41,6 +41,8 @@ def test_global_generator_is_left_alone(mock):
 
 
 def test_mock_samples_depend_on_seed_and_index_alone(mock):
+    batch = mock.get_batch(np.array([9, 0]))
+    assert all(np.array_equal(array, np.stack([mock[9][name], mock[0][name]])) for name, array in batch.items())
     again = MockDataset(50, 16, 100, 7)
     again[3]
     assert np.array_equal(again[9]["tokens"], mock[9]["tokens"])
