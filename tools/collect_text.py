@@ -98,8 +98,9 @@ def write(output: Path, limit: float) -> tuple[int, int]:
                 documents, size = documents + 1, size + length
         os.replace(temporary, output)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ValueError(f"{output} cannot be written: {error.strerror}.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
     return documents, size
 
 
