@@ -46,3 +46,10 @@ def file_paths(path_prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
     """The paths of the `.bin` and of the `.idx` file of a dataset."""
     prefix = os.fspath(path_prefix)
     return Path(prefix + ".bin"), Path(prefix + ".idx")
+
+
+def dtype_code(dtype: np.dtype) -> int:
+    """The number that stands for a dtype in an index; only for dtypes that tokens are stored in."""
+    codes = [code for code, known in DTYPES.items() if known == dtype and known.kind != "f"]
+    assert codes, f"{dtype} is not a dtype that tokens are stored in"
+    return codes[0]
