@@ -58,10 +58,12 @@ def positive(text: str) -> int:
     return value
 
 
-def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
+def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """`--tokenizer-type`, `--tokenizer-model`, `--vocab-size`."""
     group = parser.add_argument_group("tokenizer")
-    group.add_argument("--tokenizer-type", required=True, metavar="TYPE", help=f"one of {', '.join(TOKENIZER_TYPES)}")
+    group.add_argument(
+        "--tokenizer-type", required=required, metavar="TYPE", help=f"one of {', '.join(TOKENIZER_TYPES)}"
+    )
     group.add_argument(
         "--tokenizer-model", metavar="PATH", help="tokenizer.json or its folder; or SentencePiece .model"
     )
