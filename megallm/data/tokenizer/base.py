@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -21,11 +22,12 @@ class TokenizerSettings:
         vocab_extra_ids: sentinel tokens `<extra_id_0>`, ... that are appended for T5.
         tokenizer_sentencepiece_legacy: SentencePieceTokenizer appends <CLS>, <SEP>, <EOD>, <MASK> and what else the
             model lacks, as Megatron did up to 2025; always so with `vocab_extra_ids`.
-        tiktoken_pattern: how TikTokenizer cuts a list of tokens' text into words, "v1" or "v2"; None for the default.
-        tiktoken_num_special_tokens: ids that are set aside for special tokens, before all others.
+        null_tokenizer_eod_id: the id of NullTokenizer that ends a document; None adds one.
+        tiktoken_pattern: how TikTokenizer cuts text into words, one of `PATTERNS` there; None for what the file says.
+        tiktoken_num_special_tokens: ids that a list of tokens sets aside for special tokens, before all others.
         tiktoken_special_tokens: their texts, where they are not the usual ones.
-        fast_tokenizer: "auto" takes the fast library where it is installed and gives the same ids, "always" insists on
-            it, "never" does without.
+        fast_tokenizer: "auto" takes gigatoken where it is installed and gives the same ids, "always" insists on it,
+            "never" does without. It serves `encode_flat` only, that is preprocessing.
     """
 
     tokenizer_type: str
@@ -35,10 +37,11 @@ class TokenizerSettings:
     vocab_size: int | None = None
     vocab_extra_ids: int = 0
     tokenizer_sentencepiece_legacy: bool = False
+    null_tokenizer_eod_id: int | None = None
     tiktoken_pattern: str | None = None
     tiktoken_num_special_tokens: int = 1000
     tiktoken_special_tokens: tuple[str, ...] | None = None
-    fast_tokenizer: str = "auto"
+    fast_tokenizer: str = "never"
 
 
 class Tokenizer(ABC):
@@ -106,8 +109,7 @@ class Tokenizer(ABC):
 def flatten(batch: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Lists of ids back to back, int32 [ids], and their lengths, int64 [lists]."""
     lengths = np.fromiter(map(len, batch), np.int64, len(batch))
-    ids = np.fromiter((number for ids in batch for number in ids), np.int32, int(lengths.sum()))
-    return ids, lengths
+    return np.fromiter(chain.from_iterable(batch), np.int32, int(lengths.sum())), lengths
 
 
 def state_special_tokens(tokenizer: Tokenizer) -> str:

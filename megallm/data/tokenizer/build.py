@@ -4,20 +4,12 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 
+from megallm.data.tokenizer import huggingface, special_tokens
 from megallm.data.tokenizer.base import Tokenizer, TokenizerSettings
 from megallm.data.tokenizer.huggingface import HuggingFaceTokenizer
 from megallm.data.tokenizer.null import NullTokenizer
-from megallm.data.tokenizer.sentencepiece import SentencePieceTokenizer
-
-# Megatron's names.
-BUILDERS: dict[str, Callable[[TokenizerSettings], Tokenizer]] = {
-    "HuggingFaceTokenizer": lambda settings: HuggingFaceTokenizer(_model(settings)),
-    "SentencePieceTokenizer": lambda settings: SentencePieceTokenizer(_model(settings)),
-    "GPTSentencePieceTokenizer": lambda settings: SentencePieceTokenizer(_model(settings)),
-    "Llama2Tokenizer": lambda settings: SentencePieceTokenizer(_model(settings)),
-    "NullTokenizer": lambda settings: NullTokenizer(_null_vocabulary(settings)),
-}
-TOKENIZER_TYPES = tuple(BUILDERS)
+from megallm.data.tokenizer.sentencepiece import ExtendedSentencePieceTokenizer, SentencePieceTokenizer
+from megallm.data.tokenizer.tiktoken import TikTokenizer
 
 
 def build_tokenizer(settings: TokenizerSettings) -> Tokenizer:
@@ -26,14 +18,83 @@ def build_tokenizer(settings: TokenizerSettings) -> Tokenizer:
     Raises:
         ValueError: the type is not known, a file is missing or broken, or has no token that ends a document.
     """
-    build = BUILDERS.get(settings.tokenizer_type)
+    kind = settings.tokenizer_type
+    build = BUILDERS.get(kind)
     if build is None:
-        close = get_close_matches(settings.tokenizer_type, TOKENIZER_TYPES, n=1)
+        close = get_close_matches(kind, TOKENIZER_TYPES, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
+        raise ValueError(f"There is no tokenizer type {kind!r}; known are {', '.join(TOKENIZER_TYPES)}.{hint}")
+    if settings.vocab_extra_ids and kind not in EXTENDED_TYPES:
         raise ValueError(
-            f"There is no tokenizer type {settings.tokenizer_type!r}; known are {', '.join(TOKENIZER_TYPES)}.{hint}"
+            f"--vocab-extra-ids {settings.vocab_extra_ids} does not act on {kind}, only on "
+            f"{', '.join(EXTENDED_TYPES)}: leave it out, or add the tokens to the tokenizer's own file."
         )
     return build(settings)
+
+
+def _huggingface(settings: TokenizerSettings) -> Tokenizer:
+    """A tokenizer.json, or what a folder holds: that, or the files of GPT-2, of SentencePiece or of BERT."""
+    path = _model(settings)
+    if not path.is_dir() or (path / "tokenizer.json").is_file():
+        return huggingface.read_tokenizer_json(path / "tokenizer.json" if path.is_dir() else path)
+    config = special_tokens.read_config(path / "tokenizer_config.json")
+    named = special_tokens.named_tokens(config)
+    if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+        huggingface.check_class(path, config, huggingface.GPT2_CLASSES, "vocab.json and merges.txt")
+        return HuggingFaceTokenizer(huggingface.gpt2_library(path / "vocab.json", path / "merges.txt"), path, named)
+    if (path / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(path / "tokenizer.model")
+    if (path / "vocab.txt").is_file():
+        huggingface.check_class(path, config, huggingface.BERT_CLASSES, "vocab.txt")
+        library = huggingface.wordpiece_library(path / "vocab.txt", bool(config.get("do_lower_case", True)))
+        return HuggingFaceTokenizer(huggingface.with_classification_tokens(library), path, named)
+    raise ValueError(
+        f"There is no tokenizer file in {path}: a tokenizer.json, vocab.json with merges.txt, tokenizer.model or "
+        f"vocab.txt."
+    )
+
+
+def _sentencepiece(settings: TokenizerSettings) -> Tokenizer:
+    path = _in_folder(_model(settings), "tokenizer.model")
+    if settings.tokenizer_sentencepiece_legacy or settings.vocab_extra_ids:
+        return ExtendedSentencePieceTokenizer(path, settings.vocab_extra_ids)
+    return SentencePieceTokenizer(path)
+
+
+def _plain_sentencepiece(settings: TokenizerSettings) -> Tokenizer:
+    return SentencePieceTokenizer(_in_folder(_model(settings), "tokenizer.model"))
+
+
+def _gpt2(settings: TokenizerSettings) -> Tokenizer:
+    if settings.vocab_file and settings.merge_file:
+        vocab_file, merge_file = Path(settings.vocab_file), Path(settings.merge_file)
+    elif settings.tokenizer_model and not settings.vocab_file and not settings.merge_file:
+        folder = Path(settings.tokenizer_model)
+        vocab_file, merge_file = folder / "vocab.json", folder / "merges.txt"
+    else:
+        raise ValueError(
+            "GPT2BPETokenizer needs --vocab-file vocab.json and --merge-file merges.txt, or --tokenizer-model with the "
+            "folder that holds both."
+        )
+    return HuggingFaceTokenizer(huggingface.gpt2_library(vocab_file, merge_file), vocab_file)
+
+
+def _wordpiece(settings: TokenizerSettings, lower_case: bool) -> Tokenizer:
+    """BERT's WordPiece with [BOS] and [EOS] after its vocabulary, as Megatron appends them, then the sentinels."""
+    given = settings.vocab_file or settings.tokenizer_model
+    if given is None:
+        raise ValueError(f"{settings.tokenizer_type} needs --vocab-file, the path of its vocab.txt.")
+    path = _in_folder(Path(given), "vocab.txt")
+    library = huggingface.wordpiece_library(path, lower_case)
+    sentinels = [f"<extra_id_{number}>" for number in range(settings.vocab_extra_ids)]
+    huggingface.append_tokens(library, ["[BOS]", "[EOS]", *sentinels])
+    return HuggingFaceTokenizer(library, path, {"bos_token": "[BOS]", "eos_token": "[EOS]"})
+
+
+def _null(settings: TokenizerSettings) -> Tokenizer:
+    if settings.vocab_size is None:
+        raise ValueError("NullTokenizer needs --vocab-size, the number of its tokens.")
+    return NullTokenizer(settings.vocab_size, settings.null_tokenizer_eod_id)
 
 
 def _model(settings: TokenizerSettings) -> Path:
@@ -42,7 +103,21 @@ def _model(settings: TokenizerSettings) -> Path:
     return Path(settings.tokenizer_model)
 
 
-def _null_vocabulary(settings: TokenizerSettings) -> int:
-    if settings.vocab_size is None:
-        raise ValueError("NullTokenizer needs --vocab-size, the number of its tokens.")
-    return settings.vocab_size
+def _in_folder(path: Path, name: str) -> Path:
+    return path / name if path.is_dir() else path
+
+
+# Megatron's names.
+BUILDERS: dict[str, Callable[[TokenizerSettings], Tokenizer]] = {
+    "HuggingFaceTokenizer": _huggingface,
+    "SentencePieceTokenizer": _sentencepiece,
+    "GPTSentencePieceTokenizer": _plain_sentencepiece,
+    "Llama2Tokenizer": _plain_sentencepiece,
+    "GPT2BPETokenizer": _gpt2,
+    "TikTokenizer": lambda settings: TikTokenizer(_model(settings), settings),
+    "BertWordPieceLowerCase": lambda settings: _wordpiece(settings, lower_case=True),
+    "BertWordPieceCase": lambda settings: _wordpiece(settings, lower_case=False),
+    "NullTokenizer": _null,
+}
+TOKENIZER_TYPES = tuple(BUILDERS)
+EXTENDED_TYPES = ("SentencePieceTokenizer", "BertWordPieceLowerCase", "BertWordPieceCase")

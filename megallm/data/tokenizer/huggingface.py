@@ -1,12 +1,13 @@
-"""Tokenizers that the `tokenizers` library reads: `tokenizer.json`, GPT-2's pair of files, BERT's vocabulary."""
+"""Tokenizers that the `tokenizers` library runs: `tokenizer.json`, GPT-2's pair of files, BERT's vocabulary."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megallm.data.tokenizer import special_tokens
 from megallm.data.tokenizer.base import Tokenizer
@@ -14,31 +15,34 @@ from megallm.data.tokenizer.base import Tokenizer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
 
+# Classes of transformers whose rules are those of `gpt2_library` and `wordpiece_library`. Other classes keep their
+# vocabulary in files of the same names, but cut the text in another way.
+GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "GPTNeoXTokenizerFast")
+BERT_CLASSES = ("BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", "DistilBertTokenizerFast")
+
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json`, or the folder that holds one.
+    """A tokenizer of the `tokenizers` library.
 
-    The special tokens are those that `tokenizer_config.json` beside it names, otherwise those with a well-known name.
+    The special tokens are those that `named` says (the content of `tokenizer_config.json`), otherwise those with a
+    well-known name.
     """
 
-    kind = "tokenizer.json"
+    kind = "tokenizers"
 
-    def __init__(self, path: Path) -> None:
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
-            raise ValueError(f"There is no tokenizer file {file}: HuggingFaceTokenizer needs a tokenizer.json.")
-        self._set_library(_read(file), str(file), special_tokens.named_tokens(file.with_name("tokenizer_config.json")))
-
-    def _set_library(self, library: Library, source: str, named: dict[str, str]) -> None:
+    def __init__(self, library: Library, source: Path, named: Mapping[str, str] | None = None) -> None:
+        # A process tokenizes on one thread: processes are what is many, and threads would take each other's cores.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        named = named or {}
         # Some files carry the limits of the model that they were made for; training text must not be cut to them.
         library.no_truncation()
         library.no_padding()
         self._library = library
-        self.source = source
+        self.source = str(source)
         self.library = f"tokenizers {version('tokenizers')}"
         vocabulary = library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        self.eod_id = special_tokens.find_end_token(vocabulary, named.get("eos_token"), source)
+        self.eod_id = special_tokens.find_end_token(vocabulary, named.get("eos_token"), self.source)
         find = special_tokens.find_token
         self.bos_id = find(vocabulary, (named.get("bos_token"), *special_tokens.BEGIN_TOKENS))
         self.pad_id = find(vocabulary, (named.get("pad_token"), *special_tokens.PADDING_TOKENS))
@@ -65,11 +69,107 @@ class HuggingFaceTokenizer(Tokenizer):
         content["truncation"] = content["padding"] = None
         return json.dumps(content, sort_keys=True).encode()
 
+    def serialized(self) -> str:
+        """The content of its `tokenizer.json`."""
+        return self._library.to_str()
 
-def _read(file: Path) -> Library:
+
+def read_tokenizer_json(file: Path) -> HuggingFaceTokenizer:
+    """The tokenizer of a `tokenizer.json`, with the special tokens of a `tokenizer_config.json` beside it.
+
+    Raises ValueError if the file is missing or broken.
+    """
     from tokenizers import Tokenizer as Library
 
+    if not file.is_file():
+        raise ValueError(f"There is no tokenizer file {file}: HuggingFaceTokenizer needs a tokenizer.json.")
     try:
-        return Library.from_file(str(file))
+        library = Library.from_file(str(file))
     except Exception as error:  # the library raises no other class for a broken file
         raise ValueError(f"{file} is no tokenizer.json: {error}.") from None
+    config = special_tokens.read_config(file.with_name("tokenizer_config.json"))
+    return HuggingFaceTokenizer(library, file, special_tokens.named_tokens(config))
+
+
+def gpt2_library(vocab_file: Path, merge_file: Path) -> Library:
+    """GPT-2's byte-level BPE from `vocab.json` and `merges.txt`. Raises ValueError if one is missing or broken."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Library
+
+    check_files(vocab_file, merge_file)
+    try:
+        library = Library(models.BPE.from_file(str(vocab_file), str(merge_file)))
+    except Exception as error:  # the library raises no other class for a broken file
+        raise ValueError(f"{vocab_file} and {merge_file} are no vocabulary and merges of GPT-2: {error}.") from None
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    _mark_special(library, [AddedToken("<|endoftext|>", special=True, normalized=False)])
+    return library
+
+
+def wordpiece_library(vocab_file: Path, lower_case: bool) -> Library:
+    """BERT's WordPiece from `vocab.txt`, without [CLS] and [SEP] around a text.
+
+    Raises ValueError if the file is missing or is no vocabulary of BERT.
+    """
+    from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as Library
+
+    check_files(vocab_file)
+    try:
+        words = vocab_file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{vocab_file} is no vocab.txt: byte {error.start} is no UTF-8.") from None
+    if words[-1] == "":
+        words.pop()
+    vocabulary = {word.rstrip("\r"): number for number, word in enumerate(words)}
+    missing = [name for name in ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]") if name not in vocabulary]
+    if missing:
+        raise ValueError(f"{vocab_file} is no vocabulary of BERT: there is no {', '.join(missing)}.")
+    library = Library(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    library.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
+    library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    library.decoder = decoders.WordPiece(prefix="##")
+    names = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
+    _mark_special(library, [AddedToken(name, special=True, normalized=False) for name in names])
+    return library
+
+
+def append_tokens(library: Library, names: Sequence[str]) -> None:
+    """Give those of the names that the vocabulary lacks the next ids."""
+    from tokenizers import AddedToken
+
+    library.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+
+
+def with_classification_tokens(library: Library) -> Library:
+    """The same, with [CLS] and [SEP] around every text, as transformers puts them."""
+    from tokenizers import processors
+
+    ends = [(name, library.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    library.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
+    )
+    return library
+
+
+def check_class(folder: Path, config: Mapping[str, Any], known: Sequence[str], files: str) -> None:
+    """Raise ValueError where a folder without `tokenizer.json` is of a class whose rules its files do not hold."""
+    name = config.get("tokenizer_class")
+    if (name is not None and name not in known) or (folder / "added_tokens.json").exists():
+        raise ValueError(
+            f"{folder} holds {files}, but no tokenizer.json, and its tokenizer class {name} cuts text by rules that "
+            f"stand in no file. Write a tokenizer.json there: AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+        )
+
+
+def check_files(*files: Path) -> None:
+    """Raise ValueError if one of the files is not there."""
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"There is no tokenizer file {file}.")
+
+
+def _mark_special(library: Library, tokens: Sequence[Any]) -> None:
+    """Make tokens that the vocabulary has be found in texts as wholes."""
+    library.add_special_tokens([token for token in tokens if library.token_to_id(token.content) is not None])

@@ -6,18 +6,21 @@ from megallm.data.tokenizer.base import Tokenizer
 
 
 class NullTokenizer(Tokenizer):
-    """Numbers below `vocab_size`, written as text and separated by blanks; one id more ends a document, as in Megatron.
+    """Numbers below `vocab_size`, written as text and separated by blanks.
 
-    So the attribute `vocab_size` is one more than the argument.
+    Without `eod_id` one id more ends a document, as in Megatron: the attribute `vocab_size` is one more than the
+    argument. An `eod_id` is one of the numbers.
     """
 
     kind = "null"
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, eod_id: int | None = None) -> None:
         if vocab_size < 1:
             raise ValueError(f"The vocabulary of NullTokenizer has {vocab_size} entries, but must have 1 at least.")
-        self.eod_id = vocab_size
-        self.vocab_size = vocab_size + 1
+        if eod_id is not None and not 0 <= eod_id < vocab_size:
+            raise ValueError(f"--null-tokenizer-eod-id {eod_id} is none of the ids 0 to {vocab_size - 1}.")
+        self.eod_id = vocab_size if eod_id is None else eod_id
+        self.vocab_size = vocab_size + (eod_id is None)
 
     def encode(self, text: str) -> list[int]:
         try:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 # Names that end a document or a text, the most specific first.
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]", "<|im_end|>", "[SEP]")
@@ -37,20 +38,24 @@ def sentinel_tokens(vocabulary: Mapping[str, int]) -> list[int]:
     return found
 
 
-def named_tokens(file: Path) -> dict[str, str]:
-    """Names of the special tokens in a `tokenizer_config.json`, where there is one.
-
-    Raises ValueError if the file is no JSON.
-    """
+def read_config(file: Path) -> dict[str, Any]:
+    """A `tokenizer_config.json`, {} where there is none. Raises ValueError if it is no JSON object."""
     if not file.is_file():
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is no JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object.")
+    return content
+
+
+def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Texts of the special tokens that a `tokenizer_config.json` names, by their roles there (`eos_token`, ...)."""
     names = {}
     for key in ("bos_token", "eos_token", "pad_token", "cls_token", "sep_token", "mask_token"):
-        value = content.get(key) if isinstance(content, dict) else None
+        value = config.get(key)
         # A token is written as its text, or as an object that describes it.
         text = value.get("content") if isinstance(value, dict) else value
         if isinstance(text, str):
