@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from megallm.data.command_line import ToolParser, add_tokenizer_arguments, positive, tokenizer_settings
 from megallm.data.prepare.job import Encoder, Totals, output_prefix_of, preprocess
-from megallm.data.text.documents import check_inputs
+from megallm.data.text.inputs import find_inputs
 
 DESCRIPTION = """\
 Tokenizes text files into the .bin/.idx files that training reads.
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     def work() -> None:
         if len(set(options.json_keys)) < len(options.json_keys):
             raise ValueError(f"--json-keys {' '.join(options.json_keys)} names a key twice.")
-        paths = check_inputs(options.input)
+        paths = find_inputs(options.input)
         encoder = Encoder(
             tokenizer_settings(options),
             tuple(options.json_keys),

@@ -9,7 +9,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megallm.data.command_line import ToolParser, positive
-from megallm.data.text.documents import check_inputs, read_documents, texts_of
+from megallm.data.text.documents import RawDocument, read_documents, texts_of
+from megallm.data.text.inputs import find_inputs
 
 DESCRIPTION = """\
 Trains a byte-level BPE tokenizer on text files and writes it as tokenizer.json.
@@ -35,9 +36,13 @@ def build_parser() -> ToolParser:
     return parser
 
 
+def documents_of(paths: list[Path]) -> Iterator[RawDocument]:
+    return (document for document in read_documents(paths) if not document.is_blank)
+
+
 def read_texts(paths: list[Path], keys: list[str], first: int, last: int) -> Iterator[str]:
     """Texts of documents `first` to `last - 1`."""
-    for document in islice(read_documents(paths), first, last):
+    for document in islice(documents_of(paths), first, last):
         for texts in texts_of(document, keys):
             yield from texts
 
@@ -88,8 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
                 f"--vocab-size {options.vocab_size} is too small: 256 bytes and {END_OF_DOCUMENT} need "
                 f"{SMALLEST_VOCABULARY}."
             )
-        paths, keys = check_inputs(options.input), options.json_keys
-        total = sum(1 for _ in read_documents(paths))
+        paths, keys = find_inputs(options.input), options.json_keys
+        total = sum(1 for _ in documents_of(paths))
         if total < 2:
             raise ValueError(f"Training needs 2 documents at least, one of them held out; the input has {total}.")
         held_out = max(1, round(total * HELD_OUT))

@@ -171,6 +171,8 @@ def _batches(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
     batch: list[RawDocument] = []
     size = 0
     for document in documents:
+        if document.is_blank:
+            continue
         batch.append(document)
         size += len(document.content)
         if size >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:

@@ -162,8 +162,8 @@ def test_mistakes_on_the_command_line(tool, tokenizer_json, tmp_path):
         ([*command, "--workers", "0"], "'0' is not a whole number above 0"),
         ([*command, "--json-keys", "a", "a"], "names a key twice"),
         (arguments(tokenizer_json, tmp_path / "out", tmp_path / "no.jsonl"), "no.jsonl is not there"),
-        (arguments(tokenizer_json, tmp_path / "out", tmp_path / "in.csv"), "unknown kind '.csv'; read are .jsonl"),
-        (arguments(tokenizer_json, tmp_path / "out", tmp_path), "is a folder"),
+        (arguments(tokenizer_json, tmp_path / "out", tmp_path / "in.csv"), "unknown kind; read are .jsonl"),
+        (arguments(tokenizer_json, tmp_path / "out", tmp_path / "o*"), "No file matches"),
         (arguments(tmp_path / "no.json", tmp_path / "out", tmp_path / "empty.jsonl"), "There is no tokenizer file"),
         (arguments(tokenizer_json, tmp_path / "in.csv" / "x", tmp_path / "empty.jsonl"), "cannot be written"),
     ]
