@@ -230,11 +230,41 @@ class DataConfig:
             "SentencePieceTokenizer",
             "GPTSentencePieceTokenizer",
             "Llama2Tokenizer",
+            "GPT2BPETokenizer",
+            "TikTokenizer",
+            "BertWordPieceLowerCase",
+            "BertWordPieceCase",
             "NullTokenizer",
         ),
     )
     tokenizer_model: str | None = option(
-        None, "--tokenizer-model", "tokenizer.json, its folder, or a SentencePiece model"
+        None, "--tokenizer-model", "tokenizer.json, its folder, a SentencePiece model, or a tiktoken file"
+    )
+    vocab_file: str | None = option(None, "--vocab-file", "vocab.json of GPT2BPETokenizer, vocab.txt of BERT's")
+    merge_file: str | None = option(None, "--merge-file", "merges.txt of GPT2BPETokenizer")
+    vocab_extra_ids: int = option(
+        0, "--vocab-extra-ids", "sentinel tokens for T5, appended by SentencePieceTokenizer and BERT's tokenizers"
+    )
+    tokenizer_sentencepiece_legacy: bool = option(
+        False,
+        "--tokenizer-sentencepiece-legacy",
+        "SentencePieceTokenizer appends <CLS>, <SEP>, <EOD>, <MASK>, and <EOD> ends documents, as in older Megatron; "
+        "always so with --vocab-extra-ids",
+    )
+    null_tokenizer_eod_id: int | None = option(
+        None, "--null-tokenizer-eod-id", "token of NullTokenizer that ends a document; default: one more than all others"
+    )
+    tiktoken_pattern: str | None = option(
+        None,
+        "--tiktoken-pattern",
+        "how TikTokenizer cuts text into words; default: as the file says",
+        choices=("v1", "v2", "gpt2", "cl100k", "o200k", "qwen"),
+    )
+    tiktoken_num_special_tokens: int = option(
+        1000, "--tiktoken-num-special-tokens", "ids that TikTokenizer sets aside before a list of tokens (.json)"
+    )
+    tiktoken_special_tokens: list[str] = option(  # noqa: RUF009 (a fresh list for each tree: see `option`)
+        [], "--tiktoken-special-tokens", "special tokens of TikTokenizer, where they are not the usual ones"
     )
     reset_position_ids: bool = option(False, "--reset-position-ids", "positions start again after each end of document")
     reset_attention_mask: bool = option(False, "--reset-attention-mask", "no attention across an end of document")

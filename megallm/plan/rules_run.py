@@ -163,11 +163,29 @@ def evaluation_has_data(config: Config, world_size: int) -> Iterator[Problem]:
         )
 
 
+# Tokenizers that may be given as single files.
+TOKENIZER_FILES = {
+    "GPT2BPETokenizer": "--vocab-file vocab.json --merge-file merges.txt",
+    "BertWordPieceLowerCase": "--vocab-file vocab.txt",
+    "BertWordPieceCase": "--vocab-file vocab.txt",
+}
+
+
 @rule("data.tokenizer_type")
 def tokenizer_has_a_model(config: Config, world_size: int) -> Iterator[Problem]:
     """A tokenizer is read from a file, except the one that does nothing."""
-    kind = config.data.tokenizer_type
-    if kind != "NullTokenizer" and not config.data.tokenizer_model:
+    kind, data = config.data.tokenizer_type, config.data
+    if kind == "NullTokenizer" or data.tokenizer_model:
+        return
+    if kind in TOKENIZER_FILES:
+        if not data.vocab_file or (kind == "GPT2BPETokenizer" and not data.merge_file):
+            yield Problem(
+                ("--vocab-file", "--merge-file", "--tokenizer-type"),
+                f"{kind} is read from files, and not all of them are given",
+                "",
+                f"add {TOKENIZER_FILES[kind]}",
+            )
+    else:
         wanted = "tokenizer.json" if kind == "HuggingFaceTokenizer" else "tokenizer.model"
         yield Problem(
             ("--tokenizer-model", "--tokenizer-type"),

@@ -13,6 +13,7 @@ from megallm.data.samples.gpt import GPTDatasetSettings
 from megallm.data.samples.mock import MockDataset
 from megallm.data.tokenizer.base import Tokenizer, TokenizerSettings
 from megallm.data.tokenizer.build import build_tokenizer
+from megallm.data.tokenizer.record import check_record
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,19 @@ def build_tokenizer_of(config: Config) -> Tokenizer | None:
     if data.tokenizer_type is None or (data.mock_data and data.tokenizer_type == "NullTokenizer"):
         return None
     return build_tokenizer(
-        TokenizerSettings(data.tokenizer_type, data.tokenizer_model, vocab_size=config.model.vocab_size)
+        TokenizerSettings(
+            data.tokenizer_type,
+            data.tokenizer_model,
+            vocab_file=data.vocab_file,
+            merge_file=data.merge_file,
+            vocab_size=config.model.vocab_size,
+            vocab_extra_ids=data.vocab_extra_ids,
+            tokenizer_sentencepiece_legacy=data.tokenizer_sentencepiece_legacy,
+            null_tokenizer_eod_id=data.null_tokenizer_eod_id,
+            tiktoken_pattern=data.tiktoken_pattern,
+            tiktoken_num_special_tokens=data.tiktoken_num_special_tokens,
+            tiktoken_special_tokens=tuple(data.tiktoken_special_tokens) or None,
+        )
     )
 
 
@@ -42,8 +55,10 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer | None, world_size: int
     Raises ValueError if --vocab-size leaves out some of the tokenizer's tokens.
     """
     if tokenizer is not None and config.data.tokenizer_type == "NullTokenizer":
-        # Here the flag counts the tokens without the end of document, which the tokenizer adds.
-        config = replace(config, model=replace(config.model, vocab_size=None))
+        # The flag may count the tokens without the end of document, which the tokenizer then adds. Said outright, the
+        # configuration that the run saves means the same when it is read again.
+        data = replace(config.data, null_tokenizer_eod_id=tokenizer.eod_id)
+        config = replace(config, model=replace(config.model, vocab_size=None), data=data)
     return resolve(config, world_size, tokenizer.vocab_size if tokenizer is not None else None)
 
 
@@ -66,9 +81,12 @@ def build_datasets(config: Config, tokenizer: Tokenizer | None) -> Datasets:
             for size, seed in zip((train_samples, valid_samples), seeds, strict=True)
         )
         return Datasets(train, valid if valid_samples else None)
+    prefixes, _ = parse_data_path(data.data_path)
+    if tokenizer is not None:
+        for prefix in prefixes:
+            check_record(prefix, tokenizer)
     cache = data.data_cache_path
     if cache is None:
-        prefixes, _ = parse_data_path(data.data_path)
         cache = str(Path(prefixes[0]).parent / "cache" / "GPTDataset_indices")
     settings = GPTDatasetSettings(
         sequence_length=data.seq_length,

@@ -58,7 +58,7 @@ CASES: dict[str, list[tuple[int, dict, dict]]] = {
     ],
     "text_is_a_choice": [
         (1, {"model.activation": "gelux"}, {"model.activation": "gelu"}),
-        (1, {"data.tokenizer_type": "GPT2BPETokenizer"}, {"data.tokenizer_type": "NullTokenizer"}),
+        (1, {"data.tokenizer_type": "NulTokenizer"}, {"data.tokenizer_type": "NullTokenizer"}),
     ],
     "heads_divide_hidden_size": [
         (1, {"model.num_attention_heads": 7}, {"model.num_attention_heads": 6}),
@@ -199,6 +199,12 @@ CASES: dict[str, list[tuple[int, dict, dict]]] = {
     "tokenizer_has_a_model": [
         (1, {"data.tokenizer_type": "HuggingFaceTokenizer"}, {"data.tokenizer_model": "tokenizer.json"}),
         (1, {"data.tokenizer_type": "Llama2Tokenizer"}, {"data.tokenizer_model": "tokenizer.model"}),
+        (1, {"data.tokenizer_type": "BertWordPieceCase"}, {"data.vocab_file": "vocab.txt"}),
+        (
+            1,
+            {"data.tokenizer_type": "GPT2BPETokenizer", "data.vocab_file": "vocab.json"},
+            {"data.vocab_file": "vocab.json", "data.merge_file": "merges.txt"},
+        ),
     ],
     "null_tokenizer_has_a_vocabulary": [(1, {"model.vocab_size": None}, {"model.vocab_size": 32000})],
 }
