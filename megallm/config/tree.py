@@ -252,7 +252,7 @@ class DataConfig:
         "always so with --vocab-extra-ids",
     )
     null_tokenizer_eod_id: int | None = option(
-        None, "--null-tokenizer-eod-id", "token of NullTokenizer that ends a document; default: one more than all others"
+        None, "--null-tokenizer-eod-id", "token of NullTokenizer that ends a document; default: one more than the others"
     )
     tiktoken_pattern: str | None = option(
         None,
