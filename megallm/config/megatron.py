@@ -136,15 +136,14 @@ REFUSED = (
     Refused("--mtp-num-layers", "one token is predicted at a time; leave it out", ("0",)),
     Refused("--num-experts", "layers are dense; leave it out"),
     Refused("--moe-*", "layers are dense; leave it out"),
-    Refused("--rampup-batch-size", "the batch size is constant; use --global-batch-size alone"),
-    Refused("--step-batch-size-schedule", "the batch size is constant; use --global-batch-size alone"),
-    Refused("--train-samples", "runs are counted in steps; use --train-iters = samples / global batch size"),
-    Refused("--lr-decay-samples", "runs are counted in steps; use --lr-decay-iters = samples / global batch size"),
     Refused(
-        "--lr-warmup-samples", "runs are counted in steps; use --lr-warmup-iters = samples / global batch size", ("0",)
+        "--decrease-batch-size-if-needed",
+        "the batch size does not depend on the number of processes; leave it out and give sizes that divide",
     ),
     Refused(
-        "--lr-warmup-fraction", "warm-up is given in steps; use --lr-warmup-iters = fraction x --lr-decay-iters", ("0",)
+        "--lr-warmup-fraction",
+        "warm-up is given as a length; use --lr-warmup-iters or --lr-warmup-samples = fraction x decay",
+        ("0",),
     ),
     Refused("--optimizer", "the optimizer is AdamW; use --optimizer adam", ("adam",)),
     Refused("--start-weight-decay", "weight decay is constant; use --weight-decay"),
@@ -187,7 +186,6 @@ REFUSED = (
     Refused("--test-data-path", "use --data-path with --split"),
     Refused("--data-args-path", "use --data-path, or data.data_path in the file of --config"),
     Refused("--per-split-data-args-path", "use --data-path with --split, or the file of --config"),
-    Refused("--dataloader-type", "samples are read once, in the order of the index; use single", ("single",)),
     Refused("--no-save-optim", "a checkpoint always holds the optimizer; leave it out"),
     Refused("--no-load-optim", "a checkpoint is always loaded whole; leave it out"),
     Refused("--finetune", "a checkpoint is always resumed where it was; leave out --load to start afresh"),
@@ -296,8 +294,8 @@ DIFFERENCES = (
     Difference(
         "`--num-workers`",
         "2",
-        "0: samples are read in the training process",
-        "samples come from memory-mapped files, at little cost",
+        "2 with a GPU; without one 0: samples are read in the training process",
+        "reading costs less time than a process takes from a training that runs on the same cores",
     ),
     Difference(
         "`--distributed-backend`",

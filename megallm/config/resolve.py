@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from megallm.config.batch_sizes import BatchSizes, batch_sizes_of
 from megallm.config.tree import Config, ModelConfig, ParallelConfig
 
 GATED_ACTIVATIONS = ("swiglu", "geglu")
@@ -20,6 +21,12 @@ def resolve(config: Config, world_size: int, tokenizer_vocab_size: int | None = 
     """
     model, parallel, training, optimizer = config.model, config.parallel, config.training, config.optimizer
     replicas = data_parallel_size(parallel, world_size)
+    batch_sizes = resolved_batch_sizes(config, world_size)
+    # The decay's default follows the unit of the run's length.
+    decay_iters, decay_samples = optimizer.lr_decay_iters, optimizer.lr_decay_samples
+    if decay_iters is None and decay_samples is None:
+        decay_samples = training.train_samples
+        decay_iters = None if decay_samples is not None else training.train_iters
     return replace(
         config,
         model=replace(
@@ -36,10 +43,50 @@ def resolve(config: Config, world_size: int, tokenizer_vocab_size: int | None = 
             ddp_bucket_size=_given(parallel.ddp_bucket_size, max(40_000_000, 1_000_000 * replicas)),
         ),
         training=replace(
-            training, global_batch_size=_given(training.global_batch_size, training.micro_batch_size * replicas)
+            training,
+            global_batch_size=_given(training.global_batch_size, batch_sizes.largest),
+            train_iters=train_iters(config, batch_sizes),
         ),
-        optimizer=replace(optimizer, lr_decay_iters=_given(optimizer.lr_decay_iters, training.train_iters)),
+        optimizer=replace(optimizer, lr_decay_iters=decay_iters, lr_decay_samples=decay_samples),
     )
+
+
+def resolved_batch_sizes(config: Config, world_size: int) -> BatchSizes:
+    """The sizes of all global batches; by default a micro-batch on each data parallel rank.
+
+    Raises ValueError where the flags give none, or the layout does not come out even.
+    """
+    training = config.training
+    if training.global_batch_size is None:
+        size = training.micro_batch_size * data_parallel_size(config.parallel, world_size)
+        config = replace(config, training=replace(training, global_batch_size=size))
+    return batch_sizes_of(config)
+
+
+def train_iters(config: Config, batch_sizes: BatchSizes) -> int:
+    """Number of steps: as given, or as many as --train-samples has whole batches for."""
+    training = config.training
+    return training.train_iters or batch_sizes.steps_within(training.train_samples or 0)
+
+
+def train_samples(config: Config, batch_sizes: BatchSizes) -> int:
+    """Training samples that a run asks its data for: as given, or those of all its steps."""
+    return _given(config.training.train_samples, batch_sizes.after(config.training.train_iters))
+
+
+def learning_rate_warmup_samples(config: Config, batch_sizes: BatchSizes) -> int:
+    """Length of the learning rate's warm-up in samples."""
+    return config.optimizer.lr_warmup_samples or batch_sizes.after(config.optimizer.lr_warmup_iters)
+
+
+def learning_rate_decay_samples(config: Config, batch_sizes: BatchSizes) -> int:
+    """Samples at which the learning rate is at its minimum; by default those of the whole run."""
+    settings = config.optimizer
+    if settings.lr_decay_samples is not None:
+        return settings.lr_decay_samples
+    if settings.lr_decay_iters is not None:
+        return batch_sizes.after(settings.lr_decay_iters)
+    return train_samples(config, batch_sizes)
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:

@@ -163,7 +163,21 @@ class TrainingConfig:
         "--global-batch-size",
         "sequences of one optimizer step over all ranks; default micro-batch x data parallel size",
     )
-    train_iters: int = option(0, "--train-iters", "number of optimizer steps")
+    rampup_batch_size: list[str] = option(  # noqa: RUF009 (a fresh list for each tree: see `option`)
+        [],
+        "--rampup-batch-size",
+        "START INCREMENT SAMPLES: the batch grows from START by INCREMENT up to the global batch size, in equal shares "
+        "of the first SAMPLES",
+    )
+    step_batch_size_schedule: str | None = option(
+        None,
+        "--step-batch-size-schedule",
+        'batch sizes from so many tokens on, such as "0:768 250B:1536"; the global batch size is then the largest',
+    )
+    train_iters: int = option(0, "--train-iters", "number of optimizer steps; or give --train-samples")
+    train_samples: int | None = option(
+        None, "--train-samples", "length of the run in sequences, instead of --train-iters; an incomplete batch is left"
+    )
     eval_interval: int | None = option(None, "--eval-interval", "steps between evaluations; default: none")
     eval_iters: int = option(100, "--eval-iters", "global batches in one evaluation")
     exit_interval: int | None = option(
@@ -198,7 +212,9 @@ class OptimizerConfig:
     lr_decay_iters: int | None = option(
         None, "--lr-decay-iters", "steps until the learning rate is at its minimum; default: the length of the run"
     )
+    lr_decay_samples: int | None = option(None, "--lr-decay-samples", "the same, in sequences")
     lr_warmup_iters: int = option(0, "--lr-warmup-iters", "steps of linear warm-up")
+    lr_warmup_samples: int = option(0, "--lr-warmup-samples", "the same, in sequences")
     lr_warmup_init: float = option(0.0, "--lr-warmup-init", "learning rate at the start of the warm-up")
     weight_decay: float = option(0.01, "--weight-decay", "decoupled weight decay; norms and biases do not decay")
     adam_beta1: float = option(0.9, "--adam-beta1", "decay of the first moment")
@@ -220,7 +236,25 @@ class DataConfig:
     )
     mock_data: bool = option(False, "--mock-data", "synthetic data that needs no files")
     seq_length: int = option(0, "--seq-length", "tokens in a sequence")
-    num_workers: int = option(0, "--num-workers", "processes that read data ahead")
+    num_workers: int | None = option(
+        None,
+        "--num-workers",
+        "processes that read data ahead, for each process of the job; 0: each reads for itself when it needs to; "
+        "default: 2 with a GPU, 0 without",
+    )
+    dataloader_type: str = option(
+        "single",
+        "--dataloader-type",
+        "single: each sample of the index once, in its order; cyclic: again and again, each time in another random "
+        "order; external is refused",
+        choices=("single", "cyclic", "external"),
+    )
+    data_sharding: bool = option(
+        True,
+        "--data-sharding",
+        "cyclic: each data parallel rank shuffles a share of its own, so that the order depends on the layout",
+        off_flag="--no-data-sharding",
+    )
     tokenizer_type: str | None = option(
         None,
         "--tokenizer-type",
@@ -252,7 +286,9 @@ class DataConfig:
         "always so with --vocab-extra-ids",
     )
     null_tokenizer_eod_id: int | None = option(
-        None, "--null-tokenizer-eod-id", "token of NullTokenizer that ends a document; default: one more than the others"
+        None,
+        "--null-tokenizer-eod-id",
+        "token of NullTokenizer that ends a document; default: one more than the others",
     )
     tiktoken_pattern: str | None = option(
         None,
@@ -278,6 +314,11 @@ class CheckpointConfig:
     save: str | None = option(None, "--save", "folder for checkpoints")
     load: str | None = option(
         None, "--load", "folder to resume from, written under any layout; starts afresh if it holds none"
+    )
+    allow_data_change: bool = option(
+        False,
+        "--allow-data-change",
+        "resume although the order of the samples is no longer that of the run that saved the checkpoint",
     )
     save_interval: int | None = option(None, "--save-interval", "steps between checkpoints; default: only at the end")
 

@@ -29,33 +29,6 @@ def layout_divides_world(config: Config, world_size: int) -> Iterator[Problem]:
     )
 
 
-@rule(
-    "parallel.tensor_model_parallel_size",
-    "parallel.pipeline_model_parallel_size",
-    "training.micro_batch_size",
-    "training.global_batch_size",
-)
-def global_batch_divides(config: Config, world_size: int) -> Iterator[Problem]:
-    """Each data parallel rank takes equally many whole micro-batches."""
-    model_parallel = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
-    batch, micro_batch = config.training.global_batch_size, config.training.micro_batch_size
-    if batch is None or world_size % model_parallel:
-        return
-    replicas = world_size // model_parallel
-    if batch % (micro_batch * replicas) == 0:
-        return
-    ways = [f"use --global-batch-size {multiples_near(batch, micro_batch * replicas)}"]
-    if batch % replicas == 0:
-        ways.append(f"--micro-batch-size {divisors_near(batch // replicas, micro_batch)}")
-    yield Problem(
-        ("--global-batch-size", "--micro-batch-size"),
-        f"a batch of {batch} sequences cannot be cut into micro-batches of {micro_batch} on each of {replicas} data "
-        "parallel ranks",
-        f"{batch} % ({micro_batch} x {replicas}) = {batch % (micro_batch * replicas)}",
-        ", or ".join(ways),
-    )
-
-
 @rule("parallel.pipeline_model_parallel_size", "parallel.num_virtual_stages_per_pipeline_rank")
 def virtual_stages_need_pipeline(config: Config, world_size: int) -> Iterator[Problem]:
     """On one pipeline rank virtual stages would only cost."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from megallm.config.resolve import learning_rate_decay_samples, learning_rate_warmup_samples, train_iters
 from megallm.config.tree import Config
 from megallm.plan.problem import Problem, rule
+from megallm.plan.rules_batches import BATCH_SIZE_FIELDS, batch_sizes_or_none
 
 
 @rule()
@@ -50,7 +52,11 @@ def warmup_starts_below_peak(config: Config, world_size: int) -> Iterator[Proble
 @rule("optimizer.lr_warmup_iters", "optimizer.lr_decay_iters", "training.train_iters")
 def warmup_ends_before_decay(config: Config, world_size: int) -> Iterator[Problem]:
     """The warm-up is a part of the steps over which the learning rate decays."""
-    warmup, given = config.optimizer.lr_warmup_iters, config.optimizer.lr_decay_iters
+    settings = config.optimizer
+    warmup, given = settings.lr_warmup_iters, settings.lr_decay_iters
+    by_samples = settings.lr_decay_samples is not None or (given is None and config.training.train_samples is not None)
+    if settings.lr_warmup_samples or by_samples:
+        return
     decay = config.training.train_iters if given is None else given
     if warmup > decay:
         source = "--train-iters, the default of --lr-decay-iters" if given is None else "--lr-decay-iters"
@@ -59,6 +65,69 @@ def warmup_ends_before_decay(config: Config, world_size: int) -> Iterator[Proble
             f"a warm-up of {warmup} steps does not fit into the {decay} steps of {source}",
             f"{warmup} > {decay}",
             f"use --lr-warmup-iters {decay} or less, or --lr-decay-iters {warmup} or more",
+        )
+
+
+@rule(
+    "optimizer.lr_warmup_iters",
+    "optimizer.lr_warmup_samples",
+    "optimizer.lr_decay_iters",
+    "optimizer.lr_decay_samples",
+    "training.train_iters",
+    "training.train_samples",
+    *BATCH_SIZE_FIELDS,
+)
+def warmup_samples_end_before_decay(config: Config, world_size: int) -> Iterator[Problem]:
+    """The same, where warm-up or decay are given in samples."""
+    settings = config.optimizer
+    by_steps = settings.lr_decay_iters is not None or config.training.train_samples is None
+    sizes = batch_sizes_or_none(config, world_size)
+    if sizes is None or (by_steps and settings.lr_decay_samples is None and not settings.lr_warmup_samples):
+        return
+    warmup, decay = learning_rate_warmup_samples(config, sizes), learning_rate_decay_samples(config, sizes)
+    if warmup > decay:
+        yield Problem(
+            ("--lr-warmup-samples", "--lr-decay-samples"),
+            f"a warm-up of {warmup} samples does not fit into the {decay} over which the learning rate decays",
+            f"{warmup} > {decay}",
+            f"use --lr-warmup-samples {decay} or less, or --lr-decay-samples {warmup} or more",
+        )
+
+
+@rule()
+def one_unit_of_the_schedule(config: Config, world_size: int) -> Iterator[Problem]:
+    """Warm-up and decay are each given in steps or in samples."""
+    settings = config.optimizer
+    pairs = (
+        ("warmup", settings.lr_warmup_iters, settings.lr_warmup_samples),
+        ("decay", settings.lr_decay_iters, settings.lr_decay_samples),
+    )
+    for name, steps, samples in pairs:
+        if steps and samples:
+            flags = f"--lr-{name}-iters", f"--lr-{name}-samples"
+            yield Problem(flags, f"both {steps} steps and {samples} samples are given", "", f"leave out {flags[0]}")
+
+
+@rule("training.train_iters", "training.train_samples", *BATCH_SIZE_FIELDS)
+def one_length_of_the_run(config: Config, world_size: int) -> Iterator[Problem]:
+    """The run has at least one step, and a length in samples is that in steps where both are given."""
+    training, sizes = config.training, batch_sizes_or_none(config, world_size)
+    if sizes is None or training.train_samples is None:
+        return
+    steps = sizes.steps_within(training.train_samples)
+    if steps == 0:
+        yield Problem(
+            ("--train-samples",),
+            f"{training.train_samples} samples do not fill the first batch",
+            f"{training.train_samples} < {sizes.at(0)}",
+            f"use --train-samples {sizes.at(0)} or more",
+        )
+    elif training.train_iters not in (0, steps):
+        yield Problem(
+            ("--train-iters", "--train-samples"),
+            f"{training.train_samples} samples are {steps} steps, not {training.train_iters}",
+            "",
+            "leave out --train-iters",
         )
 
 
@@ -88,11 +157,14 @@ def saving_has_a_folder(config: Config, world_size: int) -> Iterator[Problem]:
         )
 
 
-@rule("training.train_iters", "logging.timeline_step")
+@rule("training.train_iters", "training.train_samples", "logging.timeline_step", *BATCH_SIZE_FIELDS)
 def timeline_step_is_in_the_run(config: Config, world_size: int) -> Iterator[Problem]:
     """The step whose timeline is measured happens."""
-    step, steps = config.logging.timeline_step, config.training.train_iters
-    if config.logging.timeline is not None and step > steps:
+    sizes = batch_sizes_or_none(config, world_size)
+    if config.logging.timeline is None or sizes is None:
+        return
+    step, steps = config.logging.timeline_step, train_iters(config, sizes)
+    if step > steps:
         yield Problem(
             ("--timeline-step", "--train-iters"),
             f"the timeline of step {step} is asked for, but the run ends after step {steps}",
@@ -114,6 +186,18 @@ def one_source_of_data(config: Config, world_size: int) -> Iterator[Problem]:
             "there is no data",
             "",
             "give the prefix of a .bin/.idx dataset with --data-path, or use --mock-data",
+        )
+
+
+@rule("data.dataloader_type")
+def loader_is_our_own(config: Config, world_size: int) -> Iterator[Problem]:
+    """There is no way to pass a loader in."""
+    if config.data.dataloader_type == "external":
+        yield Problem(
+            ("--dataloader-type",),
+            "an external loader would decide which samples a step reads, so that a run could not be resumed exactly",
+            "",
+            "use --dataloader-type single or cyclic",
         )
 
 

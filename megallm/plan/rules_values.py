@@ -73,6 +73,7 @@ RANGES = {
     "training.micro_batch_size": _COUNT,
     "training.global_batch_size": _COUNT,
     "training.train_iters": _COUNT,
+    "training.train_samples": _COUNT,
     "training.eval_interval": _COUNT,
     "training.eval_iters": _NATURAL,
     "training.exit_interval": _COUNT,
@@ -81,7 +82,9 @@ RANGES = {
     "optimizer.lr": _POSITIVE,
     "optimizer.min_lr": _NATURAL,
     "optimizer.lr_decay_iters": _COUNT,
+    "optimizer.lr_decay_samples": _COUNT,
     "optimizer.lr_warmup_iters": _NATURAL,
+    "optimizer.lr_warmup_samples": _NATURAL,
     "optimizer.lr_warmup_init": _NATURAL,
     "optimizer.weight_decay": _NATURAL,
     "optimizer.adam_beta1": _PROBABILITY,
@@ -104,6 +107,8 @@ RANGES = {
 def required_value_is_given(config: Config, world_size: int) -> Iterator[Problem]:
     """Values that nobody can choose for the user."""
     for entry in all_fields():
+        if entry.path == "training.train_iters" and config.training.train_samples is not None:
+            continue
         if entry.path in REQUIRED and _missing(config, entry):
             yield Problem((entry.flag,), f"{entry.help}: not given", "", f"for example {_EXAMPLES[entry.path]}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megallm.config.report import numbered
 from megallm.config.tree import Config
-from megallm.plan import rules_model, rules_parallel, rules_run, rules_values
+from megallm.plan import rules_batches, rules_model, rules_parallel, rules_run, rules_values
 from megallm.plan.problem import Problem, Rule
 
 VALUE_RULES = (
@@ -27,7 +27,11 @@ RULES = (
     rules_model.rotary_width_is_even,
     rules_model.sinusoidal_width_is_even,
     rules_parallel.layout_divides_world,
-    rules_parallel.global_batch_divides,
+    rules_batches.ramp_up_leads_to_the_global_batch,
+    rules_batches.stairs_of_batches_are_whole,
+    rules_batches.one_way_to_change_the_batch,
+    rules_batches.global_batch_divides,
+    rules_batches.changing_batches_divide,
     rules_parallel.virtual_stages_need_pipeline,
     rules_parallel.layers_fill_stages,
     rules_parallel.schedule_fits_virtual_stages,
@@ -38,10 +42,14 @@ RULES = (
     rules_run.minimum_is_below_peak,
     rules_run.warmup_starts_below_peak,
     rules_run.warmup_ends_before_decay,
+    rules_run.warmup_samples_end_before_decay,
+    rules_run.one_unit_of_the_schedule,
+    rules_run.one_length_of_the_run,
     rules_run.evaluation_has_batches,
     rules_run.saving_has_a_folder,
     rules_run.timeline_step_is_in_the_run,
     rules_run.one_source_of_data,
+    rules_run.loader_is_our_own,
     rules_run.data_weights_are_numbers,
     rules_run.split_is_three_shares,
     rules_run.evaluation_has_data,

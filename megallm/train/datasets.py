@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megallm.config import resolve
+from megallm.config.batch_sizes import batch_sizes_of
+from megallm.config.resolve import train_samples
 from megallm.config.tree import Config
 from megallm.data.feeding.loader import SampleSource
 from megallm.data.samples.blended import build_train_valid_test_datasets, parse_data_path
@@ -70,7 +72,7 @@ def build_datasets(config: Config, tokenizer: Tokenizer | None) -> Datasets:
     training, data = config.training, config.data
     batch, vocab_size = training.global_batch_size, config.model.vocab_size
     assert batch and vocab_size, "the configuration is resolved"
-    train_samples = training.train_iters * batch
+    num_train = train_samples(config, batch_sizes_of(config))
     # One evaluation more than the interval asks for, as Megatron counts: the indices are then the same.
     evaluations = training.train_iters // training.eval_interval + 1 if training.eval_interval else 0
     valid_samples = evaluations * training.eval_iters * batch
@@ -78,7 +80,7 @@ def build_datasets(config: Config, tokenizer: Tokenizer | None) -> Datasets:
         seeds = training.seed, training.seed + 1
         train, valid = (
             MockDataset(size, data.seq_length, vocab_size, seed)
-            for size, seed in zip((train_samples, valid_samples), seeds, strict=True)
+            for size, seed in zip((num_train, valid_samples), seeds, strict=True)
         )
         return Datasets(train, valid if valid_samples else None)
     prefixes, _ = parse_data_path(data.data_path)
@@ -101,7 +103,7 @@ def build_datasets(config: Config, tokenizer: Tokenizer | None) -> Datasets:
         data_path=tuple(data.data_path),
         split=data.split,
     )
-    built = build_train_valid_test_datasets(settings, (train_samples, valid_samples, 0))
+    built = build_train_valid_test_datasets(settings, (num_train, valid_samples, 0))
     if built[0] is None:
         raise ValueError(f"--split {data.split!r} leaves no training data")
     return Datasets(built[0], built[1])

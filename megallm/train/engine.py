@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import nn
 
+from megallm.config.batch_sizes import BatchSizes, batch_sizes_of
+from megallm.config.resolve import learning_rate_decay_samples, learning_rate_warmup_samples
 from megallm.config.tree import Config
+from megallm.data.feeding.orders import DataShare
 from megallm.data_parallel.optimizer import BucketOptimizer
 from megallm.data_parallel.reducer import GradientReducer
 from megallm.layers.context import LayoutContext
@@ -70,14 +74,32 @@ class Engine(Model):
     reducer: GradientReducer
     optimizer: BucketOptimizer
     learning_rate: LearningRateSchedule
+    batch_sizes: BatchSizes
     progress: Progress
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches of one step on each data parallel rank."""
-        training = self.config.training
-        assert training.global_batch_size, "the configuration is resolved"
-        return training.global_batch_size // (training.micro_batch_size * self.mesh.shape.dp)
+        """Micro-batches of the next step on each data parallel rank."""
+        return self.micro_batches_in(self.batch_sizes.at(self.progress.consumed_samples))
+
+    @property
+    def data_share(self) -> DataShare:
+        """What this rank reads of the data."""
+        return DataShare(self.config.training.micro_batch_size, self.mesh.coordinates["dp"], self.mesh.shape.dp)
+
+    def micro_batches_in(self, batch_size: int) -> int:
+        """Micro-batches of a global batch on each data parallel rank.
+
+        Raises ValueError if they do not come out even.
+        """
+        micro_batch_size, replicas = self.config.training.micro_batch_size, self.mesh.shape.dp
+        if batch_size % (micro_batch_size * replicas):
+            raise ValueError(
+                f"a batch of {batch_size} sequences cannot be cut into micro-batches of {micro_batch_size} on each of "
+                f"{replicas} data parallel ranks: {batch_size} % ({micro_batch_size} x {replicas}) = "
+                f"{batch_size % (micro_batch_size * replicas)}"
+            )
+        return batch_size // (micro_batch_size * replicas)
 
 
 @lru_cache(maxsize=64)
@@ -140,15 +162,15 @@ def build_engine(config: Config, task: Task, mesh: Mesh) -> Engine:
         torch.zeros((), dtype=torch.float64, device=mesh.device),
         torch.zeros((), dtype=torch.float32, device=mesh.device),
     )
-    engine = Engine(
+    batch_sizes = batch_sizes_of(config)
+    return Engine(
         **vars(model),
         reducer=reducer,
         optimizer=optimizer,
-        learning_rate=_learning_rate_schedule(config),
+        learning_rate=_learning_rate_schedule(config, batch_sizes),
+        batch_sizes=batch_sizes,
         progress=progress,
     )
-    _compare_schedules(engine)
-    return engine
 
 
 def _own_layers(config: Config, mesh: Mesh) -> dict[int, range]:
@@ -163,25 +185,37 @@ def _own_layers(config: Config, mesh: Mesh) -> dict[int, range]:
     return {stage: ranges[stage] for stage in range(mesh.pp.rank, num_stages, size)}
 
 
-def _learning_rate_schedule(config: Config) -> LearningRateSchedule:
-    settings, batch = config.optimizer, config.training.global_batch_size
-    assert batch and settings.lr_decay_iters, "the configuration is resolved"
+def _learning_rate_schedule(config: Config, batch_sizes: BatchSizes) -> LearningRateSchedule:
+    settings = config.optimizer
     return LearningRateSchedule(
         peak=settings.lr,
         minimum=settings.min_lr,
         style=settings.lr_decay_style,
-        warmup_samples=settings.lr_warmup_iters * batch,
-        decay_samples=settings.lr_decay_iters * batch,
+        warmup_samples=learning_rate_warmup_samples(config, batch_sizes),
+        decay_samples=learning_rate_decay_samples(config, batch_sizes),
         warmup_start=settings.lr_warmup_init,
     )
 
 
-def _compare_schedules(engine: Engine) -> None:
-    """Makes sure that every rank runs the same schedule."""
-    mine = int(engine.schedule(engine.num_micro_batches).fingerprint()[:15], 16)
+def check_schedules(engine: Engine, last_sample: int) -> list[int]:
+    """Verifies the schedule of every step that is still ahead, up to `last_sample`, and of the evaluations.
+
+    Called by all ranks before the first step, when it is known where the run continues. Returns the different numbers
+    of micro-batches, in their order.
+
+    Raises ValueError if some batch cannot be cut evenly, and RuntimeError if ranks built different schedules.
+    """
+    sizes = engine.batch_sizes.sizes_within(last_sample, engine.progress.consumed_samples)
+    numbers = [engine.micro_batches_in(size) for size in sizes]
+    assert engine.config.training.global_batch_size, "the configuration is resolved"
+    in_evaluation = engine.micro_batches_in(engine.config.training.global_batch_size)
+    fingerprints = [engine.schedule(number).fingerprint() for number in numbers]
+    fingerprints.append(engine.schedule(in_evaluation, forward_only=True).fingerprint())
+    mine = int(hashlib.sha256(" ".join(fingerprints).encode()).hexdigest()[:15], 16)
     extremes = torch.tensor([mine, -mine], dtype=torch.int64, device=engine.mesh.device)
     engine.mesh.world.all_reduce(extremes, "max")
     if extremes.tolist() != [mine, -mine]:
         raise RuntimeError(
             "ranks built different pipeline schedules: all must run with the same flags and the same version of megallm"
         )
+    return numbers

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
 
 from megallm.agreement import on_every_rank
+from megallm.config.batch_sizes import BatchSizes
+from megallm.config.resolve import train_samples
 from megallm.config.tree import Config
 from megallm.data.feeding.loader import SampleSource, build_loader
+from megallm.data.feeding.orders import SampleOrder, build_order
 from megallm.data.feeding.sampler import GlobalBatchSampler
 from megallm.device import Stopwatch
 from megallm.mesh import Mesh
 from megallm.plan.flops import parameter_count
 from megallm.schedule import Event, Timeline, simulate
+from megallm.train.data_order import data_order
 from megallm.train.datasets import Datasets, build_datasets, build_tokenizer_of, with_vocabulary
-from megallm.train.engine import Engine, build_engine
+from megallm.train.engine import Engine, build_engine, check_schedules
 from megallm.train.metrics import Reporter, log_on_rank_zero, mean_losses
 from megallm.train.outputs import try_outputs
 from megallm.train.processes import joined_processes
@@ -47,7 +52,7 @@ def _run(config: Config, task: Task, mesh: Mesh, datasets: Datasets) -> None:
     engine = build_engine(config, task, mesh)
     _describe(engine, log)
     if config.checkpoint.load:
-        loaded = load_engine(engine, config.checkpoint.load)
+        loaded = load_engine(engine, config.checkpoint.load, _data_order(engine, datasets))
         log(
             f"continuing from {loaded[0]}"
             if loaded
@@ -55,108 +60,143 @@ def _run(config: Config, task: Task, mesh: Mesh, datasets: Datasets) -> None:
         )
         for change in loaded[1] if loaded else []:
             log(f"changed since it was saved: {change}")
-    _check_data_lasts(engine, datasets)
+    last_iteration = _last_iteration(engine)
+    last_sample = engine.batch_sizes.after(last_iteration - engine.progress.iteration, engine.progress.consumed_samples)
+    _check_data_lasts(engine, datasets, last_iteration, last_sample)
+    _describe_batches(engine, check_schedules(engine, last_sample), last_sample, log)
     reporter = Reporter(config, mesh.shape.world_size, mesh.rank == 0, task.term_names)
+    reporter.last_iteration = last_iteration
     try:
-        _train(engine, datasets, reporter, log)
+        _train(engine, datasets, reporter, last_iteration, log)
     finally:
         reporter.close()
 
 
-def _check_data_lasts(engine: Engine, datasets: Datasets) -> None:
+def _last_iteration(engine: Engine) -> int:
+    """The step after which the run ends.
+
+    A length in samples counts from where the run is: it holds although batches may have had other sizes before.
+    """
+    training, progress = engine.config.training, engine.progress
+    if training.train_samples is None:
+        return max(training.train_iters, progress.iteration)
+    return progress.iteration + engine.batch_sizes.steps_within(training.train_samples, progress.consumed_samples)
+
+
+def _check_data_lasts(engine: Engine, datasets: Datasets, last_iteration: int, last_sample: int) -> None:
     """Raises ValueError before the first step if the data would end before the run does."""
     training, progress = engine.config.training, engine.progress
     assert training.global_batch_size, "the configuration is resolved"
-    remaining = max(0, training.train_iters - progress.iteration) * training.global_batch_size
-    if remaining == 0:
+    if last_iteration == progress.iteration:
         return
-    needed = {"training": (datasets.train, progress.consumed_samples + remaining)}
+    needed = {"training": (datasets.train, last_sample)}
     if training.eval_interval and datasets.valid is not None:
-        evaluations = training.train_iters // training.eval_interval - progress.iteration // training.eval_interval
+        evaluations = last_iteration // training.eval_interval - progress.iteration // training.eval_interval
         samples = max(0, evaluations) * training.eval_iters * training.global_batch_size
         needed["validation"] = (datasets.valid, progress.consumed_valid_samples + samples)
     for purpose, (dataset, samples) in needed.items():
-        if len(dataset) < samples:
+        available = _order_of(engine, dataset).num_samples_after(0)
+        if available is not None and available < samples:
             raise ValueError(
-                f"the {purpose} data has {len(dataset)} samples, but this run reads up to sample {samples}, counting "
+                f"the {purpose} data has {available} samples, but this run reads up to sample {samples}, counting "
                 "those that were consumed before it was resumed: keep the batch size and the flags of the evaluation "
                 "as they were, or give fewer --train-iters"
             )
 
 
-def _train(engine: Engine, datasets: Datasets, reporter: Reporter, log: Callable[[str], None]) -> None:
+def _train(
+    engine: Engine, datasets: Datasets, reporter: Reporter, last_iteration: int, log: Callable[[str], None]
+) -> None:
     config, progress = engine.config, engine.progress
     training, checkpoint = config.training, config.checkpoint
-    batches = _global_batches(engine, datasets.train, progress.consumed_samples, "training")
     last_saved = -1
-    reporter.start()
-    while progress.iteration < training.train_iters:
-        stopwatch = _stopwatch(engine, progress.iteration + 1)
-        metrics = train_step(engine, next(batches), stopwatch)
-        if stopwatch is not None:
-            _write_timeline(engine, stopwatch)
-        reporter.step(progress.iteration, progress.consumed_samples, metrics)
-        done = progress.iteration
-        if training.eval_interval and done % training.eval_interval == 0 and datasets.valid is not None:
-            _evaluate(engine, datasets, reporter)
-        leaving = training.exit_interval is not None and done % training.exit_interval == 0
-        due = checkpoint.save_interval is not None and done % checkpoint.save_interval == 0
-        if checkpoint.save and (due or leaving or done == training.train_iters):
-            reporter.flush()
-            resume = reporter.pause()
-            log(f"saved {save_engine(engine, checkpoint.save)}")
-            last_saved = done
-            resume()
-        if leaving and done < training.train_iters:
-            reporter.flush()
-            log(f"left after iteration {done}, which --exit-interval {training.exit_interval} divides")
-            return
+    with ExitStack() as stack:
+        batches = stack.enter_context(
+            closing(_global_batches(engine, datasets.train, progress.consumed_samples, engine.batch_sizes))
+        )
+        evaluation = _Evaluation(engine, datasets, stack)
+        reporter.start()
+        while progress.iteration < last_iteration:
+            stopwatch = _stopwatch(engine, progress.iteration + 1)
+            metrics = train_step(engine, next(batches), stopwatch)
+            if stopwatch is not None:
+                _write_timeline(engine, stopwatch)
+            reporter.step(progress.iteration, progress.consumed_samples, metrics)
+            done = progress.iteration
+            if training.eval_interval and done % training.eval_interval == 0 and datasets.valid is not None:
+                evaluation.run(reporter)
+            leaving = training.exit_interval is not None and done % training.exit_interval == 0
+            due = checkpoint.save_interval is not None and done % checkpoint.save_interval == 0
+            if checkpoint.save and (due or leaving or done == last_iteration):
+                reporter.flush()
+                resume = reporter.pause()
+                log(f"saved {save_engine(engine, checkpoint.save, _data_order(engine, datasets))}")
+                last_saved = done
+                resume()
+            if leaving and done < last_iteration:
+                reporter.flush()
+                log(f"left after iteration {done}, which --exit-interval {training.exit_interval} divides")
+                return
     reporter.flush()
     if checkpoint.save and last_saved < 0:
         log(f"nothing was trained and nothing saved: iteration {progress.iteration} is where the run ends")
 
 
-def _evaluate(engine: Engine, datasets: Datasets, reporter: Reporter) -> None:
-    assert datasets.valid is not None, "there is validation data"
-    reporter.flush()
-    resume = reporter.pause()
-    progress, training = engine.progress, engine.config.training
-    batches = _global_batches(engine, datasets.valid, progress.consumed_valid_samples, "validation")
-    num_terms = len(engine.task.term_names)
-    totals = torch.zeros((2, num_terms), dtype=torch.float64, device=engine.mesh.device)
-    for _ in range(training.eval_iters):
-        totals += torch.stack(evaluate_step(engine, next(batches)))
-        assert training.global_batch_size, "the configuration is resolved"
-        progress.consumed_valid_samples += training.global_batch_size
-    losses = mean_losses(totals[0], totals[1], engine.task.term_names)
-    reporter.validation(progress.iteration, progress.consumed_samples, losses)
-    resume()
+class _Evaluation:
+    """Evaluates on the validation data, each time where the last evaluation left it."""
+
+    def __init__(self, engine: Engine, datasets: Datasets, stack: ExitStack) -> None:
+        self._engine = engine
+        if datasets.valid is not None:
+            size = engine.config.training.global_batch_size
+            assert size, "the configuration is resolved"
+            batches = _global_batches(
+                engine, datasets.valid, engine.progress.consumed_valid_samples, BatchSizes.constant(size)
+            )
+            self._batches = stack.enter_context(closing(batches))
+
+    def run(self, reporter: Reporter) -> None:
+        """Reads `--eval-iters` global batches and publishes their mean losses."""
+        engine = self._engine
+        reporter.flush()
+        resume = reporter.pause()
+        progress, training = engine.progress, engine.config.training
+        num_terms = len(engine.task.term_names)
+        totals = torch.zeros((2, num_terms), dtype=torch.float64, device=engine.mesh.device)
+        for _ in range(training.eval_iters):
+            totals += torch.stack(evaluate_step(engine, next(self._batches)))
+            assert training.global_batch_size, "the configuration is resolved"
+            progress.consumed_valid_samples += training.global_batch_size
+        losses = mean_losses(totals[0], totals[1], engine.task.term_names)
+        reporter.validation(progress.iteration, progress.consumed_samples, losses)
+        resume()
 
 
 def _global_batches(
-    engine: Engine, dataset: SampleSource, consumed_samples: int, purpose: str
-) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of one global batch after another, on the device."""
-    config, mesh = engine.config, engine.mesh
-    assert config.training.global_batch_size, "the configuration is resolved"
-    sampler = GlobalBatchSampler(
-        num_samples=len(dataset),
-        consumed_samples=consumed_samples,
-        global_batch_size=config.training.global_batch_size,
-        micro_batch_size=config.training.micro_batch_size,
-        data_parallel_rank=mesh.coordinates["dp"],
-        data_parallel_size=mesh.shape.dp,
-    )
-    loader = build_loader(dataset, sampler, num_workers=config.data.num_workers, pin_memory=mesh.device.type == "cuda")
-    for micro_batches in loader:
-        yield [
-            {name: tensor.to(mesh.device, non_blocking=True) for name, tensor in micro_batch.items()}
-            for micro_batch in micro_batches
-        ]
-    raise ValueError(
-        f"the {purpose} data ended after {consumed_samples} consumed samples and "
-        f"{len(sampler)} further global batches of {config.training.global_batch_size}"
-    )
+    engine: Engine, dataset: SampleSource, consumed_samples: int, batch_sizes: BatchSizes
+) -> Generator[list[Batch], None, None]:
+    """This rank's micro-batches of one global batch after another, on the device; `_check_data_lasts` saw the end."""
+    device, num_workers = engine.mesh.device, engine.config.data.num_workers
+    if num_workers is None:
+        # Without a GPU the processes would take their time from the training.
+        num_workers = 2 if device.type == "cuda" else 0
+    sampler = GlobalBatchSampler(_order_of(engine, dataset), consumed_samples, batch_sizes, engine.data_share)
+    with closing(build_loader(dataset, sampler, num_workers, pin_memory=device.type == "cuda")) as loader:
+        for micro_batches in loader:
+            yield [
+                {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
+                for micro_batch in micro_batches
+            ]
+
+
+def _data_order(engine: Engine, datasets: Datasets) -> dict[str, str]:
+    wanted = train_samples(engine.config, engine.batch_sizes)
+    return data_order(engine.config, wanted, len(datasets.train), engine.data_share)
+
+
+def _order_of(engine: Engine, dataset: SampleSource) -> SampleOrder:
+    data = engine.config.data
+    return build_order(data.dataloader_type, len(dataset), engine.data_share, sharding=data.data_sharding)
 
 
 def _describe(engine: Engine, log: Callable[[str], None]) -> None:
@@ -164,8 +204,6 @@ def _describe(engine: Engine, log: Callable[[str], None]) -> None:
     shape, config = engine.mesh.shape, engine.config
     count = parameter_count(config.model).total
     layers = [len(layers) for layers in engine.layers.values()]
-    lowered = engine.schedule(engine.num_micro_batches)
-    bubble = simulate(lowered).bubble
     log(
         f"{count:,} parameters in {config.model.num_layers} layers over {shape.world_size} processes: tensor {shape.tp}"
         f"{' with sequence parallelism' if engine.context.sequence_parallel else ''}, pipeline {shape.pp} with "
@@ -174,9 +212,26 @@ def _describe(engine: Engine, log: Callable[[str], None]) -> None:
         f"{' with the distributed optimizer' if config.parallel.use_distributed_optimizer else ''}, "
         f"{str(engine.context.dtype).removeprefix('torch.')} on {engine.mesh.device.type}"
     )
+
+
+def _describe_batches(
+    engine: Engine, micro_batch_numbers: list[int], last_sample: int, log: Callable[[str], None]
+) -> None:
+    """How the size of the batch goes on, and the schedules of the steps ahead, the last one's bubble with them."""
+    if not micro_batch_numbers:
+        return
+    consumed = engine.progress.consumed_samples
+    sizes = engine.batch_sizes.sizes_within(last_sample, consumed)
+    if len(sizes) > 1:
+        log(
+            f"global batch size {sizes[0]} after {consumed} samples, changing to {sizes[-1]} in {len(sizes) - 1} "
+            f"step{'s' if len(sizes) > 2 else ''}"
+        )
+    lowered = engine.schedule(micro_batch_numbers[-1])
+    numbers = " to ".join(str(number) for number in sorted({min(micro_batch_numbers), max(micro_batch_numbers)}))
     log(
-        f"schedule {lowered.schedule.name} with {lowered.schedule.num_micro_batches} micro-batches verified; "
-        f"planned bubble {bubble:.1%} where a backward pass takes twice a forward pass and messages nothing"
+        f"schedule {lowered.schedule.name} with {numbers} micro-batches verified; planned bubble "
+        f"{simulate(lowered).bubble:.1%} where a backward pass takes twice a forward pass and messages nothing"
     )
 
 

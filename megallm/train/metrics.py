@@ -78,9 +78,10 @@ class Reporter:
         self.world_size = world_size
         self.report = report
         self.term_names = term_names
-        self._pending: tuple[int, int, Readback, float] | None = None
+        self._pending: tuple[int, int, int, Readback, float] | None = None
         self._last = time.perf_counter()
         self._window: list[StepRecord] = []
+        self.last_iteration = config.training.train_iters
         logging = config.logging
         self._json = JsonLines(logging.metrics_jsonl) if report and logging.metrics_jsonl else None
         self._tensorboard: Any = None
@@ -101,7 +102,8 @@ class Reporter:
             return
         scalars = torch.stack((metrics.grad_norm, metrics.learning_rate, metrics.skipped))
         readback = Readback(torch.cat((scalars, metrics.losses)))
-        previous, self._pending = self._pending, (iteration, consumed_samples, readback, seconds)
+        batch_size = metrics.global_batch_size
+        previous, self._pending = self._pending, (iteration, consumed_samples, batch_size, readback, seconds)
         if previous is not None:
             self._publish(*previous)
 
@@ -141,20 +143,20 @@ class Reporter:
         if self._tensorboard is not None:
             self._tensorboard.close()
 
-    def _publish(self, iteration: int, consumed_samples: int, readback: Readback, seconds: float) -> None:
+    def _publish(
+        self, iteration: int, consumed_samples: int, batch_size: int, readback: Readback, seconds: float
+    ) -> None:
         grad_norm, learning_rate, skipped, *losses = readback.values()
-        batch = self.config.training.global_batch_size
-        assert batch, "the configuration is resolved"
         record = StepRecord(
             iteration=iteration,
             consumed_samples=consumed_samples,
             losses=dict(zip(self.term_names, losses, strict=True)),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
-            global_batch_size=batch,
+            global_batch_size=batch_size,
             skipped=int(skipped),
             step_time_ms=seconds * 1e3,
-            tokens_per_second=batch * self.config.data.seq_length / seconds,
+            tokens_per_second=batch_size * self.config.data.seq_length / seconds,
         )
         self._window.append(record)
         if self._json is not None:
@@ -163,7 +165,7 @@ class Reporter:
             for name, value in record.to_dict().items():
                 if name not in ("iteration", "consumed_samples"):
                     self._tensorboard.add_scalar(name, value, iteration)
-        if iteration % self.config.logging.log_interval == 0 or iteration == self.config.training.train_iters:
+        if iteration % self.config.logging.log_interval == 0 or iteration == self.last_iteration:
             print(self._log_line(), flush=True)
             self._window.clear()
 
@@ -177,7 +179,8 @@ class Reporter:
         skipped = sum(record.skipped for record in self._window)
         nan = sum(any(math.isnan(loss) for loss in record.losses.values()) for record in self._window)
         milliseconds = sum(record.step_time_ms for record in self._window) / len(self._window)
-        tokens = last.global_batch_size * self.config.data.seq_length
+        samples = sum(record.global_batch_size for record in self._window) / len(self._window)
+        tokens = samples * self.config.data.seq_length
         flops = flops_per_token(self.config.model, self.config.data.seq_length).half * tokens
         teraflops = flops / (milliseconds / 1e3) / self.world_size / 1e12
         losses = " | ".join(
@@ -186,7 +189,7 @@ class Reporter:
         )
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         return (
-            f" [{stamp}] iteration {last.iteration:8d}/{self.config.training.train_iters:8d} |"
+            f" [{stamp}] iteration {last.iteration:8d}/{self.last_iteration:8d} |"
             f" consumed samples: {last.consumed_samples:12d} |"
             f" elapsed time per iteration (ms): {milliseconds:.1f} |"
             f" throughput per GPU (TFLOP/s/GPU): {teraflops:.4g} |"

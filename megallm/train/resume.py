@@ -14,6 +14,7 @@ from megallm.checkpoint.save import save_checkpoint
 from megallm.config import difference, from_dict, to_dict
 from megallm.config.tree import Config
 from megallm.mesh import Mesh
+from megallm.train.data_order import check_data_order
 from megallm.train.engine import Engine, Model
 
 # Settings that make the weights mean something else. Shapes alone do not tell: a model of fewer layers, or with another
@@ -37,8 +38,8 @@ _MODEL_SHAPE = (
 )
 
 
-def save_engine(engine: Engine, root: str) -> Path:
-    """Saves weights, optimizer and progress. Called by all ranks."""
+def save_engine(engine: Engine, root: str, order: dict[str, str] | None = None) -> Path:
+    """Saves weights, optimizer, progress and what the order of the data depends on. Called by all ranks."""
     engine.reducer.finish_gather()
     progress = engine.progress
     state = {
@@ -47,17 +48,19 @@ def save_engine(engine: Engine, root: str) -> Path:
         "position": float(progress.position),
         "num_updates": float(progress.num_updates),
         "config": to_dict(engine.config),
+        "data_order": order or {},
     }
     boxes = local_boxes(engine.optimizer, engine.chunks, engine.mesh)
     return save_checkpoint(root, progress.iteration, boxes, state, engine.mesh)
 
 
-def load_engine(engine: Engine, root: str) -> tuple[Path, list[str]] | None:
+def load_engine(engine: Engine, root: str, order: dict[str, str] | None = None) -> tuple[Path, list[str]] | None:
     """Continues from the newest checkpoint under `root`, saved under any layout.
 
     Returns its folder and what differs from the run that saved it apart from the layout, or None if there is none.
 
-    Raises ValueError, on all ranks alike, if the checkpoint is of another model, damaged, or not seen by every rank.
+    Raises ValueError, on all ranks alike, if the checkpoint is of another model, damaged, or not seen by every rank, or
+    if its run read the data in another `order` and the configuration does not allow that.
     """
     folder = _checkpoint_seen_by_all(engine.mesh, root)
     if folder is None:
@@ -66,6 +69,9 @@ def load_engine(engine: Engine, root: str) -> tuple[Path, list[str]] | None:
     def read() -> dict[str, Any]:
         manifest = read_manifest(folder)
         _check_same_model(folder, from_dict(manifest["config"]), engine.config)
+        saved_order = manifest.get("data_order")
+        if order and saved_order and not engine.config.checkpoint.allow_data_change:
+            check_data_order(saved_order, order, str(folder))
         load_boxes(folder, local_boxes(engine.optimizer, engine.chunks, engine.mesh))
         return manifest
 

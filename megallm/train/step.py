@@ -15,12 +15,16 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass
 class StepMetrics:
-    """Scalars of a step, still on the device. `losses` is float64 [terms], each term's mean over the global batch."""
+    """Scalars of a step, still on the device. `losses` is float64 [terms], each term's mean over the global batch.
+
+    `global_batch_size` counts the samples of the step over all ranks.
+    """
 
     losses: torch.Tensor
     grad_norm: torch.Tensor
     learning_rate: torch.Tensor
     skipped: torch.Tensor
+    global_batch_size: int
 
 
 def train_step(engine: Engine, micro_batches: list[Batch], stopwatch: Stopwatch | None = None) -> StepMetrics:
@@ -41,13 +45,14 @@ def train_step(engine: Engine, micro_batches: list[Batch], stopwatch: Stopwatch 
     engine.reducer.finish_step()
     rate = engine.learning_rate.at(engine.progress.position)
     outcome = engine.optimizer.step(rate, _own_sums(engine, scaler))
-    assert engine.config.training.global_batch_size, "the configuration is resolved"
+    batch_size = len(micro_batches) * engine.config.training.micro_batch_size * engine.mesh.dp.size
     made = 1.0 - outcome.skipped
-    engine.progress.position += made * engine.config.training.global_batch_size
+    engine.progress.position += made * batch_size
     engine.progress.num_updates += made
     engine.progress.iteration += 1
-    engine.progress.consumed_samples += engine.config.training.global_batch_size
-    return StepMetrics(outcome.sums / scaler.counts.clamp(min=1.0), outcome.grad_norm, rate, outcome.skipped)
+    engine.progress.consumed_samples += batch_size
+    losses = outcome.sums / scaler.counts.clamp(min=1.0)
+    return StepMetrics(losses, outcome.grad_norm, rate, outcome.skipped, batch_size)
 
 
 def evaluate_step(engine: Engine, micro_batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:

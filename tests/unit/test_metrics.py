@@ -42,6 +42,7 @@ def metrics(loss: float, *, norm: float = 1.0, skipped: float = 0.0) -> StepMetr
         torch.tensor(norm, dtype=torch.float64),
         torch.tensor(0.1, dtype=torch.float64),
         torch.tensor(skipped, dtype=torch.float64),
+        4,
     )
 
 

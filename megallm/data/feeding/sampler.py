@@ -1,68 +1,66 @@
 """Which samples a step reads, and which data-parallel rank and micro-batch each of them goes to."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
-# Index of a sample in the dataset, and its place within the global batch.
-SamplePlace = tuple[int, int]
+import numpy as np
+
+from megallm.config.batch_sizes import BatchSizes
+from megallm.data.feeding.orders import DataShare, SampleOrder
+
+# Indices of a micro-batch's samples in the dataset, and their places within the global batch: int64 each.
+MicroBatchSamples = tuple[np.ndarray, np.ndarray]
 
 
 class GlobalBatchSampler:
-    """Walks the dataset from `consumed_samples` on, a global batch a step, in the order of Megatron's `single` loader.
+    """Walks an order of samples from `consumed_samples` on, a global batch a step.
 
-    Iterating yields, for each step, this rank's micro-batches: a list of `global_batch_size / (micro_batch_size *
-    data_parallel_size)` lists of `micro_batch_size` pairs (sample index, place within the global batch). Micro-batch k
-    of rank r holds the places `(k * data_parallel_size + r) * micro_batch_size` and following. So the samples of a
-    step, and the place of each, depend neither on the data-parallel size nor on the micro-batch size, and
-    `consumed_samples` is all the state there is. An incomplete last batch is dropped.
-
-    `len()` is the number of steps left. Iterating twice gives the same steps twice.
+    Iterating yields, for each step, this rank's micro-batches: their samples and the places of these within the global
+    batch. A step of n samples has n / (micro_batch_size * data parallel size) of them; micro-batch k is the rank's
+    share of the k-th group of the step. `consumed_samples` is all the state there is: it tells the size of the next
+    batch, too. An incomplete last batch is dropped. Iterating twice gives the same steps twice.
 
     Raises:
-        ValueError: the global batch cannot be cut evenly, or a size or the rank is out of range.
+        ValueError: a global batch cannot be cut evenly (when it is reached), or a number is out of range.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        consumed_samples: int,
-        global_batch_size: int,
-        micro_batch_size: int,
-        data_parallel_rank: int,
-        data_parallel_size: int,
-    ) -> None:
-        for name, value in [
-            ("global batch size", global_batch_size),
-            ("micro-batch size", micro_batch_size),
-            ("data-parallel size", data_parallel_size),
-        ]:
-            if value < 1:
-                raise ValueError(f"The {name} is {value}, but must be 1 at least.")
-        if min(num_samples, consumed_samples) < 0:
-            raise ValueError(
-                f"{num_samples} samples, of which {consumed_samples} are consumed: neither may be negative."
-            )
-        assert 0 <= data_parallel_rank < data_parallel_size, (
-            f"rank {data_parallel_rank} is not among {data_parallel_size}"
+    def __init__(self, order: SampleOrder, consumed_samples: int, batch_sizes: BatchSizes, share: DataShare) -> None:
+        if share.micro_batch_size < 1:
+            raise ValueError(f"The micro-batch size is {share.micro_batch_size}, but must be 1 at least.")
+        if consumed_samples < 0:
+            raise ValueError(f"{consumed_samples} samples are consumed: that may not be negative.")
+        assert 0 <= share.rank < share.size, f"rank {share.rank} is not among {share.size}"
+        self._order, self._consumed_samples, self._batch_sizes, self._share = (
+            order,
+            consumed_samples,
+            batch_sizes,
+            share,
         )
-        group = micro_batch_size * data_parallel_size
-        if global_batch_size % group:
-            lower = global_batch_size // group * group
-            nearest = f"{lower} or {lower + group}" if lower else str(group)
-            raise ValueError(
-                f"A global batch of {global_batch_size} samples cannot be cut into micro-batches of {micro_batch_size} "
-                f"on {data_parallel_size} data-parallel ranks ({micro_batch_size} x {data_parallel_size} = {group}); "
-                f"{nearest} can."
-            )
-        self._num_samples, self._consumed_samples = num_samples, consumed_samples
-        self._global_batch_size = global_batch_size
-        # Places within the global batch, [micro-batches][micro_batch_size].
-        starts = range(data_parallel_rank * micro_batch_size, global_batch_size, group)
-        self._places = [range(start, start + micro_batch_size) for start in starts]
 
-    def __len__(self) -> int:
-        return max(0, self._num_samples - self._consumed_samples) // self._global_batch_size
+    def __iter__(self) -> Iterator[list[MicroBatchSamples]]:
+        consumed, order, group = self._consumed_samples, self._order, self._share.group
+        while True:
+            size = self._batch_sizes.at(consumed)
+            self._check(size)
+            left = order.num_samples_after(consumed)
+            if left is not None and left < size:
+                return
+            yield [(order.read(consumed + start), start + order.places) for start in range(0, size, group)]
+            consumed += size
 
-    def __iter__(self) -> Iterator[list[list[SamplePlace]]]:
-        for step in range(len(self)):
-            first = self._consumed_samples + step * self._global_batch_size
-            yield [[(first + place, place) for place in places] for places in self._places]
+    def most_micro_batches(self) -> int:
+        """The largest number of micro-batches that a step has."""
+        return self._batch_sizes.largest // self._share.group
+
+    def _check(self, batch_size: int) -> None:
+        share = self._share
+        if batch_size % share.group == 0:
+            return
+        lower = batch_size // share.group * share.group
+        nearest = f"{lower} or {lower + share.group}" if lower else str(share.group)
+        raise ValueError(
+            f"A global batch of {batch_size} samples cannot be cut into micro-batches of {share.micro_batch_size} on "
+            f"{share.size} data-parallel ranks ({share.micro_batch_size} x {share.size} = {share.group}); {nearest} "
+            "can."
+        )

@@ -9,7 +9,7 @@ import pytest
 from megallm.config import Config, resolve
 from megallm.config.dictionary import build
 from megallm.config.fields import REQUIRED, all_fields, get
-from megallm.plan import rules_model, rules_parallel, rules_run, rules_values
+from megallm.plan import rules_batches, rules_model, rules_parallel, rules_run, rules_values
 from megallm.plan.problem import Rule, divisors_near, multiples_near
 from megallm.plan.rules_values import RANGES
 from megallm.plan.validate import RULES, VALUE_RULES, check, found_by_rule, validate
@@ -29,6 +29,7 @@ SOUND = {
 TENSOR = "parallel.tensor_model_parallel_size"
 PIPELINE = "parallel.pipeline_model_parallel_size"
 VIRTUAL = "parallel.num_virtual_stages_per_pipeline_rank"
+RAMP, STAIRS = "training.rampup_batch_size", "training.step_batch_size_schedule"
 FILES = {"data.mock_data": False, "data.data_path": ["corpus"]}
 
 # rule -> cases of (world size, what breaks it, what its message proposes). The proposal must stand in the message.
@@ -134,6 +135,23 @@ CASES: dict[str, list[tuple[int, dict, dict]]] = {
         (2, {"training.global_batch_size": 10}, {"training.micro_batch_size": 5}),
         (4, {"training.global_batch_size": 3}, {"training.global_batch_size": 8}),
     ],
+    "ramp_up_leads_to_the_global_batch": [
+        (1, {RAMP: words, "training.global_batch_size": 64}, {RAMP: ["16", "16", "1000000"]})
+        for words in (["16", "16"], ["16", "x", "100"], ["16", "0", "100"], ["16", "20", "100"], ["80", "16", "100"])
+    ]
+    + [(1, {RAMP: ["16", "16", "100"]}, {"training.global_batch_size": 1024})],
+    "stairs_of_batches_are_whole": [
+        (1, {STAIRS: text}, {STAIRS: "0:768 250B:1536"})
+        for text in ("", "768", "640:768", "0:768 x:8", "0:0", "0:768 640:8 650:16", "0:8 inf:16", "0:8 nan:4")
+    ]
+    + [(1, {STAIRS: "0:8 2K:32", "training.global_batch_size": 16}, {"training.global_batch_size": 32})],
+    "one_way_to_change_the_batch": [
+        (1, {STAIRS: "0:8 2K:32", RAMP: ["16", "16", "100"], "training.global_batch_size": 32}, {RAMP: []}),
+    ],
+    "changing_batches_divide": [
+        (2, {RAMP: ["6", "2", "60"], "training.global_batch_size": 16}, {"training.micro_batch_size": 1}),
+        (4, {STAIRS: "0:4 2K:16"}, {"training.micro_batch_size": 1}),
+    ],
     "virtual_stages_need_pipeline": [
         (2, {VIRTUAL: 2}, {PIPELINE: 2}),
         (2, {VIRTUAL: 2}, {VIRTUAL: 1}),
@@ -173,6 +191,23 @@ CASES: dict[str, list[tuple[int, dict, dict]]] = {
         (1, {"optimizer.lr_warmup_iters": 101}, {"optimizer.lr_warmup_iters": 100}),
         (1, {"optimizer.lr_warmup_iters": 11, "optimizer.lr_decay_iters": 10}, {"optimizer.lr_decay_iters": 11}),
     ],
+    "warmup_samples_end_before_decay": [
+        (1, {"optimizer.lr_warmup_samples": 201}, {"optimizer.lr_warmup_samples": 200}),
+        (
+            1,
+            {"training.train_samples": 300, "optimizer.lr_warmup_samples": 301, "training.train_iters": 0},
+            {"optimizer.lr_decay_samples": 301},
+        ),
+        (1, {"optimizer.lr_warmup_iters": 60, "optimizer.lr_decay_samples": 100}, {"optimizer.lr_decay_samples": 120}),
+    ],
+    "one_unit_of_the_schedule": [
+        (1, {"optimizer.lr_warmup_iters": 5, "optimizer.lr_warmup_samples": 10}, {"optimizer.lr_warmup_iters": 0}),
+        (1, {"optimizer.lr_decay_iters": 5, "optimizer.lr_decay_samples": 10}, {"optimizer.lr_decay_iters": None}),
+    ],
+    "one_length_of_the_run": [
+        (1, {"training.train_samples": 1, "training.train_iters": 0}, {"training.train_samples": 2}),
+        (1, {"training.train_samples": 300}, {"training.train_iters": 0}),
+    ],
     "evaluation_has_batches": [
         (1, {"training.eval_interval": 5, "training.eval_iters": 0}, {"training.eval_iters": 10}),
     ],
@@ -184,6 +219,7 @@ CASES: dict[str, list[tuple[int, dict, dict]]] = {
         (1, {"data.mock_data": False}, {"data.mock_data": True}),
         (1, {"data.data_path": ["corpus"]}, {"data.mock_data": False}),
     ],
+    "loader_is_our_own": [(1, {"data.dataloader_type": "external"}, {"data.dataloader_type": "cyclic"})],
     "data_weights_are_numbers": [
         (1, {**FILES, "data.data_path": words}, {"data.data_path": ["0.3", "first_prefix", "0.7", "second_prefix"]})
         for words in (["0.3", "a", "0.7"], ["a", "0.3"], ["0.3", "a", "-1", "b"], ["nan", "a"], ["0", "a"])
@@ -222,6 +258,8 @@ def configuration(*changes: dict) -> Config:
 def words_of(path: str, value: object) -> list[str]:
     """How a proposal of this value may be written on the command line."""
     entry = BY_PATH[path]
+    if value in (None, []) or (type(value) is int and value == 0):
+        return [f"leave out {entry.flag}"]
     if isinstance(value, bool):
         return [entry.flag if value else entry.off_flag or f"leave out {entry.flag}"]
     return [entry.flag, " ".join(value) if isinstance(value, list) else str(value)]
@@ -233,7 +271,7 @@ def test_every_rule_has_a_case() -> None:
 
 
 def test_every_rule_of_the_files_is_asked() -> None:
-    modules = (rules_values, rules_model, rules_parallel, rules_run)
+    modules = (rules_values, rules_model, rules_parallel, rules_batches, rules_run)
     written = [value for module in modules for value in vars(module).values() if isinstance(value, Rule)]
     assert len(written) == len(VALUE_RULES + RULES)
     assert set(written) == set(VALUE_RULES + RULES)

@@ -1,0 +1,59 @@
+"""What decides which samples a run reads and in which order, and whether a resumed run still reads the same."""
+
+from __future__ import annotations
+
+from megallm.config.tree import Config
+from megallm.data.feeding.orders import DataShare, layout_in_order, permutation
+
+# What a change of each thing does. Where nothing is said the samples are others altogether.
+_EFFECTS = {
+    "training samples": "indices are dealt for so many samples, and another number of epochs deals all of them anew",
+    "seed": "samples are shuffled by it",
+    "sequence length": "samples begin and end elsewhere",
+    "split": "training gets other documents",
+    "loader": "samples are read in another order",
+    "layout in the order": "the cyclic order depends on it",
+    "torch's shuffle of eight": "this version of torch shuffles otherwise",
+}
+
+
+def data_order(config: Config, num_train_samples: int, available_samples: int, share: DataShare) -> dict[str, str]:
+    """Everything that the order of the training data depends on, by its name, as texts that can be compared.
+
+    Args:
+        num_train_samples: what the indices were asked for.
+        available_samples: the length of the training data, which may be greater.
+        share: the layout, which the `cyclic` order depends on.
+    """
+    data = config.data
+    order = {
+        "data": "synthetic" if data.mock_data else " ".join(data.data_path),
+        "seed": str(config.training.seed),
+        "sequence length": str(data.seq_length),
+        "loader": data.dataloader_type,
+    }
+    if not data.mock_data:
+        # A synthetic sample depends on its number and the seed alone.
+        order |= {"training samples": str(num_train_samples), "split": data.split}
+    if data.dataloader_type == "cyclic":
+        order["layout in the order"] = layout_in_order(
+            data.dataloader_type, available_samples, share, sharding=data.data_sharding
+        )
+        order["torch's shuffle of eight"] = str(permutation(8, 0).tolist())
+    return order
+
+
+def check_data_order(saved: dict[str, str], now: dict[str, str], folder: str) -> None:
+    """Raises ValueError if the run that saved `folder` read its data in another order than this one would."""
+    names = list(dict.fromkeys([*saved, *now]))
+    changed = [
+        f"{name}: {saved.get(name, 'none')} there, {now.get(name, 'none')} here"
+        + (f" ({_EFFECTS[name]})" if name in _EFFECTS else "")
+        for name in names
+        if saved.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} was saved by a run that read its data in another order, so that samples would be seen again or "
+            f"never: {'; '.join(changed)}. Give the flags of that run, or --allow-data-change to go on all the same"
+        )
