@@ -7,8 +7,9 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from typing import NoReturn
 
-from megallm.data.tokenizer.base import TokenizerSettings
+from megallm.data.tokenizer.base import FAST_TOKENIZER, TokenizerSettings
 from megallm.data.tokenizer.build import TOKENIZER_TYPES
+from megallm.data.tokenizer.tiktoken import PATTERNS
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -58,18 +59,73 @@ def positive(text: str) -> int:
     return value
 
 
-def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """`--tokenizer-type`, `--tokenizer-model`, `--vocab-size`."""
+def natural(text: str) -> int:
+    """An argparse type: a whole number, 0 or above."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or above")
+    return value
+
+
+def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `tokenizer_settings` reads, with Megatron's names."""
     group = parser.add_argument_group("tokenizer")
+    group.add_argument("--tokenizer-type", required=True, metavar="TYPE", help=f"one of {', '.join(TOKENIZER_TYPES)}")
     group.add_argument(
-        "--tokenizer-type", required=required, metavar="TYPE", help=f"one of {', '.join(TOKENIZER_TYPES)}"
+        "--tokenizer-model",
+        metavar="PATH",
+        help="tokenizer.json, its folder, a SentencePiece .model, or a tiktoken .tiktoken or .json",
+    )
+    group.add_argument("--vocab-file", metavar="FILE", help="vocab.json of GPT2BPETokenizer, vocab.txt of BERT's")
+    group.add_argument("--merge-file", metavar="FILE", help="merges.txt of GPT2BPETokenizer")
+    group.add_argument(
+        "--vocab-size", type=positive, metavar="N", help="size of NullTokenizer, or a cut of TikTokenizer"
     )
     group.add_argument(
-        "--tokenizer-model", metavar="PATH", help="tokenizer.json or its folder; or SentencePiece .model"
+        "--vocab-extra-ids", type=natural, default=0, metavar="N", help="sentinels for T5 that are appended (0)"
     )
-    group.add_argument("--vocab-size", type=positive, metavar="N", help="size of NullTokenizer; others know their own")
+    group.add_argument(
+        "--tokenizer-sentencepiece-legacy",
+        action="store_true",
+        help="SentencePieceTokenizer appends <CLS>, <SEP>, <EOD>, <MASK>, and <EOD> ends documents, as in older Megatron",
+    )
+    group.add_argument("--null-tokenizer-eod-id", type=natural, metavar="ID", help="ends documents of NullTokenizer")
+    group.add_argument(
+        "--tiktoken-pattern", choices=tuple(PATTERNS), help="how TikTokenizer cuts words (as the file says)"
+    )
+    group.add_argument(
+        "--tiktoken-num-special-tokens",
+        type=natural,
+        default=1000,
+        metavar="N",
+        help="ids set aside before a list of tokens (1000)",
+    )
+    group.add_argument("--tiktoken-special-tokens", nargs="+", metavar="TEXT", help="special tokens of TikTokenizer")
+    group.add_argument(
+        "--fast-tokenizer",
+        choices=FAST_TOKENIZER,
+        default="auto",
+        help="gigatoken: auto, where it is installed and gives the same ids; always; never (auto)",
+    )
 
 
 def tokenizer_settings(options: argparse.Namespace) -> TokenizerSettings:
     """The settings that the arguments of `add_tokenizer_arguments` gave."""
-    return TokenizerSettings(options.tokenizer_type, options.tokenizer_model, vocab_size=options.vocab_size)
+    special_tokens = options.tiktoken_special_tokens
+    return TokenizerSettings(
+        tokenizer_type=options.tokenizer_type,
+        tokenizer_model=options.tokenizer_model,
+        vocab_file=options.vocab_file,
+        merge_file=options.merge_file,
+        vocab_size=options.vocab_size,
+        vocab_extra_ids=options.vocab_extra_ids,
+        tokenizer_sentencepiece_legacy=options.tokenizer_sentencepiece_legacy,
+        null_tokenizer_eod_id=options.null_tokenizer_eod_id,
+        tiktoken_pattern=options.tiktoken_pattern,
+        tiktoken_num_special_tokens=options.tiktoken_num_special_tokens,
+        tiktoken_special_tokens=tuple(special_tokens) if special_tokens else None,
+        fast_tokenizer=options.fast_tokenizer,
+    )

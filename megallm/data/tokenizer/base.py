@@ -9,6 +9,9 @@ from itertools import chain
 
 import numpy as np
 
+# Whether the fast library serves preprocessing: where it can, in any case, not at all.
+FAST_TOKENIZER = ("auto", "always", "never")
+
 
 @dataclass(frozen=True)
 class TokenizerSettings:
@@ -51,6 +54,8 @@ class Tokenizer(ABC):
         kind: name of the kind in the records beside datasets; two names of one kind give the same ids.
         source: path that it was read from, for messages; "" where there is none.
         library: name and version of the library that does the work.
+        fast_library: the same of the fast library where it serves `encode_flat`; "" where it does not.
+        fast_refusal: why the fast library does not serve, where it was wanted.
         vocab_size: every id is below it.
         eod_id: the token that ends a document.
         bos_id, pad_id, cls_id, sep_id, mask_id: other special tokens, None where there is no such token.
@@ -60,6 +65,8 @@ class Tokenizer(ABC):
     kind: str
     source: str = ""
     library: str = ""
+    fast_library: str = ""
+    fast_refusal: str = ""
     vocab_size: int
     eod_id: int
     bos_id: int | None = None
