@@ -60,6 +60,9 @@ def build_sample_index(
 def build_blending_indices(weights: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Order in which a blend draws from its datasets: at each step from the one that lags most behind its weight.
 
+    The lag of a dataset before draw i is `weight * max(i, 1) - drawn` in doubles; the first of equal ones gives. A draw
+    takes a time that grows with the logarithm of the number of datasets.
+
     Args:
         weights: float64 [datasets], summing to 1.
         size: number of samples of the blend.
@@ -67,6 +70,9 @@ def build_blending_indices(weights: np.ndarray, size: int) -> tuple[np.ndarray, 
     Returns:
         dataset of each sample, int16 [size] (int32 beyond 32,767 datasets), and its number within that dataset, int64
         [size].
+
+    Raises:
+        ValueError: there is no dataset, a weight is negative or not finite, or the size is negative.
     """
     function = _native.build_blending_indices if _native else reference.build_blending_indices
     return function(np.ascontiguousarray(weights, np.float64), size)
@@ -76,3 +82,24 @@ def build_exhaustive_blending_indices(sizes: np.ndarray) -> tuple[np.ndarray, np
     """As `build_blending_indices`, weighted by `sizes`, int64 [datasets], until every dataset is spent."""
     function = _native.build_exhaustive_blending_indices if _native else reference.build_exhaustive_blending_indices
     return function(np.ascontiguousarray(sizes, np.int64))
+
+
+def shuffle(generator: np.random.RandomState, array: np.ndarray) -> None:
+    """`generator.shuffle(array)`, with the same draws and the same result, about ten times as fast on long arrays.
+
+    Other threads run meanwhile.
+
+    Args:
+        generator: its state moves on as numpy's own call would move it.
+        array: [n], contiguous, of numbers; shuffled in place.
+    """
+    # Above 2**32 entries numpy takes draws of 64 bits; that long and other kinds of items are left to it.
+    is_plain = array.dtype.kind in "iuf" and array.itemsize in (4, 8) and len(array) <= 2**32
+    state = generator.get_state(legacy=False)
+    assert isinstance(state, dict)
+    if _native is None or not is_plain or state["bit_generator"] != "MT19937":
+        reference.shuffle(generator, array)
+        return
+    twister = state["state"]
+    twister["pos"] = _native.shuffle(array, twister["key"], twister["pos"])
+    generator.set_state(state)

@@ -11,6 +11,8 @@ def build_sample_index(
 ) -> np.ndarray:
     if sequence_length < 1 or num_samples < 0:
         raise ValueError("sequence_length must be positive and num_samples not negative")
+    if not wide and len(document_index) > np.iinfo(np.int32).max:
+        raise ValueError(f"a document index of {len(document_index)} entries needs wide")
     if document_index.size and not 0 <= document_index.min() <= document_index.max() < len(sequence_lengths):
         raise ValueError(f"a document of the index is not among {len(sequence_lengths)} sequences")
     lengths = sequence_lengths[document_index]
@@ -35,6 +37,8 @@ def _dataset_dtype(num_datasets: int) -> type[np.signedinteger]:
 def build_blending_indices(weights: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     if len(weights) < 1 or size < 0:
         raise ValueError("a blend needs one dataset at least and a size that is not negative")
+    if not (np.isfinite(weights).all() and (weights >= 0).all()):
+        raise ValueError("the weights of a blend must be finite and not negative")
     drawn = np.zeros(len(weights), np.int64)
     datasets, samples = np.empty(size, _dataset_dtype(len(weights))), np.empty(size, np.int64)
     for step in range(size):
@@ -58,3 +62,7 @@ def build_exhaustive_blending_indices(sizes: np.ndarray) -> tuple[np.ndarray, np
         datasets[step], samples[step] = chosen, drawn[chosen]
         drawn[chosen] += 1
     return datasets, samples
+
+
+def shuffle(generator: np.random.RandomState, array: np.ndarray) -> None:
+    generator.shuffle(array)

@@ -1,5 +1,7 @@
 """Sample starts and blends: golden vectors, a slow walk, and the compiled functions against those in numpy."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -64,6 +66,22 @@ def test_sample_index_counts_beyond_32_bits(functions):
     assert [tuple(row) for row in found.tolist()] == starts
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.one_of(st.just(0), st.integers(0, 2**31 - 1)), min_size=1, max_size=50).filter(any),
+    data=st.data(),
+    wide=st.booleans(),
+)
+def test_native_sample_index_equals_numpy_on_long_documents(lengths, data, wide):
+    sequence_length = data.draw(st.integers(max(1, sum(lengths) // 1000), 2**33))
+    num_samples = (sum(lengths) - 1) // sequence_length
+    documents = np.array(data.draw(st.permutations(range(len(lengths)))), np.int32)
+    arguments = (np.array(lengths, np.int32), documents, sequence_length, num_samples, wide)
+    np.testing.assert_array_equal(
+        _native("build_sample_index")(*arguments), reference.build_sample_index(*arguments), strict=True
+    )
+
+
 @BOTH
 def test_sample_index_refuses_what_is_not_there(functions):
     lengths = np.array([3, 2], np.int32)
@@ -88,18 +106,73 @@ def test_golden_blends(functions):
     assert samples.tolist() == [0, 0, 0, 1, 1, 2, 1, 3, 2, 4]
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(0, 200))
-def test_native_blends_equal_numpy(counts, size):
-    weights = np.array(counts, np.float64) / sum(counts)
+def blend(weights, size, sizes=None):
+    """The rule of a blend in plain Python: at each step look at every dataset."""
+    drawn, datasets, samples = [0] * len(weights), [], []
+    for step in range(size):
+        best, chosen = -math.inf, 0
+        for dataset, weight in enumerate(weights):
+            lag = weight * max(step, 1) - drawn[dataset]
+            if lag > best and (sizes is None or drawn[dataset] < sizes[dataset]):
+                best, chosen = lag, dataset
+        datasets.append(chosen)
+        samples.append(drawn[chosen])
+        drawn[chosen] += 1
+    return datasets, samples
+
+
+def assert_blends_equal(found, expected):
+    assert [part.tolist() for part in found] == list(expected)
+
+
+def ulps_apart(weight):
+    """Weights so close that rounding decides between them."""
+    return st.integers(-3, 3).map(lambda ulps: weight + ulps * math.ulp(weight))
+
+
+WEIGHTS = st.one_of(
+    # Small whole numbers tie often, also after they are normalised.
+    st.lists(st.integers(0, 6).map(float), min_size=1, max_size=40).filter(any),
+    st.lists(st.floats(1e-6, 1), min_size=1, max_size=40),
+    st.lists(st.one_of(ulps_apart(0.1), ulps_apart(0.3), st.just(0.25)), min_size=1, max_size=40),
+    st.lists(st.floats(1, 1.001), min_size=1, max_size=40),
+)
+
+
+@BOTH
+@settings(max_examples=150, deadline=None)
+@given(weights=WEIGHTS, size=st.integers(0, 300), normalised=st.booleans())
+def test_blend_is_the_loop_over_all_datasets(functions, weights, size, normalised):
+    if normalised:
+        weights = (np.array(weights) / np.sum(weights)).tolist()
+    assert_blends_equal(functions.build_blending_indices(np.array(weights), size), blend(weights, size))
+
+
+@settings(max_examples=150, deadline=None)
+@given(weights=WEIGHTS, scale=st.sampled_from([1e-9, 1e9, 2.0**40, 1e12, 1e15]), size=st.integers(0, 300))
+def test_blend_is_exact_where_lags_are_badly_rounded(weights, scale, size):
+    """Weights of a large sum bring the rounding of a draw number 1e15 into the first few draws."""
+    scaled = [weight * scale for weight in weights]
+    assert_blends_equal(_native("build_blending_indices")(np.array(scaled), size), blend(scaled, size))
+
+
+@BOTH
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=25))
+def test_exhaustive_blend_is_the_loop_over_all_datasets(functions, sizes):
+    total = sum(sizes)
+    expected = blend([size / max(total, 1) for size in sizes], total, sizes)
+    assert_blends_equal(functions.build_exhaustive_blending_indices(np.array(sizes)), expected)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-15, 1e-12, 1e-6, 1.0, "lognormal"])
+def test_native_blend_of_many_datasets_equals_numpy(spread):
+    generator = np.random.default_rng(0)
+    weights = generator.lognormal(0, 2, 3000) if spread == "lognormal" else 1 + spread * generator.random(3000)
+    weights /= weights.sum()
     for found, expected in zip(
-        _native("build_blending_indices")(weights, size), reference.build_blending_indices(weights, size), strict=True
-    ):
-        np.testing.assert_array_equal(found, expected, strict=True)
-    sizes = np.array(counts, np.int64)
-    for found, expected in zip(
-        _native("build_exhaustive_blending_indices")(sizes),
-        reference.build_exhaustive_blending_indices(sizes),
+        _native("build_blending_indices")(weights, 10_000),
+        reference.build_blending_indices(weights, 10_000),
         strict=True,
     ):
         np.testing.assert_array_equal(found, expected, strict=True)
@@ -127,5 +200,60 @@ def test_blends_refuse_nonsense(functions):
         functions.build_blending_indices(np.empty(0), 3)
     with pytest.raises(ValueError, match="not negative"):
         functions.build_blending_indices(np.ones(1), -1)
+    for wrong in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="finite and not negative"):
+            functions.build_blending_indices(np.array([0.5, wrong]), 3)
     with pytest.raises(ValueError, match="must not be negative"):
         functions.build_exhaustive_blending_indices(np.array([1, -1]))
+
+
+@BOTH
+@settings(max_examples=150, deadline=None)
+@given(
+    size=st.one_of(st.integers(0, 20), st.integers(0, 3000), st.sampled_from([255, 256, 257, 1023, 1024, 1025, 2049])),
+    seed=st.integers(0, 2**32 - 1),
+    dtype=st.sampled_from(["int32", "uint32", "int64", "float32", "float64", "int16", "uint8"]),
+    drawn_before=st.integers(0, 1300),
+)
+def test_shuffle_is_numpys(functions, size, seed, dtype, drawn_before):
+    ours, numpys = np.random.RandomState(seed), np.random.RandomState(seed)
+    for generator in (ours, numpys):
+        generator.random_sample(drawn_before)
+        generator.standard_normal()  # leaves a second one for later, which is part of the state
+    # A slice of a longer array: its neighbours must stay.
+    found, expected = (np.arange(size + 2).astype(dtype) for _ in range(2))
+    functions.shuffle(ours, found[1:-1])
+    numpys.shuffle(expected[1:-1])
+    np.testing.assert_array_equal(found, expected, strict=True)
+    assert ours.standard_normal() == numpys.standard_normal()
+    assert ours.randint(0, 2**40, 5).tolist() == numpys.randint(0, 2**40, 5).tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.uint32, np.int64])
+def test_long_shuffle_is_numpys(dtype):
+    _native("shuffle")
+    found, expected = (np.arange(3_000_000, dtype=dtype) for _ in range(2))
+    helpers.shuffle(np.random.RandomState(7), found)
+    np.random.RandomState(7).shuffle(expected)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_shuffle_leaves_other_generators_to_numpy():
+    found, expected = np.arange(1000), np.arange(1000)
+    helpers.shuffle(np.random.RandomState(np.random.PCG64(3)), found)
+    np.random.RandomState(np.random.PCG64(3)).shuffle(expected)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_native_shuffle_refuses_what_it_cannot_do():
+    shuffle = _native("shuffle")
+    key = np.zeros(624, np.uint32)
+    for array, words, position, message in (
+        (np.zeros((2, 2), np.int32), key, 0, "contiguous"),
+        (np.zeros(4, np.int32)[::2], key, 0, "contiguous"),
+        (np.zeros(4, np.int16), key, 0, "4 or 8 bytes"),
+        (np.zeros(4, np.int32), key[:3], 0, "no state"),
+        (np.zeros(4, np.int32), key, 625, "no state"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            shuffle(array, words, position)
