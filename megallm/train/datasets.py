@@ -10,9 +10,10 @@ from megallm.config.batch_sizes import batch_sizes_of
 from megallm.config.resolve import train_samples
 from megallm.config.tree import Config
 from megallm.data.feeding.loader import SampleSource
-from megallm.data.samples.blended import build_train_valid_test_datasets, parse_data_path
+from megallm.data.samples.blended import build_run_data
 from megallm.data.samples.gpt import GPTDatasetSettings
 from megallm.data.samples.mock import MockDataset
+from megallm.data.samples.splits import DataSources, read_sources
 from megallm.data.tokenizer.base import Tokenizer, TokenizerSettings
 from megallm.data.tokenizer.build import build_tokenizer
 from megallm.data.tokenizer.record import check_record
@@ -83,7 +84,8 @@ def build_datasets(config: Config, tokenizer: Tokenizer | None) -> Datasets:
             for size, seed in zip((num_train, valid_samples), seeds, strict=True)
         )
         return Datasets(train, valid if valid_samples else None)
-    prefixes, _ = parse_data_path(data.data_path)
+    sources = DataSources(data_path=tuple(data.data_path), split=data.split)
+    prefixes = list(dict.fromkeys(prefix for source in read_sources(sources) if source for prefix in source.prefixes))
     if tokenizer is not None:
         for prefix in prefixes:
             check_record(prefix, tokenizer)
@@ -100,10 +102,8 @@ def build_datasets(config: Config, tokenizer: Tokenizer | None) -> Datasets:
         reset_attention_mask=data.reset_attention_mask,
         eod_mask_loss=data.eod_mask_loss,
         cache_path=cache,
-        data_path=tuple(data.data_path),
-        split=data.split,
     )
-    built = build_train_valid_test_datasets(settings, (num_train, valid_samples, 0))
-    if built[0] is None:
+    built = build_run_data(settings, sources, (num_train, valid_samples, 0))
+    if built.train is None:
         raise ValueError(f"--split {data.split!r} leaves no training data")
-    return Datasets(built[0], built[1])
+    return Datasets(built.train, next(iter(built.valid.values()), None))

@@ -1,17 +1,18 @@
 """Training, validation and test data of a run: one dataset or a blend of several, cut into splits as Megatron does."""
 
 import math
-import re
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import PurePath
 
 import numpy as np
 
 from megallm.data.indexed.reader import IndexedDataset
 from megallm.data.samples import helpers
 from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings
+from megallm.data.samples.splits import SPLIT_NAMES, DataSources, SplitSource, read_sources, split_range
 
-SPLIT_NAMES = ("training", "validation", "test")
 # Megatron builds each dataset of a blend this share larger than the blend needs.
 SURPLUS = 0.005
 
@@ -91,133 +92,146 @@ def normalize(weights: Sequence[float] | np.ndarray) -> np.ndarray:
     return values / np.sum(values)
 
 
-def parse_data_path(data_path: Sequence[str]) -> tuple[list[str], list[float] | None]:
-    """Prefixes and weights from Megatron's list: `prefix ...` or `weight prefix weight prefix ...`.
-
-    A list of even length whose every second entry, from the first on, is a number, holds weights.
-
-    Raises:
-        ValueError: the list is empty, or some of those entries are numbers and some are not.
-    """
-    entries = [entry.strip() for entry in data_path]
-    if not entries or "" in entries:
-        raise ValueError("--data-path needs the prefix of one dataset at least: the path without .bin or .idx.")
-    if len(entries) % 2:
-        return entries, None
-    weights = [_number(entry) for entry in entries[::2]]
-    known = [weight for weight in weights if weight is not None]
-    if not known:
-        return entries, None
-    if len(known) < len(weights):
-        wrong = entries[2 * weights.index(None)]
-        raise ValueError(
-            f"--data-path must be `weight prefix` pairs or prefixes alone; {wrong!r} stands in the place of a weight."
-        )
-    return entries[1::2], known
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def parse_split(split: str) -> list[tuple[float, float] | None]:
-    """Three ranges of shares from Megatron's `--split`, "969, 30, 1" for example; None for a split that gets nothing.
-
-    Raises:
-        ValueError: there are more than three numbers, no positive one, or something that is no number.
-    """
-    words = re.findall(r"[.0-9]+", split)
-    shares = [_number(word) for word in words]
-    if re.search(r"[^.0-9,;:/\s\[\]()]", split) or None in shares or not 1 <= len(shares) <= 3:
-        raise ValueError(
-            f"--split {split!r} must be one to three numbers, for training, validation and test, such as 969,30,1."
-        )
-    values = np.array([share for share in shares if share is not None] + [0.0] * (3 - len(shares)))
-    if not values.sum() > 0:
-        raise ValueError(f"--split {split!r} leaves no data to any split: one number at least must be positive.")
-    # The sums are taken one after another, as Megatron does: the rounding of a bound depends on it.
-    bounds = list(accumulate((values / np.sum(values)).tolist(), initial=0.0))
-    return [(low, high) if low < high else None for low, high in pairwise(bounds)]
-
-
-def split_range(bounds: tuple[float, float], num_sequences: int) -> tuple[int, int]:
-    """First sequence of a split, and the one behind its last."""
-    low, high = bounds
-    return round(low * float(num_sequences)), round(high * float(num_sequences))
-
-
 def samples_of_each(weights: np.ndarray, size: int, surplus: float = 0.0) -> list[int]:
     """Samples that a blend of `size` takes from each dataset: its share, rounded up, the surplus, rounded up."""
     return [math.ceil(math.ceil(size * weight) * (1 + surplus)) for weight in weights.tolist()]
 
 
-def build_train_valid_test_datasets(
-    settings: GPTDatasetSettings, num_samples: tuple[int | None, int | None, int | None]
-) -> list[GPTDataset | BlendedDataset | None]:
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run.
+
+    Attributes: `train`, `valid` (by name, in the order of the list) and `test`, each None or empty where there is none.
+    """
+
+    train: GPTDataset | BlendedDataset | None
+    valid: dict[str, GPTDataset | BlendedDataset]
+    test: GPTDataset | BlendedDataset | None
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How datasets are opened and built.
+
+    Attributes:
+        mmap: map the files into memory (see `IndexedDataset`).
+        multiple_validation_sets: each dataset of the validation list is one of its own, not a part of a blend.
+        drop_last_partial_validation_sequence: False keeps the tokens that are left over at the end of the validation
+            data as one sample more, filled up with padding.
+        num_threads: datasets of a blend that are built at once.
+    """
+
+    mmap: bool = True
+    multiple_validation_sets: bool = False
+    drop_last_partial_validation_sequence: bool = True
+    num_threads: int = 1
+
+
+def build_run_data(
+    settings: GPTDatasetSettings,
+    sources: DataSources,
+    num_samples: tuple[int | None, int | None, int | None],
+    options: BuildOptions | None = None,
+) -> RunData:
     """The training, validation and test data of a run.
 
     Args:
-        settings: `data_path` is Megatron's list, prefixes or `weight prefix` pairs; `split` gives each of the three its
-            share of the sequences of every dataset.
-        num_samples: how many samples each split must have at least; the documents are read as many times over as that
-            takes. None reads them once. 0 builds nothing.
+        settings: what all datasets share.
+        sources: which datasets, and which share of them.
+        num_samples: how many samples training, validation and test must have at least; the documents are read as many
+            times over as that takes. None reads them once. 0 builds nothing.
+        options: how.
 
     Returns:
-        For each split a dataset, or None where it has no share or 0 samples are asked for. A single prefix without a
-        weight is a `GPTDataset`, anything else a `BlendedDataset`.
+        A split is missing where it has no share or 0 samples are asked for. A single prefix without a weight is
+        a `GPTDataset`, anything else a `BlendedDataset`.
 
     Raises:
-        ValueError: a file is missing or broken, a split of a dataset has too few tokens, or samples are asked of a
-            split without a share.
+        ValueError: what `read_sources` raises; a file is missing or broken, a split of a dataset has too few tokens, or
+            samples are asked of a split without a share.
     """
-    prefixes, weights = parse_data_path(settings.data_path)
-    ranges = parse_split(settings.split)
-    for name, bounds, wanted in zip(SPLIT_NAMES, ranges, num_samples, strict=True):
-        if bounds is None and wanted:
+    builder = _Builder(settings, options or BuildOptions())
+    found = read_sources(sources)
+    for name, source, wanted in zip(SPLIT_NAMES, found, num_samples, strict=True):
+        if source is None and wanted:
+            remedy = f"give it one, 969,30,1 for example, or ask for no {name} samples."
+            way = f"--split {sources.split!r}" if sources.data_path or sources.data_args_path else "the lists of data"
             raise ValueError(
-                f"{wanted} {name} samples are asked for, but --split {settings.split!r} gives {name} no share of "
-                f"the data: give it one, 969,30,1 for example, or ask for no {name} samples."
+                f"{wanted} {name} samples are asked for, but {way} gives {name} no share of the data: {remedy}"
             )
-    indexed = [IndexedDataset(prefix) for prefix in prefixes]
-    datasets: list[GPTDataset | BlendedDataset | None] = []
-    for name, bounds, wanted in zip(SPLIT_NAMES, ranges, num_samples, strict=True):
-        if bounds is None or wanted == 0:
-            datasets.append(None)
-            continue
+    train, valid, test = (None if wanted == 0 else source for source, wanted in zip(found, num_samples, strict=True))
+    return RunData(
+        train=builder.build("training", train, num_samples[0]),
+        valid=builder.build_validation(valid, num_samples[1]),
+        test=builder.build("test", test, num_samples[2]),
+    )
+
+
+class _Builder:
+    """Builds splits; a file that several of them read is opened once."""
+
+    def __init__(self, settings: GPTDatasetSettings, options: BuildOptions) -> None:
+        self._settings, self._options = settings, options
+        self._opened: dict[str, IndexedDataset] = {}
+
+    def build(
+        self, name: str, source: SplitSource | None, num_samples: int | None, keep_partial: bool = False
+    ) -> GPTDataset | BlendedDataset | None:
+        """One split; the sizes are Megatron's."""
+        if source is None:
+            return None
         try:
-            datasets.append(_build_split(indexed, weights, bounds, wanted, settings))
+            return self._blend(source, num_samples, keep_partial)
         except ValueError as error:
-            raise ValueError(f"The {name} data (--split {settings.split!r}) cannot be built: {error}") from None
-    return datasets
+            raise ValueError(f"The {name} data ({source.flag}) cannot be built: {error}") from None
 
+    def build_validation(
+        self, source: SplitSource | None, num_samples: int | None
+    ) -> dict[str, GPTDataset | BlendedDataset]:
+        """The validation data: one dataset of no name, or each under the last part of its path."""
+        if source is None:
+            return {}
+        keep_partial = not self._options.drop_last_partial_validation_sequence
+        parts = {"": source}
+        if self._options.multiple_validation_sets and len(source.prefixes) > 1:
+            names = [PurePath(prefix).name for prefix in source.prefixes]
+            if len(set(names)) < len(names):
+                names = source.prefixes
+            if len(set(names)) < len(names):
+                raise ValueError(f"The validation data ({source.flag}) names a dataset twice: each is one of its own.")
+            parts = {
+                name: replace(source, prefixes=[prefix], weights=None)
+                for name, prefix in zip(names, source.prefixes, strict=True)
+            }
+        built = {name: self.build("validation", part, num_samples, keep_partial) for name, part in parts.items()}
+        return {name: dataset for name, dataset in built.items() if dataset is not None}
 
-def _build_split(
-    indexed: list[IndexedDataset],
-    weights: list[float] | None,
-    bounds: tuple[float, float],
-    num_samples: int | None,
-    settings: GPTDatasetSettings,
-) -> GPTDataset | BlendedDataset:
-    """One split of one dataset or of a blend; the sizes are Megatron's."""
+    def _blend(self, source: SplitSource, num_samples: int | None, keep_partial: bool) -> GPTDataset | BlendedDataset:
+        if source.weights is None and len(source.prefixes) == 1:
+            return self._part(source, 0, num_samples, keep_partial)
+        if source.weights is None:
+            parts = self._parts(source, [None] * len(source.prefixes), keep_partial)
+            available = sum(len(part) for part in parts)
+            return BlendedDataset(parts, None, None if num_samples is None else min(num_samples, available))
+        if num_samples is None:
+            raise ValueError(
+                "a weighted blend needs a number of samples; leave the weights out to take every dataset once."
+            )
+        shares = normalize(source.weights)
+        parts = self._parts(source, samples_of_each(shares, num_samples, SURPLUS), keep_partial)
+        return BlendedDataset(parts, source.weights, sum(samples_of_each(shares, num_samples)))
 
-    def build(dataset: IndexedDataset, size: int | None) -> GPTDataset:
-        first, last = split_range(bounds, len(dataset))
-        return GPTDataset(dataset, first, last, size, settings)
+    def _parts(self, source: SplitSource, sizes: Sequence[int | None], keep_partial: bool) -> list[GPTDataset]:
+        def part(number: int) -> GPTDataset:
+            return self._part(source, number, sizes[number], keep_partial)
 
-    if weights is None and len(indexed) == 1:
-        return build(indexed[0], num_samples)
-    if weights is None:
-        parts = [build(dataset, None) for dataset in indexed]
-        available = sum(len(part) for part in parts)
-        return BlendedDataset(parts, None, None if num_samples is None else min(num_samples, available))
-    if num_samples is None:
-        raise ValueError(
-            "a weighted blend needs a number of samples; leave the weights out to take every dataset once."
-        )
-    shares = normalize(weights)
-    sizes = samples_of_each(shares, num_samples, SURPLUS)
-    parts = [build(dataset, size) for dataset, size in zip(indexed, sizes, strict=True)]
-    return BlendedDataset(parts, weights, sum(samples_of_each(shares, num_samples)))
+        with ThreadPoolExecutor(self._options.num_threads) as pool:
+            return list(pool.map(part, range(len(sizes))))
+
+    def _part(self, source: SplitSource, number: int, size: int | None, keep_partial: bool) -> GPTDataset:
+        prefix = source.prefixes[number]
+        if prefix not in self._opened:
+            self._opened[prefix] = IndexedDataset(prefix, mmap=self._options.mmap)
+        dataset = self._opened[prefix]
+        first, last = split_range(source.bounds, len(dataset))
+        return GPTDataset(dataset, first, last, size, self._settings, keep_partial)

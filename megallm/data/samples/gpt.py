@@ -10,9 +10,10 @@ import numpy as np
 
 from megallm.data.indexed.reader import IndexedDataset
 from megallm.data.samples import index_cache
+from megallm.data.samples.fetch import fetch_samples
 from megallm.data.samples.order import build_sample_order, plan_epochs
 
-# Stands for "no token is padding".
+# What fills up where no token is padding.
 NO_PADDING = -1
 # Raised when the meaning of what is cached changes.
 CACHE_VERSION = 1
@@ -28,12 +29,11 @@ class GPTDatasetSettings:
         vocab_size: token ids must be below it; None skips the check.
         eod_id: the token that ends a document.
         pad_id: the token that fills up; where it is a label, the loss is masked. None, or equal to `eod_id`: no token
-            is padding.
+            of the data is padding.
         reset_position_ids: positions start again after each end of a document.
         reset_attention_mask: samples carry `document_ids`, so that attention stays within documents.
         eod_mask_loss: no loss where the input token is `eod_id`.
         cache_path: folder for the indices; None builds them in memory in every process.
-        data_path, split: see `build_train_valid_test_datasets`.
     """
 
     sequence_length: int
@@ -45,8 +45,6 @@ class GPTDatasetSettings:
     reset_attention_mask: bool = False
     eod_mask_loss: bool = False
     cache_path: str | None = None
-    data_path: tuple[str, ...] = ()
-    split: str = "969, 30, 1"
 
     def __post_init__(self) -> None:
         if self.sequence_length < 1:
@@ -73,8 +71,13 @@ class GPTDataset:
 
     Attributes: `document_index`, `sample_index`, `shuffle_index` (see `build_sample_order`).
 
+    Args:
+        num_samples: the documents are read as many times over as that takes; None reads them once.
+        keep_partial: the tokens that are left over at the end are a sample too, filled up with padding.
+
     Raises:
-        ValueError: the range holds no tokens, or (on access) a token is not below the vocabulary's size.
+        ValueError: the range holds too few tokens, or (on access) a token is not below the vocabulary's size, or the
+            file has shrunk since it was opened.
     """
 
     def __init__(
@@ -84,28 +87,19 @@ class GPTDataset:
         last: int,
         num_samples: int | None,
         settings: GPTDatasetSettings,
+        keep_partial: bool = False,
     ) -> None:
         assert 0 <= first <= last <= len(indexed_dataset), (
             f"sequences {first} to {last} are not within {len(indexed_dataset)}"
         )
         self.settings = settings
         self._indexed_dataset = indexed_dataset
-        lengths = indexed_dataset.sequence_lengths
-        length = settings.sequence_length
-        num_tokens = int(lengths[first:last].sum(dtype=np.int64))
-        if num_tokens == 0:
-            raise ValueError(
-                f"{indexed_dataset.path_prefix} has no tokens in sequences {first} to {last - 1} of {len(lengths)}."
-            )
-        if plan_epochs(num_tokens, length, num_samples).num_samples == 0:
-            raise ValueError(
-                f"{indexed_dataset.path_prefix} has {num_tokens} tokens in sequences {first} to {last - 1} of "
-                f"{len(lengths)}, too few for one sample of {length} tokens and the one that follows; "
-                f"a sequence length of {max(1, num_tokens - 1)} fits."
-            )
+        self._keep_partial = keep_partial
+        lengths, length = indexed_dataset.sequence_lengths, settings.sequence_length
+        self._check_size(first, last, num_samples)
 
         def build() -> dict[str, np.ndarray]:
-            return build_sample_order(lengths, first, last, length, num_samples, settings.seed)
+            return build_sample_order(lengths, first, last, length, num_samples, settings.seed, keep_partial)
 
         if settings.cache_path is None:
             arrays = build()
@@ -119,6 +113,19 @@ class GPTDataset:
         pad_id = settings.pad_id
         self._pad_id = NO_PADDING if pad_id is None or pad_id == settings.eod_id else pad_id
 
+    def _check_size(self, first: int, last: int, num_samples: int | None) -> None:
+        """Raise ValueError where the range has no sample."""
+        lengths, length = self._indexed_dataset.sequence_lengths, self.settings.sequence_length
+        num_tokens = int(lengths[first:last].sum(dtype=np.int64))
+        place = f"in sequences {first} to {last - 1} of {len(lengths)}"
+        if num_tokens == 0:
+            raise ValueError(f"{self._indexed_dataset.path_prefix} has no tokens {place}.")
+        if plan_epochs(num_tokens, length, num_samples, self._keep_partial).num_samples == 0:
+            raise ValueError(
+                f"{self._indexed_dataset.path_prefix} has {num_tokens} tokens {place}, too few for one sample of "
+                f"{length} tokens and the one that follows; a sequence length of {max(1, num_tokens - 1)} fits."
+            )
+
     def _cache_key(self, first: int, last: int, num_samples: int | None) -> str:
         """Digest of all that the indices depend on; of the dataset, that is the lengths of its sequences."""
         settings = self.settings
@@ -130,6 +137,7 @@ class GPTDataset:
             "num_samples": num_samples,
             "sequence_length": settings.sequence_length,
             "seed": settings.seed,
+            "keep_partial": self._keep_partial,
         }
         return "gpt" + hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=20).hexdigest()
 
@@ -140,17 +148,24 @@ class GPTDataset:
         return {name: array[0] for name, array in self.get_batch([index]).items()}
 
     def get_batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """Several samples at once: each array of an item with a leading dim [n]."""
+        """Several samples at once: each array of an item with a leading dim [n]; `tokens` and `labels` share memory."""
         chosen = np.asarray(indices, np.int64)
-        outside = (chosen < 0) | (chosen >= len(self))
-        if outside.any():
-            raise IndexError(f"The dataset has samples 0 to {len(self) - 1}, not {int(chosen[outside][0])}.")
+        if chosen.size and not 0 <= chosen.min() <= chosen.max() < len(self):
+            wrong = chosen[(chosen < 0) | (chosen >= len(self))][0]
+            raise IndexError(f"The dataset has samples 0 to {len(self) - 1}, not {wrong}.")
         text = np.empty((len(chosen), self.settings.sequence_length + 1), np.int64)
-        for row, sample in zip(text, self.shuffle_index[chosen].tolist(), strict=True):
-            self._read(sample, row)
-        if text.size:
-            self._check_tokens(int(text.min()), int(text.max()))
-        return make_batch(text, self.settings, self._pad_id)
+        samples = np.asarray(self.shuffle_index[chosen], np.int64)
+        counts, lowest, highest = fetch_samples(
+            self._indexed_dataset, self.document_index, self.sample_index, samples, text
+        )
+        if chosen.size:
+            self._check_tokens(lowest, highest)
+        has_padding = lowest <= self._pad_id <= highest
+        for row in np.flatnonzero(counts < text.shape[1]):
+            assert self._keep_partial, f"sample {samples[row]} runs over the end of the documents"
+            text[row, counts[row] :] = self._pad_id
+            has_padding = True
+        return make_batch(text, self.settings, self._pad_id if has_padding else None)
 
     def _check_tokens(self, lowest: int, highest: int) -> None:
         """Refuse tokens that the model does not have."""
@@ -164,42 +179,30 @@ class GPTDataset:
             f"the data was made with another tokenizer than this run's."
         )
 
-    def _read(self, sample: int, text: np.ndarray) -> None:
-        """Fill `text`, int64 [L + 1], with the tokens of a sample and the one that follows."""
-        position, offset = (int(number) for number in self.sample_index[sample])
-        filled = 0
-        while filled < len(text):
-            document = int(self.document_index[position])
-            available = int(self._indexed_dataset.sequence_lengths[document]) - offset
-            count = min(available, len(text) - filled)
-            text[filled : filled + count] = self._indexed_dataset.get(document, offset, count)
-            filled += count
-            position, offset = position + 1, 0
 
-
-def make_batch(text: np.ndarray, settings: GPTDatasetSettings, pad_id: int = NO_PADDING) -> dict[str, np.ndarray]:
+def make_batch(text: np.ndarray, settings: GPTDatasetSettings, pad_id: int | None = None) -> dict[str, np.ndarray]:
     """Inputs, labels, masks and positions from `text`, int64 [n, L + 1]; the result is described at `GPTDataset`.
 
     Padding is masked where it is the label, and then replaced by token 0, which every embedding has. `tokens` and
-    `labels` are views of `text` where nothing is replaced.
+    `labels` are views of `text`.
     """
     tokens, labels = text[:, :-1], text[:, 1:]
-    is_eod = tokens == settings.eod_id if settings.eod_id is not None else np.zeros(tokens.shape, bool)
     loss_mask = np.ones(tokens.shape, np.float32)
-    if settings.eod_mask_loss:
-        loss_mask[is_eod] = 0.0
-    loss_mask[labels == pad_id] = 0.0
-    batch = {
-        "tokens": np.where(tokens == pad_id, 0, tokens),
-        "labels": np.where(labels == pad_id, 0, labels),
-        "loss_mask": loss_mask,
-        "position_ids": np.tile(np.arange(tokens.shape[1], dtype=np.int64), (len(tokens), 1)),
-    }
-    if settings.reset_position_ids:
-        batch["position_ids"] -= _document_starts(is_eod)
-    if settings.reset_attention_mask:
-        # A document's end belongs to it: the number rises behind it.
-        batch["document_ids"] = np.cumsum(is_eod, axis=1, dtype=np.int64) - is_eod
+    position_ids = np.empty(tokens.shape, np.int64)
+    position_ids[:] = np.arange(tokens.shape[1])
+    batch = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
+    if settings.reset_position_ids or settings.reset_attention_mask or settings.eod_mask_loss:
+        is_eod = tokens == settings.eod_id
+        if settings.eod_mask_loss:
+            loss_mask[is_eod] = 0.0
+        if settings.reset_position_ids:
+            position_ids -= _document_starts(is_eod)
+        if settings.reset_attention_mask:
+            # A document's end belongs to it: the number rises behind it.
+            batch["document_ids"] = np.cumsum(is_eod, axis=1, dtype=np.int64) - is_eod
+    if pad_id is not None:
+        loss_mask[labels == pad_id] = 0.0
+        text[text == pad_id] = 0
     return batch
 
 

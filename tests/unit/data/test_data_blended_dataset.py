@@ -5,15 +5,9 @@ import pytest
 from small_data import write_dataset
 
 from megallm.data.indexed.reader import IndexedDataset
-from megallm.data.samples.blended import (
-    BlendedDataset,
-    build_train_valid_test_datasets,
-    parse_data_path,
-    parse_split,
-    samples_of_each,
-    split_range,
-)
+from megallm.data.samples.blended import BlendedDataset, build_run_data, samples_of_each
 from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings
+from megallm.data.samples.splits import DataSources, parse_data_path, parse_split, split_range
 
 
 class Numbers:
@@ -43,8 +37,9 @@ def three(tmp_path):
 
 
 def make(data_path, num_samples, split="1", **options):
-    chosen = GPTDatasetSettings(sequence_length=4, data_path=tuple(data_path), split=split, **options)
-    return build_train_valid_test_datasets(chosen, num_samples)
+    sources = DataSources(data_path=tuple(data_path), split=split)
+    built = build_run_data(GPTDatasetSettings(sequence_length=4, **options), sources, num_samples)
+    return built.train, built.valid.get(""), built.test
 
 
 def test_golden_blends():
@@ -81,7 +76,7 @@ def test_a_dataset_that_is_too_small():
         (["a", "b"], (["a", "b"], None)),
         (["0.3", "a"], (["a"], [0.3])),
         (["3", "a", " 7", "b "], (["a", "b"], [3.0, 7.0])),
-        (["3", "a", "7"], (["3", "a", "7"], None)),
+        (["./3"], (["./3"], None)),
     ],
 )
 def test_data_path(data_path, expected):
@@ -93,6 +88,10 @@ def test_data_path_mistakes():
         parse_data_path(["3", "a", "b", "c"])
     with pytest.raises(ValueError, match="one dataset at least"):
         parse_data_path([])
+    with pytest.raises(ValueError, match=r"has 2 weights \(3, 7\) for 1 prefixes: .* as ./2024"):
+        parse_data_path(["3", "a", "7"])
+    with pytest.raises(ValueError, match="--here: the weight 0 is not a positive number"):
+        parse_data_path(["3", "a", "0", "b"], "--here")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +174,7 @@ def test_mistakes(three, tmp_path):
         make(three, (1, 3, None))
     with pytest.raises(ValueError, match=r"The validation data .* cannot be built: .*part1 has no tokens"):
         make(["1", three[0], "1", three[1]], (1, 1, None), split="99,1,0")
-    with pytest.raises(ValueError, match="Weight 0 of a dataset is not a positive number"):
+    with pytest.raises(ValueError, match="the weight 0 is not a positive number"):
         make(["1", three[0], "0", three[1]], (1, None, None))
     with pytest.raises(ValueError, match="a weighted blend needs a number of samples"):
         make(["1", three[0], "2", three[1]], (None, None, None))

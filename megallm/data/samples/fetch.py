@@ -1,0 +1,99 @@
+"""Tokens of samples: from the sequences that each of them crosses, read from the file and widened."""
+
+import os
+from types import ModuleType
+
+import numpy as np
+
+from megallm.data.indexed.reader import IndexedDataset
+
+_native: ModuleType | None
+try:
+    from megallm.data.samples import _helpers as _native  # type: ignore[attr-defined,no-redef,unused-ignore]
+except ImportError:  # `helpers` warns
+    _native = None
+
+
+def fetch_samples(
+    dataset: IndexedDataset, document_index: np.ndarray, sample_index: np.ndarray, samples: np.ndarray, text: np.ndarray
+) -> tuple[np.ndarray, int, int]:
+    """Fill `text` with the tokens of samples.
+
+    Always by plain reads, whether the dataset is mapped or not: a file that shrinks while it is in use ends a read
+    early, where touching its map would end the process. A read of 8 kB out of the page cache takes no longer than
+    widening what was read.
+
+    Args:
+        dataset: the sequences.
+        document_index: int32 [m], sequences in the order in which they are read.
+        sample_index: int32 or int64 [rows, 2], where each sample starts: position in `document_index`, token in that
+            sequence.
+        samples: int64 [n], rows of `sample_index`.
+        text: int64 [n, width], filled; what lies behind the last token of the last sequence stays as it is.
+
+    Returns:
+        how many tokens each sample has, int64 [n] (`width`, but for samples that run over the end); the lowest and the
+        highest token of all of them.
+
+    Raises:
+        ValueError: an index leads outside of the sequences; the file has shrunk since it was opened, or cannot be read.
+    """
+    function = _native.fetch_samples if _native is not None else fetch_samples_reference
+    dataset.check_size()
+    try:
+        return function(
+            dataset.file_descriptor,
+            dataset.dtype,
+            dataset.sequence_lengths,
+            dataset.sequence_offsets,
+            document_index,
+            sample_index,
+            samples,
+            text,
+        )
+    except EOFError:
+        dataset.check_size()
+        raise ValueError(f"{dataset.bin_path} ended early while it was read: it was being changed.") from None
+    except OSError as error:
+        raise ValueError(f"{dataset.bin_path} cannot be read: {error.strerror}.") from None
+
+
+def fetch_samples_reference(
+    descriptor: int,
+    dtype: np.dtype,
+    sequence_lengths: np.ndarray,
+    sequence_offsets: np.ndarray,
+    document_index: np.ndarray,
+    sample_index: np.ndarray,
+    samples: np.ndarray,
+    text: np.ndarray,
+) -> tuple[np.ndarray, int, int]:
+    """The native function in Python and numpy: the same arguments, results and errors."""
+    filled = np.zeros(len(samples), np.int64)
+    limits = np.iinfo(np.int64)
+    lowest, highest = int(limits.max), int(limits.min)
+    for row, sample in enumerate(samples.tolist()):
+        if not 0 <= sample < len(sample_index):
+            raise ValueError(f"sample {sample} is not among {len(sample_index)}")
+        position, offset = sample_index[sample].tolist()
+        if position < 0 or offset < 0:
+            raise ValueError("a sample starts at a negative place")
+        while filled[row] < text.shape[1] and position < len(document_index):
+            document = int(document_index[position])
+            if not 0 <= document < len(sequence_lengths):
+                raise ValueError(f"document {document} is not among {len(sequence_lengths)} sequences")
+            length = int(sequence_lengths[document])
+            if offset > length:
+                raise ValueError(f"token {offset} is not within document {document} of {length} tokens")
+            count = min(length - offset, text.shape[1] - int(filled[row]))
+            if count:
+                start = int(sequence_offsets[document]) + offset * dtype.itemsize
+                read = os.pread(descriptor, count * dtype.itemsize, start)
+                if len(read) < count * dtype.itemsize:
+                    raise EOFError("the file ends before a sample does")
+                tokens = np.frombuffer(read, dtype)
+                lowest, highest = min(lowest, int(tokens.min())), max(highest, int(tokens.max()))
+                text[row, filled[row] : filled[row] + count] = tokens
+                filled[row] += count
+            position, offset = position + 1, 0
+    return filled, lowest, highest
