@@ -54,6 +54,9 @@ def build_loader(
             tensors["sample_ids"] = torch.from_numpy(places)
             if pin_memory:
                 tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+            elif ahead is not None:
+                # The workers fill their arrays anew.
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
             micro_batches.append(tensors)
         yield micro_batches
 

@@ -1,10 +1,21 @@
 """Stacked micro-batches, with and without worker processes, and the mock data that they are often made of."""
 
+import faulthandler
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from megallm.config.batch_sizes import BatchSizes
 from megallm.data.feeding.loader import build_loader
+from megallm.data.feeding.orders import DataShare, SingleOrder
 from megallm.data.feeding.sampler import GlobalBatchSampler
 from megallm.data.samples.mock import MockDataset
 
@@ -17,10 +28,15 @@ def mock():
     return MockDataset(num_samples=50, sequence_length=16, vocab_size=100, seed=7)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+def sampler_of(num_samples, consumed_samples, batch_sizes, share):
+    if isinstance(batch_sizes, int):
+        batch_sizes = BatchSizes.constant(batch_sizes)
+    return GlobalBatchSampler(SingleOrder(num_samples, share), consumed_samples, batch_sizes, share)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 5])
 def test_micro_batches(mock, num_workers):
-    sampler = GlobalBatchSampler(50, 4, 12, 3, 1, 2)
-    steps = list(build_loader(mock, sampler, num_workers))
+    steps = list(build_loader(mock, sampler_of(50, 4, 12, DataShare(3, 1, 2)), num_workers))
     assert len(steps) == 3
     for step, micro_batches in enumerate(steps):
         assert [batch["sample_ids"].tolist() for batch in micro_batches] == [[3, 4, 5], [9, 10, 11]]
@@ -32,11 +48,166 @@ def test_micro_batches(mock, num_workers):
                 expected = mock[4 + 12 * step + place]
                 for name, array in expected.items():
                     assert np.array_equal(batch[name][row].numpy(), array)
+    assert no_children()
 
 
-def test_global_generator_is_left_alone(mock):
+def test_growing_batches_are_read_ahead_as_they_are_read_here(mock):
+    sizes = BatchSizes(((0, 2), (3, 4), (10, 12)))
+    here = list(build_loader(mock, sampler_of(50, 0, sizes, DataShare(1, 1, 2)), 0))
+    ahead = list(build_loader(mock, sampler_of(50, 0, sizes, DataShare(1, 1, 2)), 3))
+    assert [len(step) for step in here] == [len(step) for step in ahead] == [1, 1, 2, 2, 6, 6, 6]
+    for ours, theirs in zip(here, ahead, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Numbers:
+    """A sample is its own index; index `trouble` does what `happens`."""
+
+    def __init__(self, trouble=None, happens=None):
+        self.trouble, self.happens = trouble, happens
+
+    def __len__(self):
+        return 1_000_000
+
+    def __getitem__(self, index):
+        return {"tokens": np.array([index])}
+
+    def get_batch(self, indices):
+        if self.trouble in indices:
+            self.happens()
+        return {"tokens": np.asarray(indices)[:, None].copy()}
+
+
+def raises(error):
+    def happens():
+        raise error
+
+    return happens
+
+
+def bus_error():
+    faulthandler.disable()  # pytest's, which would print where it happened
+    os.kill(os.getpid(), signal.SIGBUS)
+
+
+def numbers(dataset, num_workers, consumed_samples=0):
+    share = DataShare(2)
+    return build_loader(dataset, sampler_of(len(dataset), consumed_samples, 8, share), num_workers)
+
+
+def no_children():
+    try:
+        os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return True
+    return False
+
+
+def test_workers_keep_the_order_however_unevenly_they_read():
+    def wait():
+        time.sleep(0.05)
+
+    found = [
+        number
+        for step in islice(numbers(Numbers(4, wait), 3), 40)
+        for batch in step
+        for number in batch["tokens"].flatten().tolist()
+    ]
+    assert found == list(range(320))
+
+
+@pytest.mark.parametrize(
+    ("happens", "error", "sentence"),
+    [
+        (raises(ValueError("text.bin is too short")), ValueError, "^text.bin is too short$"),
+        (raises(OSError("no such disk")), ValueError, "^no such disk$"),
+        (raises(KeyError("x")), RuntimeError, "failed with KeyError: 'x'"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), ValueError, "killed .signal 9.*give fewer --num-workers"),
+        (bus_error, ValueError, "signal 7: a data file has become shorter"),
+        (lambda: os._exit(3), ValueError, "left with exit code 3"),
+    ],
+)
+def test_what_happens_to_a_worker_is_told_when_its_batch_is_due(happens, error, sentence):
+    loader = numbers(Numbers(40, happens), 2)
+    for step in range(5):
+        assert next(loader)[0]["tokens"][0].item() == 8 * step
+    with pytest.raises(error, match=sentence):
+        next(loader)
+    assert no_children()
+
+
+def test_arrays_of_another_form_are_no_silent_garbage():
+    class Growing(Numbers):
+        def get_batch(self, indices):
+            return {"tokens": np.zeros((len(indices), 1 + (indices[0] > 20)))}
+
+    with pytest.raises(RuntimeError, match=r"tokens is float64 \(2, 2\), and was float64 \(2, 1\) before"):
+        list(islice(numbers(Growing(), 2), 10))
+
+
+def test_tensors_are_kept_by_nobody_else(mock):
+    """What a worker reads later must not appear in a batch that was given out before."""
+    for num_workers in (0, 2):
+        loader = numbers(Numbers(), num_workers)
+        first = next(loader)
+        for _ in range(5):
+            next(loader)
+        assert [batch["tokens"].flatten().tolist() for batch in first] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+        loader.close()
+
+
+def test_closing_ends_the_workers_and_gives_back_their_pipes():
+    before = set(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        loader = numbers(Numbers(), 4)
+        next(loader)
+        loader.close()
+        loader.close()
+    loader = numbers(Numbers(), 4)
+    next(loader)
+    del loader
+    assert no_children()
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+PARENT = """
+import os, sys, time
+sys.path[:0] = [{root!r}, {folder!r}]
+from test_data_loader import Numbers, numbers
+loaders = [numbers(Numbers(), 2), numbers(Numbers(), 2)]
+for loader in loaders:
+    next(loader)
+children = open(f"/proc/self/task/{{os.getpid()}}/children").read()
+print(children, flush=True)
+{end}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["time.sleep(100)", "raise KeyboardInterrupt", "pass", "os._exit(1)"])
+def test_workers_end_with_their_parent(end):
+    """However it ends: killed, by an error, or without closing anything."""
+    here = Path(__file__).resolve()
+    script = PARENT.format(root=str(here.parents[3]), folder=str(here.parent), end=end)
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
+        assert parent.stdout is not None
+        children = [int(word) for word in parent.stdout.readline().split()]
+        assert len(children) == 4
+        if "sleep" in end:
+            parent.kill()
+        parent.wait(20)
+    give_up = time.monotonic() + 15
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < give_up, "a worker outlives its parent"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_global_generator_is_left_alone(mock, num_workers):
     before = torch.get_rng_state()
-    list(build_loader(mock, GlobalBatchSampler(50, 0, 10, 10, 0, 1)))
+    list(build_loader(mock, sampler_of(50, 0, 10, DataShare(10)), num_workers))
     assert torch.equal(torch.get_rng_state(), before)
 
 
