@@ -30,8 +30,8 @@ class ReadingWorkers:
     """Reads by `num_workers` processes, in the order of one.
 
     Iterating gives what the `worker`-th iterator of `read` gives, in turn: item i comes from worker i % num_workers.
-    Every item is a dict of arrays of the names, dtypes and shapes of `form`, which are overwritten once the next item is
-    asked for. Each worker is up to `depth` items ahead. Iterating and closing belong to the process that made them.
+    Every item is a dict of arrays of the names, dtypes and shapes of `form`, overwritten once the next item is asked
+    for. Each worker is up to `depth` items ahead. Iterating and closing belong to the process that made them.
 
     An iterator that ends ends the reading. A ValueError or OSError of an iterator is raised here as a ValueError with
     its sentence, any other error as a RuntimeError with its name, the end of a process as a ValueError.
