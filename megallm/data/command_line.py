@@ -3,9 +3,12 @@
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import NoReturn
+
+from tqdm import tqdm
 
 from megallm.data.tokenizer.base import FAST_TOKENIZER, TokenizerSettings
 from megallm.data.tokenizer.build import TOKENIZER_TYPES
@@ -70,10 +73,23 @@ def natural(text: str) -> int:
     return value
 
 
-def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that `tokenizer_settings` reads, with Megatron's names."""
+@contextmanager
+def progress_of(total_bytes: int | None = None) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, nothing elsewhere; it is moved by calling what this gives with the bytes done since."""
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, disable=None, file=sys.stderr) as bar:
+
+        def progress(count: int) -> None:
+            bar.update(count)
+
+        yield progress
+
+
+def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """The arguments that `tokenizer_settings` reads, with Megatron's names; `required`, whether there must be one."""
     group = parser.add_argument_group("tokenizer")
-    group.add_argument("--tokenizer-type", required=True, metavar="TYPE", help=f"one of {', '.join(TOKENIZER_TYPES)}")
+    group.add_argument(
+        "--tokenizer-type", required=required, metavar="TYPE", help=f"one of {', '.join(TOKENIZER_TYPES)}"
+    )
     group.add_argument(
         "--tokenizer-model",
         metavar="PATH",

@@ -97,20 +97,37 @@ class IndexedDataset:
         start = int(self.sequence_offsets[index]) // self.dtype.itemsize + offset
         return self.tokens(start, start + length)
 
+    def document_range(self, document: int) -> tuple[int, int]:
+        """Numbers of the first token of a document, and of the token after its last, in the whole `.bin` file."""
+        if not 0 <= document < self.num_documents:
+            raise IndexError(f"{self.path_prefix} has documents 0 to {self.num_documents - 1}, not {document}.")
+        start, end = self.token_starts(self.document_indices[document : document + 2])
+        return int(start), int(end)
+
+    def token_starts(self, sequences: np.ndarray) -> np.ndarray:
+        """Number of the first token of each sequence, int64; `len(self)` stands for the end of the file."""
+        starts = np.full(len(sequences), self.num_tokens, np.int64)
+        inside = sequences < len(self)
+        starts[inside] = self.sequence_offsets[sequences[inside]] // self.dtype.itemsize
+        return starts
+
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop - 1` of the whole `.bin` file, read-only; without `check_size`."""
         if self.mapped is not None:
             return self.mapped[start:stop]
-        values = self._bin.read(start * self.dtype.itemsize, stop - start, self.dtype)
+        values = self.read_tokens(start, stop)
         values.flags.writeable = False
         return values
+
+    def read_tokens(self, start: int, stop: int) -> np.ndarray:
+        """A copy of tokens `start` to `stop - 1` of the whole `.bin` file, always by plain reads."""
+        return self._bin.read(start * self.dtype.itemsize, stop - start, self.dtype)
 
     def token_blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """All tokens by blocks of bounded size, with the number of the first token of each; always by plain reads."""
         block = BLOCK_BYTES // self.dtype.itemsize
         for start in range(0, self.num_tokens, block):
-            count = min(block, self.num_tokens - start)
-            yield start, self._bin.read(start * self.dtype.itemsize, count, self.dtype)
+            yield start, self.read_tokens(start, min(start + block, self.num_tokens))
 
     def place(self, token: int) -> tuple[int, int, int]:
         """Document, sequence, and position in the sequence, of token number `token` of the whole `.bin` file."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from megallm.data.indexed.merge import check_output_is_no_input, commit_with_record
 from megallm.data.indexed.output import DatasetOutput
@@ -17,9 +17,9 @@ def counts_of_shares(num_documents: int, shares: Sequence[float]) -> list[int]:
         ValueError: a share is not above 0, or so small that its part has no document.
     """
     total = sum(shares)
-    if not shares or min(shares) <= 0 or not total < float("inf"):
+    if not (shares and min(shares) > 0 and total < float("inf")):
         raise ValueError(f"Each share must be a number above 0, not {', '.join(f'{share:g}' for share in shares)}.")
-    cuts = [round(num_documents * (sum(shares[:number]) / total)) for number in range(len(shares) + 1)]
+    cuts = [round(num_documents * (share / total)) for share in accumulate(shares, initial=0.0)]
     counts = [end - start for start, end in pairwise(cuts)]
     if 0 in counts:
         wrong = counts.index(0)
