@@ -18,6 +18,7 @@ using Array = py::array_t<T, py::array::c_style>;
 // Each part adds its functions to the module.
 void add_fetch(py::module_& module);
 void add_indices(py::module_& module);
+void add_mapping(py::module_& module);
 void add_shuffle(py::module_& module);
 
 }  // namespace megallm::data

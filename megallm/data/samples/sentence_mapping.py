@@ -86,7 +86,7 @@ def why_empty(document_bounds: np.ndarray, sentence_lengths: np.ndarray, min_sen
     """A sentence on why documents that gave no rows cannot be used."""
     sentences = np.diff(document_bounds)
     if len(sentences) == 0 or sentences.max() == 0:
-        return f"its {len(sentences)} documents hold no tokens"
+        return f"its {len(sentences)} documents hold no sequences"
     if sentences.max() < min_sentences:
         return (
             f"each of its {len(sentences)} documents is one sequence, but {min_sentences} sentences are needed: "

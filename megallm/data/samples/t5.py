@@ -90,9 +90,9 @@ class T5Dataset(MaskedDataset):
         is_truncated = len(tokens) > target_length
         tokens = tokens[:target_length]
         runs = sorted(self._masking.runs(tokens, target_length, generator), key=lambda run: int(run[0]))
+        self._check_room(runs)
         encoder, decoder = self._take_out(tokens, runs)
         length, decoder_length = self.settings.sequence_length, self.settings.decoder_sequence_length
-        self._check_room(len(runs), len(decoder) + 1)
         # The labels are the input one place earlier, with the end instead of the beginning.
         dec_mask = padded(np.ones(len(decoder) + 1), decoder_length, 0)
         return {
@@ -108,24 +108,22 @@ class T5Dataset(MaskedDataset):
     def _take_out(self, tokens: np.ndarray, runs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """The text with sentinels instead of its runs, and the sentinels with their runs: int64 [n] each."""
         kept, taken, behind = [], [], 0
-        for number, run in enumerate(runs):
-            # Too few sentinels are refused by the caller.
-            sentinel = self.settings.vocabulary.sentinel_ids[number : number + 1]
+        for run, sentinel_id in zip(runs, self.settings.vocabulary.sentinel_ids, strict=False):
+            sentinel = np.array([sentinel_id])
             kept += [tokens[behind : run[0]], sentinel]
             taken += [sentinel, tokens[run]]
             behind = int(run[-1]) + 1
-        nothing = np.empty(0, np.int64)
-        return (
-            np.concatenate([nothing, *kept, tokens[behind:]]).astype(np.int64),
-            np.concatenate([nothing, *taken]).astype(np.int64),
-        )
+        # What is empty is still a list of integers.
+        return np.concatenate([*kept, tokens[behind:]]), np.concatenate([tokens[:0], *taken])
 
-    def _check_room(self, num_runs: int, num_decoder_tokens: int) -> None:
+    def _check_room(self, runs: list[np.ndarray]) -> None:
         settings = self.settings
         num_sentinels = len(settings.vocabulary.sentinel_ids)
-        if num_runs > num_sentinels:
+        # The beginning, then each run behind its sentinel.
+        num_decoder_tokens = 1 + sum(1 + len(run) for run in runs)
+        if len(runs) > num_sentinels:
             raise ValueError(
-                f"A sample has {num_runs} masked runs, but the vocabulary has {num_sentinels} sentinel tokens; "
+                f"A sample has {len(runs)} masked runs, but the vocabulary has {num_sentinels} sentinel tokens; "
                 f"--vocab-extra-ids {settings.max_masked()} is always enough."
             )
         if num_decoder_tokens > settings.decoder_sequence_length:
