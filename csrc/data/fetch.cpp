@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -174,6 +175,33 @@ py::tuple fetch_samples(int descriptor, const py::dtype& dtype, const Array<int3
   return py::make_tuple(filled, extremes.lowest, extremes.highest);
 }
 
+// Documents of each row of text [n, width], of which all but the last token are inputs: where they end, and what
+// follows from that for each input. What is not asked for is empty.
+void mark_documents(const Array<int64_t>& text, int64_t end, Array<float>& loss_mask, Array<int64_t>& position_ids,
+                    Array<int64_t>& document_ids) {
+  if (text.ndim() != 2 || text.shape(1) < 1) throw py::value_error("text must be [n, width]");
+  const int64_t n = text.shape(0);
+  const int64_t width = text.shape(1);
+  const int64_t length = width - 1;
+  for (const ssize_t size : {loss_mask.size(), position_ids.size(), document_ids.size()})
+    if (size != 0 && size != n * length) throw py::value_error("what is marked must be [n, width - 1], or empty");
+  const int64_t* tokens = text.data();
+  float* losses = loss_mask.size() ? loss_mask.mutable_data() : nullptr;
+  int64_t* positions = position_ids.size() ? position_ids.mutable_data() : nullptr;
+  int64_t* documents = document_ids.size() ? document_ids.mutable_data() : nullptr;
+  py::gil_scoped_release release;
+  for (int64_t row = 0; row < n; ++row, tokens += width) {
+    int64_t document = 0;
+    for (int64_t first = 0, behind = 0; first < length; first = behind, ++document) {
+      const int64_t* found = std::find(tokens + first, tokens + length, end);
+      behind = std::min(found - tokens + 1, length);
+      if (losses && found < tokens + length) losses[row * length + behind - 1] = 0.0F;
+      if (positions) std::iota(positions + row * length + first, positions + row * length + behind, int64_t{0});
+      if (documents) std::fill(documents + row * length + first, documents + row * length + behind, document);
+    }
+  }
+}
+
 }  // namespace
 
 void add_fetch(py::module_& module) {
@@ -181,6 +209,9 @@ void add_fetch(py::module_& module) {
              py::arg("sequence_lengths").noconvert(), py::arg("sequence_offsets").noconvert(),
              py::arg("document_index").noconvert(), py::arg("sample_index").noconvert(), py::arg("samples").noconvert(),
              py::arg("text").noconvert());
+  module.def("mark_documents", &mark_documents, py::arg("text").noconvert(), py::arg("end"),
+             py::arg("loss_mask").noconvert(), py::arg("position_ids").noconvert(),
+             py::arg("document_ids").noconvert());
 }
 
 }  // namespace megallm::data

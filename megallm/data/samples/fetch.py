@@ -97,3 +97,45 @@ def fetch_samples_reference(
                 filled[row] += count
             position, offset = position + 1, 0
     return filled, lowest, highest
+
+
+def mark_documents(
+    text: np.ndarray,
+    end: int,
+    loss_mask: np.ndarray | None = None,
+    position_ids: np.ndarray | None = None,
+    document_ids: np.ndarray | None = None,
+) -> None:
+    """Fill in what follows from the ends of documents within samples.
+
+    Args:
+        text: int64 [n, L + 1]; all but the last token of a row are inputs.
+        end: the token that ends a document, and belongs to it.
+        loss_mask: float32 [n, L], set to 0 where the input is `end`, or None.
+        position_ids: int64 [n, L], set to the place of each token within its document, or None.
+        document_ids: int64 [n, L], set to the number of each token's document within its sample, or None.
+    """
+    function = _native.mark_documents if _native is not None else mark_documents_reference
+    function(
+        text,
+        end,
+        np.empty(0, np.float32) if loss_mask is None else loss_mask,
+        np.empty(0, np.int64) if position_ids is None else position_ids,
+        np.empty(0, np.int64) if document_ids is None else document_ids,
+    )
+
+
+def mark_documents_reference(
+    text: np.ndarray, end: int, loss_mask: np.ndarray, position_ids: np.ndarray, document_ids: np.ndarray
+) -> None:
+    """The native function in numpy; what is not asked for is empty."""
+    is_end = text[:, :-1] == end
+    if loss_mask.size:
+        loss_mask[is_end] = 0.0
+    if document_ids.size:
+        # A document's end belongs to it: the number rises behind it.
+        document_ids[:] = np.cumsum(is_end, axis=1) - is_end
+    if position_ids.size:
+        starts = np.zeros(is_end.shape, np.int64)
+        starts[:, 1:] = np.where(is_end[:, :-1], np.arange(1, is_end.shape[1]), 0)
+        position_ids[:] = np.arange(is_end.shape[1]) - np.maximum.accumulate(starts, axis=1)

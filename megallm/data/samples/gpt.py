@@ -10,7 +10,7 @@ import numpy as np
 
 from megallm.data.indexed.reader import IndexedDataset
 from megallm.data.samples import index_cache
-from megallm.data.samples.fetch import fetch_samples
+from megallm.data.samples.fetch import fetch_samples, mark_documents
 from megallm.data.samples.order import build_sample_order, plan_epochs
 
 # What fills up where no token is padding.
@@ -191,23 +191,18 @@ def make_batch(text: np.ndarray, settings: GPTDatasetSettings, pad_id: int | Non
     position_ids = np.empty(tokens.shape, np.int64)
     position_ids[:] = np.arange(tokens.shape[1])
     batch = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
+    if settings.reset_attention_mask:
+        batch["document_ids"] = np.empty(tokens.shape, np.int64)
     if settings.reset_position_ids or settings.reset_attention_mask or settings.eod_mask_loss:
-        is_eod = tokens == settings.eod_id
-        if settings.eod_mask_loss:
-            loss_mask[is_eod] = 0.0
-        if settings.reset_position_ids:
-            position_ids -= _document_starts(is_eod)
-        if settings.reset_attention_mask:
-            # A document's end belongs to it: the number rises behind it.
-            batch["document_ids"] = np.cumsum(is_eod, axis=1, dtype=np.int64) - is_eod
+        assert settings.eod_id is not None, "the settings were checked"
+        mark_documents(
+            text,
+            settings.eod_id,
+            loss_mask if settings.eod_mask_loss else None,
+            position_ids if settings.reset_position_ids else None,
+            batch.get("document_ids"),
+        )
     if pad_id is not None:
         loss_mask[labels == pad_id] = 0.0
         text[text == pad_id] = 0
     return batch
-
-
-def _document_starts(is_eod: np.ndarray) -> np.ndarray:
-    """First position of the document of each token: int64 [n, L]."""
-    starts = np.zeros(is_eod.shape, np.int64)
-    starts[:, 1:] = np.where(is_eod[:, :-1], np.arange(1, is_eod.shape[1]), 0)
-    return np.maximum.accumulate(starts, axis=1)
