@@ -124,7 +124,7 @@ def texts_of(document: RawDocument, keys: Sequence[str]) -> list[list[str]]:
     if document.line == 0:
         return [[content] for _ in keys]
     record = _record(content, document)
-    may_be_broken = b"\\u" in document.content
+    may_be_broken = b"\\ud" in document.content or b"\\uD" in document.content
     return [_texts(record, key, document, may_be_broken) for key in keys]
 
 
