@@ -106,7 +106,7 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool = Tr
     group.add_argument(
         "--tokenizer-sentencepiece-legacy",
         action="store_true",
-        help="SentencePieceTokenizer appends <CLS>, <SEP>, <EOD>, <MASK>, and <EOD> ends documents, as in older Megatron",
+        help="SentencePieceTokenizer appends <CLS>, <SEP>, <EOD>, <MASK>, as in older Megatron; <EOD> ends documents",
     )
     group.add_argument("--null-tokenizer-eod-id", type=natural, metavar="ID", help="ends documents of NullTokenizer")
     group.add_argument(

@@ -47,6 +47,10 @@ class TokenizerSettings:
     fast_tokenizer: str = "never"
 
 
+class BadText(ValueError):
+    """A text that the tokenizer does not take."""
+
+
 class Tokenizer(ABC):
     """Text to token ids and back.
 
@@ -78,7 +82,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, with the special tokens that the tokenizer itself puts around every text."""
+        """Ids of a text, with the special tokens that the tokenizer itself puts around every text.
+
+        Raises BadText for a text that it does not take.
+        """
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megallm.data.tokenizer import huggingface, special_tokens
 from megallm.data.tokenizer.base import Tokenizer, TokenizerSettings
+from megallm.data.tokenizer.fast import with_fast_library
 from megallm.data.tokenizer.huggingface import HuggingFaceTokenizer
 from megallm.data.tokenizer.null import NullTokenizer
 from megallm.data.tokenizer.sentencepiece import ExtendedSentencePieceTokenizer, SentencePieceTokenizer
@@ -29,7 +30,7 @@ def build_tokenizer(settings: TokenizerSettings) -> Tokenizer:
             f"--vocab-extra-ids {settings.vocab_extra_ids} does not act on {kind}, only on "
             f"{', '.join(EXTENDED_TYPES)}: leave it out, or add the tokens to the tokenizer's own file."
         )
-    return build(settings)
+    return with_fast_library(build(settings), settings.fast_tokenizer)
 
 
 def _huggingface(settings: TokenizerSettings) -> Tokenizer:

@@ -69,6 +69,13 @@ class HuggingFaceTokenizer(Tokenizer):
         content["truncation"] = content["padding"] = None
         return json.dumps(content, sort_keys=True).encode()
 
+    def surroundings(self) -> tuple[list[int], list[int]]:
+        """Special tokens that are put before and after every text."""
+        inner = self._library.encode("a", add_special_tokens=False).ids
+        whole = self._library.encode("a").ids
+        start = next((n for n in range(len(whole)) if whole[n : n + len(inner)] == inner), 0)
+        return whole[:start], whole[start + len(inner) :]
+
     def serialized(self) -> str:
         """The content of its `tokenizer.json`."""
         return self._library.to_str()

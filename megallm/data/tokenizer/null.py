@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from megallm.data.tokenizer.base import Tokenizer
+from megallm.data.tokenizer.base import BadText, Tokenizer
 
 
 class NullTokenizer(Tokenizer):
@@ -26,10 +26,10 @@ class NullTokenizer(Tokenizer):
         try:
             ids = [int(word) for word in text.split()]
         except ValueError as error:
-            raise ValueError(f"NullTokenizer reads numbers separated by blanks: {error}.") from None
+            raise BadText(f"NullTokenizer reads numbers separated by blanks: {error}.") from None
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             wrong = min(ids) if min(ids) < 0 else max(ids)
-            raise ValueError(f"NullTokenizer has ids 0 to {self.vocab_size - 1}, not {wrong}.")
+            raise BadText(f"NullTokenizer has ids 0 to {self.vocab_size - 1}, not {wrong}.")
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -58,6 +58,13 @@ class SentencePieceTokenizer(Tokenizer):
     def definition(self) -> bytes:
         return self.model
 
+    def pieces_that_no_text_gives(self) -> set[str]:
+        """Pieces that stand for control tokens, bytes and the unknown, not for their own characters."""
+        library = self._library
+        tests = (library.is_control, library.is_byte, library.is_unknown, library.is_unused)
+        hidden = (number for number in range(library.get_piece_size()) if any(test(number) for test in tests))
+        return {library.id_to_piece(number) for number in hidden}
+
 
 class ExtendedSentencePieceTokenizer(SentencePieceTokenizer):
     """A SentencePiece model with the tokens that Megatron's SentencePieceTokenizer used to append.

@@ -1,0 +1,77 @@
+"""The same tokenizer in gigatoken, a much faster library that reads byte-level BPE and BPE models of SentencePiece."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import numpy as np
+
+from megallm.data.tokenizer.base import Tokenizer
+from megallm.data.tokenizer.huggingface import HuggingFaceTokenizer
+from megallm.data.tokenizer.sentencepiece import SentencePieceTokenizer
+
+
+class FastLibrary(Protocol):
+    """What is used of gigatoken."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, uint32 [ids]."""
+
+    def encode_batch(self, texts: list[str], *, parallel: bool) -> Any:
+        """Ids of texts, as an awkward array."""
+
+
+def gigatoken_loader(reference: Tokenizer) -> tuple[str, Callable[[], FastLibrary]]:
+    """Name and version of gigatoken, and what makes the same tokenizer in it.
+
+    Raises ValueError, as does what it gives, if it is not installed or does not read this kind of tokenizer.
+    """
+    try:
+        import gigatoken
+    except ImportError:
+        raise ValueError("gigatoken is not installed: pip install gigatoken.") from None
+
+    def refused(error: BaseException) -> ValueError:
+        reason = " ".join(str(error).split("\n\n")[0].split()).rstrip(".")
+        return ValueError(f"gigatoken does not read {reference.source or reference.kind}: {reason}.")
+
+    try:
+        content = _tokenizer_json(reference)
+    except Exception as error:  # it has no class of its own
+        raise refused(error) from None
+
+    def load() -> FastLibrary:
+        try:
+            return gigatoken.Tokenizer.from_json(content).backend
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # a panic of the library is no Exception
+            raise refused(error) from None
+
+    return f"gigatoken {version('gigatoken')}", load
+
+
+def _tokenizer_json(reference: Tokenizer) -> str:
+    if isinstance(reference, HuggingFaceTokenizer):
+        return reference.serialized()
+    if type(reference) is SentencePieceTokenizer:
+        return _sentencepiece_json(reference)
+    raise ValueError(f"it knows no tokenizers of the kind {reference.kind}")
+
+
+def _sentencepiece_json(reference: SentencePieceTokenizer) -> str:
+    """The model as gigatoken converts it to a tokenizer.json, without a way from text to the pieces that no text gives.
+
+    gigatoken takes `<s>` in a text for the token of that name; for SentencePiece it is three characters.
+    """
+    from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
+
+    content = json.loads(sentencepiece_to_tokenizer_json(reference.model))
+    hidden = reference.pieces_that_no_text_gives()
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in hidden]
+    merges = content["model"]["merges"]
+    content["model"]["merges"] = [merge for merge in merges if merge[0] + merge[1] not in hidden]
+    return json.dumps(content)
