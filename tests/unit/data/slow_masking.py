@@ -4,6 +4,44 @@ import math
 from itertools import chain
 
 import numpy as np
+from hypothesis import strategies as st
+
+from megallm.data.indexed.format import token_dtype
+from megallm.data.indexed.reader import IndexedDataset
+from megallm.data.indexed.writer import IndexedDatasetWriter
+from megallm.data.samples.masking import MaskingVocabulary
+
+# Tokens from 45 on continue words.
+VOCABULARY = MaskingVocabulary(
+    60,
+    cls_id=1,
+    sep_id=2,
+    mask_id=3,
+    pad_id=0,
+    bos_id=4,
+    eos_id=5,
+    sentinel_ids=(8, 9, 10, 11),
+    continuation_ids=frozenset(range(45, 60)),
+)
+DOCUMENTS = [
+    [[20, 45, 21, 22, 46, 47, 23], [24, 25, 48], [26, 27, 28, 29, 49, 30]],
+    [[31, 32, 50, 33], [34, 35, 36, 51, 52, 37, 38]],
+    [[39, 40, 41, 42, 53, 43, 44, 20, 54]],
+]
+# Documents of sentences of tokens; special tokens and empty sentences are rare, but there.
+RANDOM_DOCUMENTS = st.lists(
+    st.lists(st.lists(st.one_of(st.integers(12, 59), st.integers(0, 59)), max_size=25), max_size=7),
+    min_size=1,
+    max_size=6,
+)
+
+
+def write_sentences(prefix, documents):
+    """An indexed dataset of one sequence a sentence."""
+    with IndexedDatasetWriter(prefix, token_dtype(60)) as writer:
+        for sentences in documents:
+            writer.add_document(flat(sentences), [len(sentence) for sentence in sentences])
+    return IndexedDataset(prefix)
 
 
 def flat(lists):
