@@ -1,220 +1,401 @@
-"""Text files to token files: read, tokenize in several processes, write in order."""
+"""Text files to token files: read, encode in several processes, write in order, and go on where a killed job was."""
 
+import errno
+import hashlib
+import json
 import os
-import signal
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cache
-from itertools import islice
-from multiprocessing import get_context
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from megallm.data.indexed.format import file_paths
+from megallm.data.prepare.encoding import TOLD_BAD_DOCUMENTS, Encoded, Encoder, EncodeSettings
+from megallm.data.prepare.journal import Journal, Totals, differences, read_json, write_json
+from megallm.data.prepare.pieces import Input, Piece, light_pieces, whole_pieces
+from megallm.data.prepare.pool import Pool
+from megallm.data.prepare.progress import Progress
+from megallm.data.prepare.shards import Shard, dataset_prefix
+from megallm.data.prepare.work_folder import WorkFolder
+from megallm.data.prepare.worker import WorkerDied
+from megallm.data.text.documents import MAX_DOCUMENT_BYTES, Position
+from megallm.data.text.inputs import STANDARD_INPUT
+from megallm.data.text.shards import cut
+from megallm.data.tokenizer.record import describe, read_record, record_path, write_record
 
-from megallm.data.indexed.format import token_dtype
-from megallm.data.indexed.writer import IndexedDatasetWriter
-from megallm.data.text.documents import RawDocument, read_documents, texts_of
-from megallm.data.tokenizer.base import Tokenizer, TokenizerSettings
-from megallm.data.tokenizer.build import build_tokenizer
-
-# A batch is handed to a worker when it reaches one of these: enough to hide the cost of handing over, small in memory.
-BATCH_BYTES = 1 << 20
-BATCH_DOCUMENTS = 1024
-# Batches that each worker may have waiting, being worked on, or done and not yet written.
-BATCHES_PER_WORKER = 3
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """Turns batches of documents into tokens: the same in every process that it is sent to.
+class JobSettings:
+    """What a job does.
 
-    Attributes: `settings` of the tokenizer; `keys` of the JSON objects whose texts are tokenized; `append_eod`, whether
-    the token that ends documents is added.
+    Attributes:
+        paths: the input.
+        output_prefix: start of the paths of the output.
+        encode: how documents become tokens.
+        shard: share of the input that is done; None for all.
+        max_document_bytes: the longest document that is taken.
+        overwrite: an output or a work folder of other conditions is replaced.
+        keep: the work folder stays after an error that ends the job.
+        journal_seconds: time between two journals.
     """
 
-    settings: TokenizerSettings
-    keys: tuple[str, ...] = ("text",)
-    append_eod: bool = False
+    paths: tuple[Path, ...]
+    output_prefix: str
+    encode: EncodeSettings
+    shard: Shard | None = None
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    overwrite: bool = False
+    keep: bool = False
+    journal_seconds: float = 5.0
 
     @property
-    def dtype(self) -> np.dtype:
-        """The dtype that the tokens are stored in."""
-        return token_dtype(_tokenizer(self).vocab_size)
+    def job_prefix(self) -> str:
+        """Start of the paths of this shard's output."""
+        return self.output_prefix + (self.shard.suffix if self.shard else "")
 
-    def __call__(self, batch: list[RawDocument]) -> list["Encoded"]:
-        """Tokens of a batch, for each key.
+    def dataset_prefix(self, key: str) -> str:
+        """Megatron's name for the dataset of one key, without .bin or .idx."""
+        return dataset_prefix(self.job_prefix, key, self.encode.sentence_language is not None)
 
-        A text without tokens makes no sequence; a document without any gets no end-of-document token.
-
-        Raises:
-            ValueError: a document is broken; names file and line.
-        """
-        texts = [texts_of(document, self.keys) for document in batch]
-        return [self._encode(batch, [parts[number] for parts in texts]) for number in range(len(self.keys))]
-
-    def _encode(self, batch: list[RawDocument], texts: list[list[str]]) -> "Encoded":
-        """Tokens of a batch, given the texts of each document under one key."""
-        tokenizer = _tokenizer(self)
-        try:
-            ids = iter(tokenizer.encode_batch([text for parts in texts for text in parts]))
-        except ValueError:
-            # One after another, to find the document that the message must name.
-            for document, parts in zip(batch, texts, strict=True):
-                for text in parts:
-                    _encode_one(document, text, tokenizer)
-            raise
-        tokens: list[int] = []
-        sequence_lengths: list[int] = []
-        sequences: list[int] = []
-        for parts in texts:
-            before = len(sequence_lengths)
-            for part in islice(ids, len(parts)):
-                if part:
-                    tokens += part
-                    sequence_lengths.append(len(part))
-            if self.append_eod and len(sequence_lengths) > before:
-                tokens.append(tokenizer.eod_id)
-                sequence_lengths[-1] += 1
-            sequences.append(len(sequence_lengths) - before)
-        return Encoded(np.array(tokens, self.dtype), sequence_lengths, sequences)
-
-
-@cache
-def _tokenizer(encoder: Encoder) -> Tokenizer:
-    """One tokenizer for each process, made when it is first needed."""
-    # One thread for each worker: threads of the library would fight with the other workers for the same cores.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return build_tokenizer(encoder.settings)
-
-
-def _encode_one(document: RawDocument, text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of one text, so that an error of the tokenizer names the document."""
-    try:
-        return tokenizer.encode(text)
-    except ValueError as error:
-        raise ValueError(f"{document.place}: {error}") from None
+    @property
+    def can_resume(self) -> bool:
+        return STANDARD_INPUT not in self.paths
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """Tokens of the documents of a batch under one key.
+class Outcome:
+    """How a job ended: `totals`, and `done_before`, whether the output was whole already."""
 
-    Attributes: `tokens` [n]; `sequence_lengths` [sequences], n in sum; `sequences` [documents], sequences of each.
+    totals: Totals
+    done_before: bool = False
+
+
+class EncodedInput:
+    """Pieces of the input and what became of them, from this process or from several.
+
+    Used as a context manager: leaving it ends the processes. Memory of each process: the tokenizer, a piece of 1 MiB of
+    text (or one document, where that is longer) in the forms of its work; and here three pieces' tokens for each.
     """
 
-    tokens: np.ndarray
-    sequence_lengths: list[int]
-    sequences: list[int]
+    def __init__(self, encoder: Encoder, settings: EncodeSettings, source: Input, workers: int) -> None:
+        self._encoder, self._source = encoder, source
+        self._pool = Pool(settings, source, workers) if workers > 1 else None
+
+    def __enter__(self) -> "EncodedInput":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._pool is not None:
+            self._pool.__exit__(*error)
+
+    def wait_until_ready(self) -> None:
+        """Return when every process has its tokenizer."""
+        if self._pool is not None:
+            self._pool.wait_until_ready()
+
+    def read(self, start: Position) -> Iterator[tuple[Piece, Encoded]]:
+        """Everything from `start` on, in order."""
+        if self._pool is not None:
+            yield from self._pool.encode_all(light_pieces(self._source, start))
+            return
+        for piece in whole_pieces(self._source, start):
+            assert piece.documents is not None, "pieces that are read here hold their documents"
+            yield piece, self._encoder.encode(piece.documents)
 
 
-@dataclass
-class Totals:
-    """What has been done: `documents` and bytes of input read, tokens written under each key."""
+class Job:
+    """One run of the preprocessing of one shard.
 
-    documents: int = 0
-    input_bytes: int = 0
-    tokens: dict[str, int] = field(default_factory=dict)
-
-
-def output_prefix_of(output_prefix: str, key: str) -> str:
-    """Megatron's name for the dataset of one key, without .bin or .idx."""
-    return f"{output_prefix}_{key}_document"
-
-
-def preprocess(
-    paths: list[Path], output_prefix: str, encoder: Encoder, workers: int, report: Callable[[Totals], None]
-) -> Totals:
-    """Write `<output_prefix>_<key>_document.bin` and `.idx` for each key; the bytes do not depend on `workers`.
-
-    The files appear when all of them are whole. Memory: a few batches of 1 MiB of text (or one document, where that is
-    larger) for each worker, and 12 bytes a document.
-
-    Args:
-        paths: input files, see `documents`.
-        output_prefix: start of the paths of the output.
-        encoder: makes the tokens; each of its keys gives a dataset of its own.
-        workers: processes that tokenize; 1 works in this one.
-        report: called with the running totals after each batch.
+    Attributes: `settings`; `encoder`; `source`, what is read; `start`, the first position of the shard.
 
     Raises:
-        ValueError: a document is broken, a file cannot be read or written, or a worker died; nothing is written then.
+        ValueError: an input file or the tokenizer cannot be read.
     """
-    totals = Totals(tokens=dict.fromkeys(encoder.keys, 0))
-    try:
-        with ExitStack() as stack:
-            writers = {
-                key: stack.enter_context(IndexedDatasetWriter(output_prefix_of(output_prefix, key), encoder.dtype))
-                for key in encoder.keys
-            }
-            for batch, encoded in _encode_all(_batches(read_documents(paths)), encoder, workers):
-                for (key, writer), part in zip(writers.items(), encoded, strict=True):
-                    _write(writer, part)
-                    totals.tokens[key] = writer.num_tokens
-                totals.documents += len(batch)
-                totals.input_bytes += sum(len(document.content) for document in batch)
-                report(totals)
-            if totals.documents == 0:
-                raise ValueError(f"There is no document in {', '.join(map(str, paths))}.")
-            # A full disk shows here, before the first file moves to its place.
-            for writer in writers.values():
-                writer.finish()
-    except OSError as error:
-        raise ValueError(f"{output_prefix} cannot be written: {error.strerror or error}.") from None
-    return totals
 
+    def __init__(self, settings: JobSettings) -> None:
+        self.settings = settings
+        self.start, end = cut(settings.paths, *(settings.shard or Shard(0, 1)))
+        self.source = Input(settings.paths, end, settings.max_document_bytes, settings.encode.keys)
+        self._files = [_file_state(path) for path in settings.paths]
+        self.encoder = Encoder(settings.encode)
+        self._record = describe(self.encoder.tokenizer)
+        self._conditions = self._describe_conditions()
 
-def _batches(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
-    batch: list[RawDocument] = []
-    size = 0
-    for document in documents:
-        if document.is_blank:
-            continue
-        batch.append(document)
-        size += len(document.content)
-        if size >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    def run(self, workers: int, progress: Progress) -> Outcome:
+        """Write `.bin`, `.idx` and record of each key; the bytes do not depend on `workers`.
 
+        All files appear when all are whole. Killed at any moment, the job goes on where it was when it is started
+        again. An error in the input or a full disk ends it and leaves nothing.
 
-def _encode_all(
-    batches: Iterator[list[RawDocument]], encoder: Encoder, workers: int
-) -> Iterator[tuple[list[RawDocument], list[Encoded]]]:
-    """Every batch with its tokens, in order, with a bounded number of batches under way."""
-    if workers == 1:
-        for batch in batches:
-            yield batch, encoder(batch)
-        return
-    # Fresh processes: the tokenizer libraries hold threads, which do not survive a fork.
-    # An interrupt goes to all processes of a terminal; this one ends the others.
-    with ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        under_way: deque[tuple[list[RawDocument], Future[list[Encoded]]]] = deque()
+        Args:
+            workers: processes that encode; 1 works in this one.
+            progress: told of each piece.
+
+        Raises:
+            ValueError: the input is bad or empty, the output or the work folder is of other conditions, another job is
+                at work on it, the disk is full, or a worker died.
+        """
+        folder = WorkFolder(self.settings.job_prefix, len(self.settings.encode.keys))
+        keep = self.settings.can_resume
         try:
-            for batch in batches:
-                under_way.append((batch, pool.submit(encoder, batch)))
-                if len(under_way) == BATCHES_PER_WORKER * workers:
-                    first, future = under_way.popleft()
-                    yield first, future.result()
-            while under_way:
-                first, future = under_way.popleft()
-                yield first, future.result()
-        except BrokenProcessPool:
-            raise ValueError(
-                "A worker process was ended from outside, most likely for want of memory: use fewer --workers."
-            ) from None
+            journal = self._find_journal(folder)
+            if journal is None:
+                keep = False
+                if (done := self._find_output()) is not None:
+                    return Outcome(done, done_before=True)
+                journal = self._new_journal(folder)
+                keep = self.settings.can_resume
+            if not journal.whole:
+                self._work(folder, journal, workers, progress)
+            self._move(folder)
+            keep = False
+            return Outcome(journal.totals)
+        except _Refused:
+            keep = True
+            raise
+        except WorkerDied:
+            raise
+        except ValueError:
+            keep = keep and self.settings.keep
+            raise
+        except OSError as error:
+            keep = keep and (self.settings.keep or error.errno not in FULL_DISK)
+            raise ValueError(self._disk_sentence(error, folder, keep)) from None
         finally:
-            pool.shutdown(cancel_futures=True)
+            if keep:
+                folder.close()
+            else:
+                folder.remove()
+
+    def _describe_conditions(self) -> dict[str, Any]:
+        """Everything that the output depends on; what to do with bad documents is looked at apart."""
+        settings = self.settings
+        encode = asdict(settings.encode)
+        del encode["tokenizer"], encode["skip_bad_documents"]
+        conditions = {
+            "input": dict(zip(map(str, settings.paths), self._files, strict=True)),
+            "order of input": list(map(str, settings.paths)),
+            "shard": str(settings.shard or "all"),
+            "max_document_bytes": settings.max_document_bytes,
+            "tokenizer checksum": self._record["checksum"],
+            "special tokens": self._record["special_tokens"],
+            **encode,
+        }
+        # As it comes back from a journal.
+        described: dict[str, Any] = json.loads(json.dumps(conditions))
+        return described
+
+    def _find_journal(self, folder: WorkFolder) -> Journal | None:
+        """The journal of an earlier start of this very job."""
+        try:
+            journal = Journal.read(folder.journal_path)
+            before = read_json(folder.conditions_path)
+        except ValueError as error:
+            if self.settings.overwrite:
+                return None
+            raise _Refused(str(error)) from None
+        if journal is None or before is None or None in before["input"].values():
+            # Nothing was done yet, or from a standard input that is gone.
+            return None
+        changes = differences(before, self._conditions)
+        if not self.settings.encode.skip_bad_documents and journal.totals.skipped:
+            number = sum(journal.totals.skipped.values())
+            changes.append(f"{number:,} bad documents were skipped and now the first stops the job")
+        if not changes:
+            return journal
+        if self.settings.overwrite:
+            return None
+        shown = "; ".join(changes[:4]) + (f"; and {len(changes) - 4} more" if len(changes) > 4 else "")
+        raise _Refused(
+            f"{folder.path} holds a job that was interrupted after {journal.totals.documents:,} documents, but it was "
+            f"another one: {shown}. Start it as it was, choose another --output-prefix, or start over with --overwrite."
+        )
+
+    def _find_output(self) -> Totals | None:
+        """Totals of a whole output of these conditions; refuses one of others."""
+        settings = self.settings
+        if settings.overwrite:
+            return None
+        paths = [path for key in settings.encode.keys for path in file_paths(settings.dataset_prefix(key))]
+        there = [path for path in paths if path.exists()]
+        if not there:
+            return None
+        records = [read_record(settings.dataset_prefix(key)) for key in settings.encode.keys]
+        wanted = self._conditions_checksum()
+        if len(there) == len(paths) and all(record and record.get("preparation") == wanted for record in records):
+            first = records[0] or {}
+            tokens = {key: (record or {})["tokens"] for key, record in zip(settings.encode.keys, records, strict=True)}
+            return Totals(first["documents"], first["input_bytes"], tokens)
+        raise ValueError(
+            f"{there[0]} is there already, and not from this input with these options: choose another --output-prefix, "
+            "or replace it with --overwrite."
+        )
+
+    def _conditions_checksum(self) -> str:
+        what = {**self._conditions, "skip_bad_documents": self.settings.encode.skip_bad_documents}
+        if not self.settings.can_resume:
+            # Nobody can know whether the same text would come again.
+            what["input"] = os.urandom(16).hex()
+        return "sha256:" + hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    def _new_journal(self, folder: WorkFolder) -> Journal:
+        folder.clear()
+        keys = self.settings.encode.keys
+        # The journal comes last: where there is one, there are its conditions.
+        write_json(folder.conditions_path, self._conditions)
+        journal = Journal(self.start, [[0, 0, 0] for _ in keys], Totals(tokens=dict.fromkeys(keys, 0)))
+        journal.write(folder.journal_path)
+        return journal
+
+    def _work(self, folder: WorkFolder, journal: Journal, workers: int, progress: Progress) -> None:
+        """Encode from the journal's position to the end of the input, and make the indices."""
+        totals = journal.totals
+        progress.begin(self.source, self.start, journal.position, totals)
+        began = written = time.monotonic()
+        seconds_before = totals.seconds
+        for parts, sizes in zip(folder.parts, journal.sizes, strict=True):
+            parts.open(sizes)
+        with EncodedInput(self.encoder, self.settings.encode, self.source, workers) as encoded_input:
+            for piece, encoded in encoded_input.read(journal.position):
+                if encoded.stopped:
+                    raise ValueError(self._stop_sentence(encoded.bad[-1][1]))
+                self._append(folder, encoded, totals)
+                now = time.monotonic()
+                totals.seconds = seconds_before + now - began
+                journal.position = piece.next
+                if now - written >= self.settings.journal_seconds:
+                    self._save(folder, journal)
+                    written = time.monotonic()
+                progress(totals, piece.next)
+        self._check_not_empty(totals)
+        self._save(folder, journal)
+        self._make_indices(folder, totals)
+        journal.whole = True
+        journal.write(folder.journal_path)
+
+    def _append(self, folder: WorkFolder, encoded: Encoded, totals: Totals) -> None:
+        for key, parts, content in zip(self.settings.encode.keys, folder.parts, encoded.keys, strict=True):
+            parts.append(content.tokens, content.lengths, content.sequences)
+            totals.tokens[key] += len(content.tokens) // self.encoder.dtype.itemsize
+        totals.documents += encoded.documents
+        totals.input_bytes += encoded.input_bytes
+        totals.blank_lines += encoded.blank
+        for kind, sentence in encoded.bad:
+            totals.skipped[kind] = totals.skipped.get(kind, 0) + 1
+            if len(totals.first_skipped) < TOLD_BAD_DOCUMENTS:
+                totals.first_skipped.append(sentence)
+
+    @staticmethod
+    def _save(folder: WorkFolder, journal: Journal) -> None:
+        journal.sizes = [parts.sync() for parts in folder.parts]
+        journal.write(folder.journal_path)
+
+    def _check_not_empty(self, totals: Totals) -> None:
+        # A shard may well have nothing; the merged output is looked at when the shards are merged.
+        if self.settings.shard:
+            return
+        names = list(map(str, self.settings.paths))
+        where = ", ".join(names[:3]) + (f" and {len(names) - 3} other files" if len(names) > 3 else "")
+        if totals.documents == 0:
+            bad = sum(totals.skipped.values())
+            left_out = f" ({bad:,} bad documents were skipped: {totals.first_skipped[0].rstrip('.')})" if bad else ""
+            raise ValueError(f"There is no document in {where}{left_out}.")
+        for key, tokens in totals.tokens.items():
+            if tokens == 0:
+                raise ValueError(f"The {totals.documents:,} documents in {where} have no token under the key {key!r}.")
+
+    def _make_indices(self, folder: WorkFolder, totals: Totals) -> None:
+        """Write what else the datasets need into the folder, so that only moves remain."""
+        need = sum(parts.index_size() for parts in folder.parts)
+        if shutil.disk_usage(folder.path).free < need:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        counts = {"documents": totals.documents, "input_bytes": totals.input_bytes}
+        skipped = {"skipped_documents": sum(totals.skipped.values())}
+        for key, parts in zip(self.settings.encode.keys, folder.parts, strict=True):
+            parts.write_index(self.encoder.dtype)
+            record = {
+                **self._record,
+                "json_key": key,
+                "append_eod": self.settings.encode.append_eod,
+                **counts,
+                "tokens": totals.tokens[key],
+                **skipped,
+                "preparation": self._conditions_checksum(),
+            }
+            write_record(parts.record_prefix, record)
+
+    def _move(self, folder: WorkFolder) -> None:
+        """Move the finished files to their places; killed in between, the next start moves the others.
+
+        An index is never seen beside tokens of another dataset.
+        """
+        for key, parts in zip(self.settings.encode.keys, folder.parts, strict=True):
+            parts.close()
+            bin_path, idx_path = file_paths(self.settings.dataset_prefix(key))
+            bin_path.parent.mkdir(parents=True, exist_ok=True)
+            if parts.tokens_path.exists():
+                idx_path.unlink(missing_ok=True)
+                os.replace(parts.tokens_path, bin_path)
+            for source, target in (
+                (record_path(parts.record_prefix), record_path(self.settings.dataset_prefix(key))),
+                (parts.index_path, idx_path),
+            ):
+                if source.exists():
+                    os.replace(source, target)
+            sync_folder(bin_path.parent)
+
+    def _stop_sentence(self, sentence: str) -> str:
+        left = (
+            "What was done is kept (--keep)"
+            if self.settings.keep and self.settings.can_resume
+            else "Nothing is written"
+        )
+        return f"{sentence.rstrip('.')}. {left}; --on-bad-document skip leaves such documents out and counts them."
+
+    def _disk_sentence(self, error: OSError, folder: WorkFolder, keep: bool) -> str:
+        if error.errno not in FULL_DISK:
+            return f"{self.settings.job_prefix} cannot be written: {error.strerror or error}."
+        written = folder.size()
+        free = shutil.disk_usage(folder.path).free
+        left = (
+            f"the same command goes on there once there is room (or remove {folder.path})"
+            if keep
+            else "nothing of it is left there (--keep keeps what is done)"
+        )
+        return (
+            f"{self.settings.job_prefix} cannot be written: {os.strerror(error.errno or 0)}. The job had written "
+            f"{written:,} bytes and needs more; {free:,} bytes were free in {folder.path.parent}; {left}."
+        )
 
 
-def _write(writer: IndexedDatasetWriter, encoded: Encoded) -> None:
-    token = sequence = 0
-    for count in encoded.sequences:
-        lengths = encoded.sequence_lengths[sequence : sequence + count]
-        end = token + sum(lengths)
-        writer.add_document(encoded.tokens[token:end], lengths)
-        token, sequence = end, sequence + count
+class _Refused(ValueError):
+    """What an earlier start left is of other conditions: it is not touched."""
+
+
+def _file_state(path: Path) -> list[int] | None:
+    """Size in bytes and time of the last change in nanoseconds; None for the standard input."""
+    if path == STANDARD_INPUT:
+        return None
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk; some file systems cannot, and need not."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
