@@ -115,9 +115,8 @@ def sample_tokens(dataset: IndexedDataset, special_ids: list[int], end_id: int |
     """
     report = TokenReport(dict.fromkeys(special_ids, 0))
     dataset.check_size()
-    for document in np.unique(np.linspace(0, dataset.num_documents - 1, documents).astype(np.int64)).tolist():
-        if document < 0:
-            continue
+    count = min(documents, dataset.num_documents)
+    for document in np.linspace(0, dataset.num_documents - 1, count).astype(np.int64).tolist():
         start, stop = dataset.document_range(document)
         if start < stop:
             report.add_tokens(dataset.tokens(start, min(stop, start + SAMPLED_TOKENS)))
