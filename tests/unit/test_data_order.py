@@ -1,0 +1,73 @@
+"""A run that is resumed reads on where it was, or says why it cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megallm.config.dictionary import build
+from megallm.data.feeding.orders import DataShare
+from megallm.train.data_order import check_data_order, data_order
+
+FILES = {
+    "data.data_path": ["0.3", "news", "0.7", "code"],
+    "data.seq_length": 64,
+    "training.seed": 7,
+}
+FOUR_RANKS = DataShare(2, 0, 4)
+
+
+def order_of(changes: dict[str, Any], *, samples: int = 1000, share: DataShare = FOUR_RANKS) -> dict[str, str]:
+    return data_order(build(FILES | changes), samples, samples + 24, share)
+
+
+@pytest.mark.parametrize(
+    ("changes", "samples", "sentence"),
+    [
+        ({}, 2000, "training samples: 1000 there, 2000 here .*deals all of them anew"),
+        ({"data.seq_length": 128}, 1000, "sequence length: 64 there, 128 here"),
+        ({"data.data_path": ["news"]}, 1000, "data: 0.3 news 0.7 code there, news here"),
+        ({"data.split": "90,10"}, 1000, "split: 969, 30, 1 there, 90,10 here"),
+        ({"training.seed": 8}, 1000, "seed: 7 there, 8 here"),
+        (
+            {"data.dataloader_type": "cyclic"},
+            1000,
+            "loader: single there, cyclic here.*layout in the order: none there",
+        ),
+        ({"data.mock_data": True, "data.data_path": []}, 1000, "data: .* there, synthetic here"),
+    ],
+)
+def test_what_changes_the_order_is_refused_by_name(changes: dict[str, Any], samples: int, sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"read its data in another order.*{sentence}.*--allow-data-change"):
+        check_data_order(order_of({}), order_of(changes, samples=samples), "iter_0000005")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data.num_workers": 4},
+        {"data.eod_mask_loss": True},
+        {"training.global_batch_size": 64},
+        {"data.data_cache_path": "elsewhere"},
+        {"model.num_layers": 3},
+    ],
+)
+def test_what_does_not_change_it_is_not(changes: dict[str, Any]) -> None:
+    check_data_order(order_of({}), order_of(changes, share=DataShare(1, 3, 8)), "iter_0000005")
+
+
+def test_synthetic_samples_do_not_depend_on_their_number() -> None:
+    mock = {"data.mock_data": True, "data.data_path": []}
+    check_data_order(order_of(mock), order_of(mock, samples=5), "iter_0000005")
+
+
+def test_the_cyclic_order_depends_on_the_layout_unless_it_is_not_sharded() -> None:
+    cyclic = {"data.dataloader_type": "cyclic"}
+    with pytest.raises(ValueError, match="layout in the order: micro-batches of 2 on 4 data parallel ranks there"):
+        check_data_order(order_of(cyclic), order_of(cyclic, share=DataShare(2, 0, 2)), "iter_0000005")
+    whole = cyclic | {"data.data_sharding": False}
+    # 1024 samples divide by every group here, by 2 x 3 they do not.
+    check_data_order(order_of(whole), order_of(whole, share=DataShare(1, 0, 16)), "iter_0000005")
+    with pytest.raises(ValueError, match="layout in the order: epochs of 1024 of 1024 samples there"):
+        check_data_order(order_of(whole), order_of(whole, share=DataShare(2, 0, 3)), "iter_0000005")
