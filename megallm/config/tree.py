@@ -230,7 +230,43 @@ class DataConfig:
     data_path: list[str] = option(  # noqa: RUF009 (a fresh list for each tree: see `option`)
         [], "--data-path", "prefix of a .bin/.idx dataset, or several, each optionally preceded by its weight"
     )
+    data_args_path: str | None = option(None, "--data-args-path", "file that holds what --data-path would")
     split: str = option("969, 30, 1", "--split", "shares of training, validation and test data")
+    train_data_path: list[str] = option(  # noqa: RUF009 (a fresh list for each tree: see `option`)
+        [], "--train-data-path", "as --data-path, for training alone; then --split is not used"
+    )
+    valid_data_path: list[str] = option(  # noqa: RUF009 (a fresh list for each tree: see `option`)
+        [], "--valid-data-path", "as --data-path, for validation alone"
+    )
+    test_data_path: list[str] = option(  # noqa: RUF009 (a fresh list for each tree: see `option`)
+        [], "--test-data-path", "as --data-path, for the evaluation at the end alone"
+    )
+    per_split_data_args_path: str | None = option(
+        None, "--per-split-data-args-path", 'JSON file that holds these three lists as "train", "valid" and "test"'
+    )
+    multiple_validation_sets: bool = option(
+        False, "--multiple-validation-sets", "evaluate on each dataset of the validation data by itself, not on a blend"
+    )
+    full_validation: bool = option(
+        False,
+        "--full-validation",
+        "each evaluation reads all whole batches of the validation data once, instead of --eval-iters of them",
+    )
+    drop_last_partial_validation_sequence: bool = option(
+        True,
+        "--drop-last-partial-validation-sequence",
+        "leave out the tokens at the end of the validation data that do not fill a sequence, instead of padding them",
+        off_flag="--no-drop-last-partial-validation-sequence",
+    )
+    mmap_bin_files: bool = option(
+        True,
+        "--mmap-bin-files",
+        "map data files into memory; plain reads suit mounts of object stores",
+        off_flag="--no-mmap-bin-files",
+    )
+    num_dataset_builder_threads: int = option(
+        1, "--num-dataset-builder-threads", "datasets of a blend that are opened and indexed at once"
+    )
     data_cache_path: str | None = option(
         None, "--data-cache-path", "folder for the sample indices; default: beside the dataset"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from megallm.config.resolve import learning_rate_decay_samples, learning_rate_warmup_samples, train_iters
@@ -173,22 +172,6 @@ def timeline_step_is_in_the_run(config: Config, world_size: int) -> Iterator[Pro
         )
 
 
-@rule()
-def one_source_of_data(config: Config, world_size: int) -> Iterator[Problem]:
-    """Samples come from files or are synthetic."""
-    if config.data.mock_data and config.data.data_path:
-        yield Problem(
-            ("--data-path", "--mock-data"), "both files and synthetic data are given", "", "leave out --mock-data"
-        )
-    elif not config.data.mock_data and not config.data.data_path:
-        yield Problem(
-            ("--data-path", "--mock-data"),
-            "there is no data",
-            "",
-            "give the prefix of a .bin/.idx dataset with --data-path, or use --mock-data",
-        )
-
-
 @rule("data.dataloader_type")
 def loader_is_our_own(config: Config, world_size: int) -> Iterator[Problem]:
     """There is no way to pass a loader in."""
@@ -198,52 +181,6 @@ def loader_is_our_own(config: Config, world_size: int) -> Iterator[Problem]:
             "an external loader would decide which samples a step reads, so that a run could not be resumed exactly",
             "",
             "use --dataloader-type single or cyclic",
-        )
-
-
-@rule()
-def data_weights_are_numbers(config: Config, world_size: int) -> Iterator[Problem]:
-    """`--data-path` is one prefix, several prefixes, or pairs of a weight and a prefix."""
-    words = config.data.data_path
-    weights = [_number(word) for word in words[::2]]
-    numbers = [word for word in words if _number(word) is not None]
-    if len(words) % 2 == 0 and None not in weights:
-        bad = [word for word in words[::2] if not (0 < float(word) < math.inf)]
-        wrong = f"the weight {' and '.join(bad)} is not a positive number" if bad else ""
-    elif numbers:
-        wrong = f"some words are weights ({', '.join(numbers)}), but weights and prefixes do not alternate"
-    else:
-        wrong = ""
-    if wrong:
-        yield Problem(
-            ("--data-path",), wrong, "", "write --data-path 0.3 first_prefix 0.7 second_prefix, or prefixes alone"
-        )
-
-
-@rule()
-def split_is_three_shares(config: Config, world_size: int) -> Iterator[Problem]:
-    """`--split` is up to three shares, and some of the data is for training."""
-    shares = _shares(config.data.split)
-    if shares is None:
-        wrong = f"'{config.data.split}' is not a list of one to three shares"
-    elif shares[0] <= 0:
-        wrong = f"'{config.data.split}' leaves nothing for training"
-    else:
-        return
-    yield Problem(("--split",), wrong, "", "write training, validation and test shares as in --split 969,30,1")
-
-
-@rule("training.eval_interval")
-def evaluation_has_data(config: Config, world_size: int) -> Iterator[Problem]:
-    """An evaluation needs validation data."""
-    shares = _shares(config.data.split)
-    wanted = config.training.eval_interval is not None and not config.data.mock_data
-    if wanted and shares is not None and shares[1] <= 0:
-        yield Problem(
-            ("--split", "--eval-interval"),
-            f"evaluations are asked for, but '{config.data.split}' leaves nothing for validation",
-            "",
-            "use --split 969,30,1, or leave out --eval-interval",
         )
 
 
@@ -289,19 +226,3 @@ def null_tokenizer_has_a_vocabulary(config: Config, world_size: int) -> Iterator
             "",
             "add --vocab-size 32000",
         )
-
-
-def _number(word: str) -> float | None:
-    try:
-        return float(word)
-    except ValueError:
-        return None
-
-
-def _shares(split: str) -> list[float] | None:
-    """The three shares of a split text, the missing ones 0; None where it is no such text."""
-    shares = [_number(word) for word in split.replace(",", " ").split()]
-    if not 1 <= len(shares) <= 3:
-        return None
-    found = [share for share in shares if share is not None and 0 <= share < math.inf]
-    return found + [0.0] * (3 - len(shares)) if len(found) == len(shares) else None

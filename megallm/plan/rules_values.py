@@ -96,6 +96,7 @@ RANGES = {
     "data.null_tokenizer_eod_id": _NATURAL,
     "data.tiktoken_num_special_tokens": _NATURAL,
     "data.num_workers": _NATURAL,
+    "data.num_dataset_builder_threads": _COUNT,
     "checkpoint.save_interval": _COUNT,
     "logging.log_interval": _COUNT,
     "logging.timeline_step": _COUNT,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megallm.config.report import numbered
 from megallm.config.tree import Config
-from megallm.plan import rules_batches, rules_model, rules_parallel, rules_run, rules_values
+from megallm.plan import rules_batches, rules_data, rules_model, rules_parallel, rules_run, rules_values
 from megallm.plan.problem import Problem, Rule
 
 VALUE_RULES = (
@@ -48,11 +48,13 @@ RULES = (
     rules_run.evaluation_has_batches,
     rules_run.saving_has_a_folder,
     rules_run.timeline_step_is_in_the_run,
-    rules_run.one_source_of_data,
+    rules_data.one_source_of_data,
     rules_run.loader_is_our_own,
-    rules_run.data_weights_are_numbers,
-    rules_run.split_is_three_shares,
-    rules_run.evaluation_has_data,
+    rules_data.data_weights_are_numbers,
+    rules_data.split_is_three_shares,
+    rules_data.training_has_data,
+    rules_data.evaluation_has_data,
+    rules_data.full_validation_has_no_weights,
     rules_run.tokenizer_has_a_model,
     rules_run.null_tokenizer_has_a_vocabulary,
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from megallm.config.tree import Config
 from megallm.data.feeding.orders import DataShare, layout_in_order, permutation
+from megallm.data.samples.splits import read_sources
+from megallm.plan.rules_data import data_sources
 
 # What a change of each thing does. Where nothing is said the samples are others altogether.
 _EFFECTS = {
@@ -26,15 +28,17 @@ def data_order(config: Config, num_train_samples: int, available_samples: int, s
         share: the layout, which the `cyclic` order depends on.
     """
     data = config.data
+    sources = [None] if data.mock_data else read_sources(data_sources(config))
     order = {
-        "data": "synthetic" if data.mock_data else " ".join(data.data_path),
+        "data": "synthetic" if data.mock_data else str(sources[0]),
         "seed": str(config.training.seed),
         "sequence length": str(data.seq_length),
         "loader": data.dataloader_type,
     }
     if not data.mock_data:
         # A synthetic sample depends on its number and the seed alone.
-        order |= {"training samples": str(num_train_samples), "split": data.split}
+        split = data.split if data.data_path or data.data_args_path else "lists of their own"
+        order |= {"training samples": str(num_train_samples), "split": split}
     if data.dataloader_type == "cyclic":
         order["layout in the order"] = layout_in_order(
             data.dataloader_type, available_samples, share, sharding=data.data_sharding

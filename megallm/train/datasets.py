@@ -10,21 +10,31 @@ from megallm.config.batch_sizes import batch_sizes_of
 from megallm.config.resolve import train_samples
 from megallm.config.tree import Config
 from megallm.data.feeding.loader import SampleSource
-from megallm.data.samples.blended import build_run_data
+from megallm.data.samples.blended import BuildOptions, build_run_data
 from megallm.data.samples.gpt import GPTDatasetSettings
 from megallm.data.samples.mock import MockDataset
-from megallm.data.samples.splits import DataSources, read_sources
+from megallm.data.samples.splits import read_sources
 from megallm.data.tokenizer.base import Tokenizer, TokenizerSettings
 from megallm.data.tokenizer.build import build_tokenizer
 from megallm.data.tokenizer.record import check_record
+from megallm.plan.rules_data import data_sources
 
 
 @dataclass(frozen=True)
 class Datasets:
-    """Training data, and validation data if the run evaluates."""
+    """The data of a run.
+
+    Attributes:
+        train: what is trained on.
+        valid: what is evaluated on, by name ("" where there is one); empty if the run does not evaluate.
+        test: what is evaluated on at the end, or None.
+        notes: what the user should know about them.
+    """
 
     train: SampleSource
-    valid: SampleSource | None
+    valid: dict[str, SampleSource]
+    test: SampleSource | None = None
+    notes: tuple[str, ...] = ()
 
 
 def build_tokenizer_of(config: Config) -> Tokenizer | None:
@@ -66,7 +76,7 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer | None, world_size: int
 
 
 def build_datasets(config: Config, tokenizer: Tokenizer | None) -> Datasets:
-    """Training and validation data with as many samples as the run takes.
+    """Training, validation and test data with as many samples as the run takes.
 
     Raises ValueError if a file is missing, broken or too small.
     """
@@ -76,34 +86,56 @@ def build_datasets(config: Config, tokenizer: Tokenizer | None) -> Datasets:
     num_train = train_samples(config, batch_sizes_of(config))
     # One evaluation more than the interval asks for, as Megatron counts: the indices are then the same.
     evaluations = training.train_iters // training.eval_interval + 1 if training.eval_interval else 0
-    valid_samples = evaluations * training.eval_iters * batch
+    num_valid, num_test = (count * training.eval_iters * batch for count in (evaluations, min(evaluations, 1)))
     if data.mock_data:
-        seeds = training.seed, training.seed + 1
         train, valid = (
             MockDataset(size, data.seq_length, vocab_size, seed)
-            for size, seed in zip((num_train, valid_samples), seeds, strict=True)
+            for size, seed in ((num_train, training.seed), (num_valid, training.seed + 1))
         )
-        return Datasets(train, valid if valid_samples else None)
-    sources = DataSources(data_path=tuple(data.data_path), split=data.split)
+        return Datasets(train, {"": valid} if num_valid else {})
+    sources = data_sources(config)
     prefixes = list(dict.fromkeys(prefix for source in read_sources(sources) if source for prefix in source.prefixes))
     if tokenizer is not None:
         for prefix in prefixes:
             check_record(prefix, tokenizer)
-    cache = data.data_cache_path
-    if cache is None:
-        cache = str(Path(prefixes[0]).parent / "cache" / "GPTDataset_indices")
-    settings = GPTDatasetSettings(
+    options = BuildOptions(
+        mmap=data.mmap_bin_files,
+        multiple_validation_sets=data.multiple_validation_sets,
+        drop_last_partial_validation_sequence=data.drop_last_partial_validation_sequence,
+        num_threads=data.num_dataset_builder_threads,
+    )
+    sizes = num_train, None if num_valid and data.full_validation else num_valid, num_test
+    built = build_run_data(_settings(config, tokenizer, prefixes[0]), sources, sizes, options)
+    if built.train is None:
+        raise ValueError("There is no training data: --split, or the lists of data, leave it none.")
+    if num_valid and not built.valid:
+        raise ValueError("--eval-interval asks for evaluations, but there is no validation data.")
+    test, without_test = built.test, built.without_test
+    if test is not None and len(test) < batch:
+        without_test = f"it has {len(test)} samples, fewer than one global batch of {batch}"
+        test = None
+    notes = (f"no evaluation on test data: {without_test}",) if without_test else ()
+    return Datasets(built.train, dict(built.valid), test, notes)
+
+
+def _settings(config: Config, tokenizer: Tokenizer | None, first_prefix: str) -> GPTDatasetSettings:
+    data = config.data
+    cache = data.data_cache_path or str(Path(first_prefix).parent / "cache" / "GPTDataset_indices")
+    eod_id = pad_id = None
+    if tokenizer is not None:
+        eod_id, pad_id = tokenizer.eod_id, tokenizer.pad_id
+        others = [number for role, number in tokenizer.special_tokens().items() if role != "padding"]
+        if pad_id in others or pad_id in tokenizer.sentinel_ids:
+            # A token that means something is learned, as with Megatron.
+            pad_id = None
+    return GPTDatasetSettings(
         sequence_length=data.seq_length,
-        seed=training.seed,
-        vocab_size=vocab_size,
-        eod_id=tokenizer.eod_id if tokenizer is not None else None,
-        pad_id=tokenizer.pad_id if tokenizer is not None else None,
+        seed=config.training.seed,
+        vocab_size=config.model.vocab_size,
+        eod_id=eod_id,
+        pad_id=pad_id,
         reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,
         eod_mask_loss=data.eod_mask_loss,
         cache_path=cache,
     )
-    built = build_run_data(settings, sources, (num_train, valid_samples, 0))
-    if built.train is None:
-        raise ValueError(f"--split {data.split!r} leaves no training data")
-    return Datasets(built.train, next(iter(built.valid.values()), None))

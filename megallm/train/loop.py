@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -51,6 +51,8 @@ def _run(config: Config, task: Task, mesh: Mesh, datasets: Datasets) -> None:
     on_every_rank(mesh, lambda: try_outputs(config) if mesh.rank == 0 else None)
     engine = build_engine(config, task, mesh)
     _describe(engine, log)
+    for note in datasets.notes:
+        log(note)
     if config.checkpoint.load:
         loaded = load_engine(engine, config.checkpoint.load, _data_order(engine, datasets))
         log(
@@ -90,10 +92,14 @@ def _check_data_lasts(engine: Engine, datasets: Datasets, last_iteration: int, l
     if last_iteration == progress.iteration:
         return
     needed = {"training": (datasets.train, last_sample)}
-    if training.eval_interval and datasets.valid is not None:
+    batch = training.global_batch_size
+    evaluations = 0
+    if training.eval_interval:
         evaluations = last_iteration // training.eval_interval - progress.iteration // training.eval_interval
-        samples = max(0, evaluations) * training.eval_iters * training.global_batch_size
-        needed["validation"] = (datasets.valid, progress.consumed_valid_samples + samples)
+    for name, valid in datasets.valid.items():
+        first = progress.consumed_valid_samples
+        samples = batch if engine.config.data.full_validation else first + evaluations * training.eval_iters * batch
+        needed["validation" + (f" ({name})" if name else "")] = valid, samples
     for purpose, (dataset, samples) in needed.items():
         available = _order_of(engine, dataset).num_samples_after(0)
         if available is not None and available < samples:
@@ -123,7 +129,7 @@ def _train(
                 _write_timeline(engine, stopwatch)
             reporter.step(progress.iteration, progress.consumed_samples, metrics)
             done = progress.iteration
-            if training.eval_interval and done % training.eval_interval == 0 and datasets.valid is not None:
+            if training.eval_interval and done % training.eval_interval == 0:
                 evaluation.run(reporter)
             leaving = training.exit_interval is not None and done % training.exit_interval == 0
             due = checkpoint.save_interval is not None and done % checkpoint.save_interval == 0
@@ -137,50 +143,76 @@ def _train(
                 reporter.flush()
                 log(f"left after iteration {done}, which --exit-interval {training.exit_interval} divides")
                 return
+            if done == last_iteration:
+                evaluation.run_test(reporter)
     reporter.flush()
     if checkpoint.save and last_saved < 0:
         log(f"nothing was trained and nothing saved: iteration {progress.iteration} is where the run ends")
 
 
 class _Evaluation:
-    """Evaluates on the validation data, each time where the last evaluation left it."""
+    """Evaluates on each validation set, each time where the last evaluation left it; at the end on the test data."""
 
     def __init__(self, engine: Engine, datasets: Datasets, stack: ExitStack) -> None:
-        self._engine = engine
-        if datasets.valid is not None:
-            size = engine.config.training.global_batch_size
-            assert size, "the configuration is resolved"
-            batches = _global_batches(
-                engine, datasets.valid, engine.progress.consumed_valid_samples, BatchSizes.constant(size)
-            )
-            self._batches = stack.enter_context(closing(batches))
+        self._engine, self._datasets = engine, datasets
+        self._is_full = engine.config.data.full_validation
+        consumed = engine.progress.consumed_valid_samples
+        self._batches = {
+            name: stack.enter_context(closing(_global_batches(engine, dataset, consumed, self._batch_sizes)))
+            for name, dataset in ({} if self._is_full else datasets.valid).items()
+        }
+
+    @property
+    def _batch_sizes(self) -> BatchSizes:
+        size = self._engine.config.training.global_batch_size
+        assert size, "the configuration is resolved"
+        return BatchSizes.constant(size)
 
     def run(self, reporter: Reporter) -> None:
-        """Reads `--eval-iters` global batches and publishes their mean losses."""
+        """Reads `--eval-iters` global batches of each set, or all whole ones, and publishes their mean losses."""
+        progress, training = self._engine.progress, self._engine.config.training
+        for name, dataset in self._datasets.valid.items():
+            if self._is_full:
+                with closing(_global_batches(self._engine, dataset, 0, self._batch_sizes, "single")) as batches:
+                    self._publish(reporter, batches, len(dataset) // self._batch_sizes.at(0), name)
+            else:
+                self._publish(reporter, self._batches[name], training.eval_iters, name)
+        if not self._is_full:
+            progress.consumed_valid_samples += training.eval_iters * self._batch_sizes.at(0)
+
+    def run_test(self, reporter: Reporter) -> None:
+        """The same on the test data, if there is some; on less where there is less."""
+        test = self._datasets.test
+        if test is not None:
+            num_batches = min(self._engine.config.training.eval_iters, len(test) // self._batch_sizes.at(0))
+            with closing(_global_batches(self._engine, test, 0, self._batch_sizes, "single")) as batches:
+                self._publish(reporter, batches, num_batches, "", test=True)
+
+    def _publish(
+        self, reporter: Reporter, batches: Iterator[list[Batch]], num_batches: int, name: str, *, test: bool = False
+    ) -> None:
         engine = self._engine
         reporter.flush()
         resume = reporter.pause()
-        progress, training = engine.progress, engine.config.training
         num_terms = len(engine.task.term_names)
         totals = torch.zeros((2, num_terms), dtype=torch.float64, device=engine.mesh.device)
-        for _ in range(training.eval_iters):
-            totals += torch.stack(evaluate_step(engine, next(self._batches)))
-            assert training.global_batch_size, "the configuration is resolved"
-            progress.consumed_valid_samples += training.global_batch_size
+        for _ in range(num_batches):
+            totals += torch.stack(evaluate_step(engine, next(batches)))
         losses = mean_losses(totals[0], totals[1], engine.task.term_names)
-        reporter.validation(progress.iteration, progress.consumed_samples, losses)
+        progress = engine.progress
+        reporter.evaluation(progress.iteration, progress.consumed_samples, losses, name, test=test)
         resume()
 
 
 def _global_batches(
-    engine: Engine, dataset: SampleSource, consumed_samples: int, batch_sizes: BatchSizes
+    engine: Engine, dataset: SampleSource, consumed_samples: int, batch_sizes: BatchSizes, order: str | None = None
 ) -> Generator[list[Batch], None, None]:
     """This rank's micro-batches of one global batch after another, on the device; `_check_data_lasts` saw the end."""
     device, num_workers = engine.mesh.device, engine.config.data.num_workers
     if num_workers is None:
         # Without a GPU the processes would take their time from the training.
         num_workers = 2 if device.type == "cuda" else 0
-    sampler = GlobalBatchSampler(_order_of(engine, dataset), consumed_samples, batch_sizes, engine.data_share)
+    sampler = GlobalBatchSampler(_order_of(engine, dataset, order), consumed_samples, batch_sizes, engine.data_share)
     with closing(build_loader(dataset, sampler, num_workers, pin_memory=device.type == "cuda")) as loader:
         for micro_batches in loader:
             yield [
@@ -194,9 +226,9 @@ def _data_order(engine: Engine, datasets: Datasets) -> dict[str, str]:
     return data_order(engine.config, wanted, len(datasets.train), engine.data_share)
 
 
-def _order_of(engine: Engine, dataset: SampleSource) -> SampleOrder:
+def _order_of(engine: Engine, dataset: SampleSource, kind: str | None = None) -> SampleOrder:
     data = engine.config.data
-    return build_order(data.dataloader_type, len(dataset), engine.data_share, sharding=data.data_sharding)
+    return build_order(kind or data.dataloader_type, len(dataset), engine.data_share, sharding=data.data_sharding)
 
 
 def _describe(engine: Engine, log: Callable[[str], None]) -> None:

@@ -122,13 +122,17 @@ class Reporter:
 
         return resume
 
-    def validation(self, iteration: int, consumed_samples: int, losses: dict[str, float]) -> None:
-        """Publishes an evaluation."""
+    def evaluation(
+        self, iteration: int, consumed_samples: int, losses: dict[str, float], dataset: str = "", *, test: bool = False
+    ) -> None:
+        """Publishes an evaluation on the validation data, on one `dataset` of several, or on the test data."""
         if not self.report:
             return
         text = " | ".join(f"{name} value: {value:.6E}" for name, value in losses.items())
-        print(f" validation loss at iteration {iteration} | {text} |", flush=True)
-        named = {f"valid_{name}": value for name, value in losses.items()}
+        on_dataset = f" on {dataset}" if dataset else ""
+        print(f" {'test' if test else 'validation'} loss at iteration {iteration}{on_dataset} | {text} |", flush=True)
+        prefix = "_".join(word for word in ("test" if test else "valid", dataset) if word)
+        named = {f"{prefix}_{name}": value for name, value in losses.items()}
         if self._json is not None:
             self._json.write({"iteration": iteration, "consumed_samples": consumed_samples, **named})
         if self._tensorboard is not None:

@@ -129,7 +129,7 @@ def test_time_of_pauses_belongs_to_no_step(config: Config, monkeypatch: pytest.M
 
 def test_validation_stands_in_the_file_and_on_the_screen(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     reporter = reporter_of(config)
-    reporter.validation(3, 12, {"lm_loss": 1.25})
+    reporter.evaluation(3, 12, {"lm_loss": 1.25})
     reporter.close()
     assert written(config) == [{"iteration": 3, "consumed_samples": 12, "valid_lm_loss": 1.25}]
     assert "validation loss at iteration 3 | lm_loss value: 1.250000E+00 |" in capsys.readouterr().out
@@ -138,7 +138,7 @@ def test_validation_stands_in_the_file_and_on_the_screen(config: Config, capsys:
 def test_other_ranks_say_and_write_nothing(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     reporter = reporter_of(config, world_size=2, report=False)
     reporter.step(2, 8, metrics(1.0))
-    reporter.validation(2, 8, {"lm_loss": 1.0})
+    reporter.evaluation(2, 8, {"lm_loss": 1.0})
     reporter.close()
     assert config.logging.metrics_jsonl is not None
     assert not Path(config.logging.metrics_jsonl).exists()

@@ -10,7 +10,7 @@ import numpy as np
 
 from megallm.data.indexed.reader import IndexedDataset
 from megallm.data.samples import helpers
-from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings
+from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings, TooFewTokensError
 from megallm.data.samples.splits import SPLIT_NAMES, DataSources, SplitSource, read_sources, split_range
 
 # Megatron builds each dataset of a blend this share larger than the blend needs.
@@ -101,12 +101,16 @@ def samples_of_each(weights: np.ndarray, size: int, surplus: float = 0.0) -> lis
 class RunData:
     """The data of a run.
 
-    Attributes: `train`, `valid` (by name, in the order of the list) and `test`, each None or empty where there is none.
+    Attributes:
+        train, test: None where there is none.
+        valid: by name, in the order of the list: "" for a single dataset or blend.
+        without_test: why there is no test data although `--split` gives it a share, or "".
     """
 
     train: GPTDataset | BlendedDataset | None
     valid: dict[str, GPTDataset | BlendedDataset]
     test: GPTDataset | BlendedDataset | None
+    without_test: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,8 +147,8 @@ def build_run_data(
         options: how.
 
     Returns:
-        A split is missing where it has no share or 0 samples are asked for. A single prefix without a weight is
-        a `GPTDataset`, anything else a `BlendedDataset`.
+        A split is missing where it has no share or 0 samples are asked for; the test data also where its share of
+        `--split` is too small. A single prefix without a weight is a `GPTDataset`, anything else a `BlendedDataset`.
 
     Raises:
         ValueError: what `read_sources` raises; a file is missing or broken, a split of a dataset has too few tokens, or
@@ -152,19 +156,24 @@ def build_run_data(
     """
     builder = _Builder(settings, options or BuildOptions())
     found = read_sources(sources)
-    for name, source, wanted in zip(SPLIT_NAMES, found, num_samples, strict=True):
+    is_shared = bool(sources.data_path or sources.data_args_path)
+    for name, source, wanted in zip(SPLIT_NAMES[:2], found, num_samples, strict=False):
         if source is None and wanted:
-            remedy = f"give it one, 969,30,1 for example, or ask for no {name} samples."
-            way = f"--split {sources.split!r}" if sources.data_path or sources.data_args_path else "the lists of data"
+            way = f"--split {sources.split!r}" if is_shared else sources.flags[0]
             raise ValueError(
-                f"{wanted} {name} samples are asked for, but {way} gives {name} no share of the data: {remedy}"
+                f"{wanted} {name} samples are asked for, but {way} gives {name} no share of the data: give it one, "
+                f"969,30,1 for example, or ask for no {name} samples."
             )
     train, valid, test = (None if wanted == 0 else source for source, wanted in zip(found, num_samples, strict=True))
-    return RunData(
-        train=builder.build("training", train, num_samples[0]),
-        valid=builder.build_validation(valid, num_samples[1]),
-        test=builder.build("test", test, num_samples[2]),
-    )
+    built_train = builder.build("training", train, num_samples[0])
+    built_valid = builder.build_validation(valid, num_samples[1])
+    try:
+        return RunData(built_train, built_valid, builder.build("test", test, num_samples[2]))
+    except TooFewTokensError as error:
+        # The usual --split gives a thousandth to the test data, which little data has not got.
+        if not is_shared:
+            raise
+        return RunData(built_train, built_valid, None, str(error))
 
 
 class _Builder:
@@ -182,6 +191,8 @@ class _Builder:
             return None
         try:
             return self._blend(source, num_samples, keep_partial)
+        except TooFewTokensError as error:
+            raise TooFewTokensError(f"The {name} data ({source.flag}) cannot be built: {error}") from None
         except ValueError as error:
             raise ValueError(f"The {name} data ({source.flag}) cannot be built: {error}") from None
 

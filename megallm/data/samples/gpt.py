@@ -19,6 +19,10 @@ NO_PADDING = -1
 CACHE_VERSION = 1
 
 
+class TooFewTokensError(ValueError):
+    """A part of a dataset has not enough tokens for one sample."""
+
+
 @dataclass(frozen=True)
 class GPTDatasetSettings:
     """What all datasets of a run share.
@@ -76,8 +80,8 @@ class GPTDataset:
         keep_partial: the tokens that are left over at the end are a sample too, filled up with padding.
 
     Raises:
-        ValueError: the range holds too few tokens, or (on access) a token is not below the vocabulary's size, or the
-            file has shrunk since it was opened.
+        TooFewTokensError: the range holds too few tokens.
+        ValueError: on access, a token is not below the vocabulary's size, or the file has shrunk since it was opened.
     """
 
     def __init__(
@@ -119,9 +123,9 @@ class GPTDataset:
         num_tokens = int(lengths[first:last].sum(dtype=np.int64))
         place = f"in sequences {first} to {last - 1} of {len(lengths)}"
         if num_tokens == 0:
-            raise ValueError(f"{self._indexed_dataset.path_prefix} has no tokens {place}.")
+            raise TooFewTokensError(f"{self._indexed_dataset.path_prefix} has no tokens {place}.")
         if plan_epochs(num_tokens, length, num_samples, self._keep_partial).num_samples == 0:
-            raise ValueError(
+            raise TooFewTokensError(
                 f"{self._indexed_dataset.path_prefix} has {num_tokens} tokens {place}, too few for one sample of "
                 f"{length} tokens and the one that follows; a sequence length of {max(1, num_tokens - 1)} fits."
             )

@@ -36,16 +36,16 @@ class DataSources:
     per_split_data_args_path: str | None = None
 
     @property
-    def given(self) -> dict[str, bool]:
-        """Which of the four ways to name datasets are used, by their flags."""
-        return {
-            "--data-path": bool(self.data_path),
-            "--data-args-path": self.data_args_path is not None,
-            "--train-data-path, --valid-data-path and --test-data-path": bool(
-                self.train_data_path or self.valid_data_path or self.test_data_path
-            ),
-            "--per-split-data-args-path": self.per_split_data_args_path is not None,
-        }
+    def flags(self) -> list[str]:
+        """The flags that name datasets, one for each way in which that is done; there should be one."""
+        own = (self.train_data_path, self.valid_data_path, self.test_data_path)
+        of_splits = [f"--{key}-data-path" for key, words in zip(SPLIT_KEYS, own, strict=True) if words]
+        return [
+            *(["--data-path"] if self.data_path else []),
+            *(["--data-args-path"] if self.data_args_path is not None else []),
+            *of_splits[:1],
+            *(["--per-split-data-args-path"] if self.per_split_data_args_path is not None else []),
+        ]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,12 @@ class SplitSource:
     bounds: tuple[float, float]
     flag: str
 
+    def __str__(self) -> str:
+        """The list that gives these datasets."""
+        if self.weights is None:
+            return " ".join(self.prefixes)
+        return " ".join(f"{weight} {prefix}" for weight, prefix in zip(self.weights, self.prefixes, strict=True))
+
 
 def read_sources(sources: DataSources) -> list[SplitSource | None]:
     """The datasets of training, validation and test; None for a split that gets nothing.
@@ -69,14 +75,15 @@ def read_sources(sources: DataSources) -> list[SplitSource | None]:
         ValueError: datasets are named in no way or in two, a file cannot be read or does not hold what it should, or
             a list or the shares are not what they must be.
     """
-    used = [flag for flag, is_given in sources.given.items() if is_given]
+    used = sources.flags
     if len(used) != 1:
-        ways = ", ".join(sources.given)
-        found = " and ".join(used) or "none of them"
-        raise ValueError(f"Exactly one of {ways} must name the data, but {found} does.")
+        raise ValueError(
+            f"The data is named {'by ' + ' and by '.join(used) if used else 'nowhere'}; one of --data-path, "
+            "--data-args-path, --train-data-path with --valid-data-path, or --per-split-data-args-path must name it."
+        )
     if sources.data_path or sources.data_args_path is not None:
         words = list(sources.data_path) or _read_text(sources.data_args_path or "", "--data-args-path").split()
-        prefixes, weights = parse_data_path(words, used[0])
+        prefixes, weights = _parse(words, used[0])
         flag = f"--split {sources.split!r}"
         return [
             None if bounds is None else SplitSource(prefixes, weights, bounds, flag)
@@ -91,9 +98,16 @@ def read_sources(sources: DataSources) -> list[SplitSource | None]:
     return [_whole(words, flag) if words else None for words, flag in zip(lists, flags, strict=True)]
 
 
+def _parse(words: list[str], flag: str) -> tuple[list[str], list[float] | None]:
+    try:
+        return parse_data_path(words)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from None
+
+
 def _whole(words: list[str], flag: str) -> SplitSource:
     """A split with datasets of its own. The weight of a single one means nothing there, as with Megatron."""
-    prefixes, weights = parse_data_path(words, flag)
+    prefixes, weights = _parse(words, flag)
     return SplitSource(prefixes, weights if len(prefixes) > 1 else None, (0.0, 1.0), flag)
 
 
@@ -128,37 +142,34 @@ def _read_lists(path: str) -> list[list[str]]:
     return lists
 
 
-def parse_data_path(data_path: Sequence[str], flag: str = "--data-path") -> tuple[list[str], list[float] | None]:
+def parse_data_path(data_path: Sequence[str]) -> tuple[list[str], list[float] | None]:
     """Prefixes and weights from Megatron's list: `prefix ...` or `weight prefix weight prefix ...`.
 
-    A list of even length whose every second entry, from the first on, is a number, holds weights. `flag` is named in
-    messages.
+    A list of even length whose every second entry, from the first on, is a number, holds weights.
 
     Raises:
-        ValueError: the list is empty, a weight is not positive, or some of those entries are numbers and some are not.
+        ValueError: the list is empty, a weight is not positive, or weights and prefixes do not go together.
     """
     entries = [entry.strip() for entry in data_path]
     if not entries or "" in entries:
-        raise ValueError(f"{flag} needs the prefix of one dataset at least: the path without .bin or .idx.")
+        raise ValueError("The prefix of one dataset at least is needed: the path without .bin or .idx.")
     numbers = [entry for entry in entries if _number(entry) is not None]
     weights = [_number(entry) for entry in entries[::2]]
     if len(entries) % 2 or not any(weight is not None for weight in weights):
         # Megatron takes them for names of files here.
         if numbers:
             raise ValueError(
-                f"{flag} has {len(numbers)} weights ({', '.join(numbers)}) for {len(entries) - len(numbers)} prefixes: "
-                "write one weight before each prefix, or prefixes alone (a prefix that is a number as ./2024)."
+                f"{len(numbers)} weights ({', '.join(numbers)}) and {len(entries) - len(numbers)} prefixes do not "
+                "alternate: write one weight before each prefix, or prefixes alone (one that is a number as ./2024)."
             )
         return entries, None
     known = [weight for weight in weights if weight is not None]
     if len(known) < len(weights):
         wrong = entries[2 * weights.index(None)]
-        raise ValueError(
-            f"{flag} must be `weight prefix` pairs or prefixes alone; {wrong!r} stands in the place of a weight."
-        )
+        raise ValueError(f"Weights and prefixes do not alternate: {wrong!r} stands in the place of a weight.")
     for entry, weight in zip(entries[::2], known, strict=True):
         if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"{flag}: the weight {entry} is not a positive number; leave its dataset out instead.")
+            raise ValueError(f"The weight {entry} is not a positive number; leave its dataset out instead.")
     return entries[1::2], known
 
 

@@ -9,7 +9,7 @@ import pytest
 from megallm.config import Config, resolve
 from megallm.config.dictionary import build
 from megallm.config.fields import REQUIRED, all_fields, get
-from megallm.plan import rules_batches, rules_model, rules_parallel, rules_run, rules_values
+from megallm.plan import rules_batches, rules_data, rules_model, rules_parallel, rules_run, rules_values
 from megallm.plan.problem import Rule, divisors_near, multiples_near
 from megallm.plan.rules_values import RANGES
 from megallm.plan.validate import RULES, VALUE_RULES, check, found_by_rule, validate
@@ -31,6 +31,7 @@ PIPELINE = "parallel.pipeline_model_parallel_size"
 VIRTUAL = "parallel.num_virtual_stages_per_pipeline_rank"
 RAMP, STAIRS = "training.rampup_batch_size", "training.step_batch_size_schedule"
 FILES = {"data.mock_data": False, "data.data_path": ["corpus"]}
+OWN = {"data.mock_data": False, "data.train_data_path": ["corpus"], "data.valid_data_path": ["held_out"]}
 
 # rule -> cases of (world size, what breaks it, what its message proposes). The proposal must stand in the message.
 CASES: dict[str, list[tuple[int, dict, dict]]] = {
@@ -218,6 +219,7 @@ CASES: dict[str, list[tuple[int, dict, dict]]] = {
     "one_source_of_data": [
         (1, {"data.mock_data": False}, {"data.mock_data": True}),
         (1, {"data.data_path": ["corpus"]}, {"data.mock_data": False}),
+        (1, {**OWN, "data.data_path": ["corpus"]}, {"data.data_path": []}),
     ],
     "loader_is_our_own": [(1, {"data.dataloader_type": "external"}, {"data.dataloader_type": "cyclic"})],
     "data_weights_are_numbers": [
@@ -226,9 +228,28 @@ CASES: dict[str, list[tuple[int, dict, dict]]] = {
     ],
     "split_is_three_shares": [
         (1, {**FILES, "data.split": split}, {"data.split": "969,30,1"})
-        for split in ("", "a,b,c", "1,2,3,4", "0,1,1", "-1,1", "90;10")
+        for split in ("", "a,b,c", "1,2,3,4", "0,1,1", "-1,1", "90+10")
+    ],
+    "training_has_data": [(1, {**OWN, "data.train_data_path": []}, {"data.train_data_path": ["prefix"]})],
+    "full_validation_has_no_weights": [
+        (
+            1,
+            {**FILES, "data.data_path": ["1", "a"], "data.full_validation": True, "training.eval_interval": 5},
+            {"data.multiple_validation_sets": True},
+        ),
+        (
+            1,
+            {
+                **OWN,
+                "data.valid_data_path": ["1", "a", "2", "b"],
+                "data.full_validation": True,
+                "training.eval_interval": 5,
+            },
+            {"data.multiple_validation_sets": True},
+        ),
     ],
     "evaluation_has_data": [
+        (1, {**OWN, "training.eval_interval": 5, "data.valid_data_path": []}, {"data.valid_data_path": ["prefix"]}),
         (1, {**FILES, "training.eval_interval": 5, "data.split": "100,0,0"}, {"data.split": "969,30,1"}),
         (1, {**FILES, "training.eval_interval": 5, "data.split": "100"}, {"data.split": "969,30,1"}),
     ],
@@ -271,7 +292,7 @@ def test_every_rule_has_a_case() -> None:
 
 
 def test_every_rule_of_the_files_is_asked() -> None:
-    modules = (rules_values, rules_model, rules_parallel, rules_batches, rules_run)
+    modules = (rules_values, rules_model, rules_parallel, rules_batches, rules_run, rules_data)
     written = [value for module in modules for value in vars(module).values() if isinstance(value, Rule)]
     assert len(written) == len(VALUE_RULES + RULES)
     assert set(written) == set(VALUE_RULES + RULES)

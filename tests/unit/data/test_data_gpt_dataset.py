@@ -205,7 +205,7 @@ def cached(tmp_path):
 
 
 def entries(tmp_path):
-    return sorted(path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    return sorted(path for path in (tmp_path / "cache").iterdir() if path.is_dir() and path.name[0] != ".")
 
 
 def same_indices(one, other):
