@@ -5,13 +5,14 @@ import io
 import lzma
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from megallm.data.text.inputs import STANDARD_INPUT, kind_of
+from megallm.data.text.inputs import STANDARD_INPUT, kind_of, name_of
 
-# Four bytes of Zstandard can stand for 128 KiB: what is unpacked in one go is small for the sake of memory.
-ZSTANDARD_PIECE = 2048
+# Four bytes of Zstandard can stand for 128 KiB of text, so little is unpacked in one go, for the sake of memory.
+PACKED_PIECE = 1024
 # Files packed with `zstd --long=31` ask for this much.
 ZSTANDARD_WINDOW = 2**31
 READ_BLOCK = 2**20
@@ -29,10 +30,10 @@ def open_stream(path: Path) -> BinaryIO:
         ValueError: the file cannot be opened, or zstandard is not installed. Reading from the stream raises it when the
             file is damaged or cut off, with the file and how far it was read.
     """
-    name = "standard input" if path == STANDARD_INPUT else str(path)
+    name = name_of(path)
     try:
         if path == STANDARD_INPUT:
-            return cast(BinaryIO, _Stream(name, "", sys.stdin.buffer, closes=False))
+            return cast(BinaryIO, _Stream(name, sys.stdin.buffer, closes=False))
         compression = kind_of(path).compression
         raw = open(path, "rb", buffering=0)  # noqa: SIM115 - the stream closes it
     except OSError as error:
@@ -41,10 +42,10 @@ def open_stream(path: Path) -> BinaryIO:
     if compression == ".gz":
         source = gzip.GzipFile(fileobj=raw)
     elif compression == ".xz":
-        source = lzma.LZMAFile(raw)  # noqa: SIM115 - the stream closes it
+        source = _Parts(raw, lzma.LZMADecompressor, lzma.LZMAError, b"\0")
     elif compression == ".zst":
-        source = _ZstandardFile(name, raw)
-    return cast(BinaryIO, _Stream(name, compression, source, file=raw))
+        source = _zstandard_parts(name, raw)
+    return cast(BinaryIO, _Stream(name, source, file=raw))
 
 
 def first_block(stream: BinaryIO) -> tuple[bytes, int]:
@@ -77,11 +78,8 @@ def skip_bytes(stream: BinaryIO, offset: int, name: str) -> None:
 class _Stream(io.RawIOBase):
     """A source whose errors are sentences; only unpacked files can seek."""
 
-    def __init__(
-        self, name: str, compression: str, source: Any, closes: bool = True, file: io.RawIOBase | None = None
-    ) -> None:
-        self._name, self._compression, self._source, self._closes = name, compression, source, closes
-        self._file = file
+    def __init__(self, name: str, source: Any, closes: bool = True, file: io.RawIOBase | None = None) -> None:
+        self._name, self._source, self._closes, self._file = name, source, closes, file
         self._offset = 0
 
     def readable(self) -> bool:
@@ -104,7 +102,7 @@ class _Stream(io.RawIOBase):
             count: int = self._source.readinto(buffer)
         except EOFError:
             raise ValueError(f"{self._name} is cut off: it ends inside its packed data{self._progress()}.") from None
-        except (gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        except (gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{self._name} is damaged{self._progress()}: {error}.") from None
         except OSError as error:
             reason = error.strerror or error
@@ -123,22 +121,25 @@ class _Stream(io.RawIOBase):
         super().close()
 
 
-class _ZstandardFile(io.RawIOBase):
-    """Frames of a Zstandard file, one after another.
+class _Parts(io.RawIOBase):
+    """The packed parts of a file, one after another: frames of Zstandard, streams of xz.
 
-    The package's own reader ends in silence where a file is cut off; its objects for single frames say whether a frame
-    is whole.
+    The usual readers end in silence at a cut-off frame and at a damaged head of a later stream; unpacking part by part
+    shows both.
+
+    Args:
+        file: the packed bytes.
+        make_unpacker: gives an object that unpacks one part, with `decompress`, `eof` and `unused_data`.
+        error: what such an object raises for damaged data.
+        padding: a byte that may stand between parts and after them, any number of times.
     """
 
-    def __init__(self, name: str, file: io.RawIOBase) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise ValueError(f"Reading {name} needs the package zstandard: pip install zstandard.") from None
-        self._error = zstandard.ZstdError
-        self._unpacker = zstandard.ZstdDecompressor(max_window_size=ZSTANDARD_WINDOW)
+    def __init__(
+        self, file: io.RawIOBase, make_unpacker: Callable[[], Any], error: type[Exception], padding: bytes
+    ) -> None:
         self._file = io.BufferedReader(file, 2**18)
-        self._frame: Any = None
+        self._make_unpacker, self._error, self._padding = make_unpacker, error, padding
+        self._unpacker: Any = None
         self._packed = b""
         self._pending = memoryview(b"")
 
@@ -147,10 +148,10 @@ class _ZstandardFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._pending:
-            piece = self._packed or self._file.read(ZSTANDARD_PIECE)
+            piece = self._packed or self._file.read(PACKED_PIECE)
             self._packed = b""
             if not piece:
-                if self._frame is not None:
+                if self._unpacker is not None:
                     raise EOFError
                 return 0
             self._pending = memoryview(self._unpack(piece))
@@ -160,17 +161,30 @@ class _ZstandardFile(io.RawIOBase):
         return count
 
     def _unpack(self, piece: bytes) -> bytes:
-        if self._frame is None:
-            self._frame = self._unpacker.decompressobj()
+        if self._unpacker is None:
+            piece = piece.lstrip(self._padding) if self._padding else piece
+            if not piece:
+                return b""
+            self._unpacker = self._make_unpacker()
         try:
-            unpacked: bytes = self._frame.decompress(piece)
+            unpacked: bytes = self._unpacker.decompress(piece)
         except self._error as error:
             raise zlib.error(str(error)) from None
-        if self._frame.eof:
-            self._packed, self._frame = self._frame.unused_data, None
+        if self._unpacker.eof:
+            self._packed, self._unpacker = self._unpacker.unused_data, None
         return unpacked
 
     def close(self) -> None:
         if not self.closed:
             self._file.close()
         super().close()
+
+
+def _zstandard_parts(name: str, file: io.RawIOBase) -> _Parts:
+    try:
+        import zstandard
+    except ImportError:
+        file.close()
+        raise ValueError(f"Reading {name} needs the package zstandard: pip install zstandard.") from None
+    unpacker = zstandard.ZstdDecompressor(max_window_size=ZSTANDARD_WINDOW)
+    return _Parts(file, unpacker.decompressobj, zstandard.ZstdError, b"")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megallm.data.text.compression import BYTE_ORDER_MARK, READ_BLOCK, open_stream, skip_bytes
-from megallm.data.text.inputs import kind_of
+from megallm.data.text.inputs import kind_of, name_of
 from megallm.data.text.json_values import json_form, read_values
 from megallm.data.text.lines import read_lines
 from megallm.data.text.parquet import read_rows
@@ -48,6 +48,7 @@ def read_documents(
         if end is not None and (number > end.file or (number == end.file and end.offset == 0)):
             return
         path = paths[number]
+        name = name_of(path)
         begin = start if number == start.file else Position(number, 0, 0)
         last = end.offset if end is not None and number == end.file else None
         form = kind_of(path).format
@@ -60,11 +61,11 @@ def read_documents(
                 yield _read_whole(stream, path, number, max_document_bytes)
                 continue
             if begin.offset:
-                skip_bytes(stream, begin.offset, str(path))
+                skip_bytes(stream, begin.offset, name)
             if shape == "lines":
-                yield from read_lines(stream, str(path), begin, last, max_document_bytes)
+                yield from read_lines(stream, name, begin, last, max_document_bytes)
             else:
-                yield from read_values(stream, str(path), begin, last, max_document_bytes, shape == "array")
+                yield from read_values(stream, name, begin, last, max_document_bytes, shape == "array")
 
 
 def _read_whole(stream: BinaryIO, path: Path, number: int, limit: int) -> RawDocument:

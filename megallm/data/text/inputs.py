@@ -20,6 +20,11 @@ class Kind(NamedTuple):
     compression: str
 
 
+def name_of(path: Path) -> str:
+    """What messages call a file."""
+    return "standard input" if path == STANDARD_INPUT else str(path)
+
+
 def kind_of(path: Path) -> Kind:
     """The kind that a file has by its name; the standard input is JSON lines.
 
@@ -43,7 +48,7 @@ def find_inputs(names: Sequence[str]) -> list[Path]:
     """The input files, in the order of the names; those of a pattern or a folder sorted by their path.
 
     A name is a file, a pattern (`*`, `?`, `[...]`, `**` for folders at any depth), a folder (all files of known kinds
-    at any depth, hidden ones left out) or `-` for the standard input.
+    at any depth; hidden ones are left out, links to folders not followed) or `-` for the standard input.
 
     Raises:
         ValueError: nothing is there, a file is of an unknown kind, or a file comes twice. Two names of one file are
@@ -88,11 +93,15 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for here, folders, files in os.walk(folder):
+    for here, folders, files in os.walk(folder, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if not name.startswith(".") and _is_known(Path(name)):
                 yield Path(here, name)
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(f"The folder {error.filename} cannot be read: {error.strerror}.")
 
 
 def _is_known(path: Path) -> bool:
@@ -106,9 +115,13 @@ def _is_known(path: Path) -> bool:
 def _nearest(path: Path) -> str:
     """A hint at what may be meant by a path that is not there."""
     folder = path.parent
-    if not folder.is_dir():
-        while not folder.is_dir():
-            folder = folder.parent
-        return f", the nearest folder that exists is {folder}"
-    close = difflib.get_close_matches(path.name, os.listdir(folder), n=1, cutoff=0.5)
+    while not folder.is_dir():
+        folder = folder.parent
+    if folder != path.parent:
+        return f"; the nearest folder that exists is {folder}"
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        return f"; {folder} cannot be listed: {error.strerror}"
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
     return f"; the nearest name is {folder / close[0]}" if close else f"; {folder} has nothing of a like name"

@@ -201,8 +201,16 @@ def _read_value(cursor: _Cursor, file: str, number: int, limit: int, array: bool
             pieces.append(piece)
         if found < 0 and not cursor.next_block():
             break
-    problem = too_large(place_of(file, line, start), size, limit) if size > limit else None
-    content = b"".join(pieces).rstrip() if problem is None else b""
+    place = place_of(file, line, start)
+    content, problem = b"", None
+    if size > limit:
+        problem = too_large(place, size, limit)
+    elif size == 0:
+        # The comma goes with the document that is missing before it: each document takes some bytes.
+        cursor.take(cursor.at + 1)
+        problem = BadDocument("no_json", f"{place}: nothing stands before the comma.")
+    else:
+        content = b"".join(pieces).rstrip()
     return RawDocument(file, line, content, start, number, cursor.offset, cursor.lines, problem)
 
 

@@ -17,8 +17,9 @@ def read_rows(
 ) -> Iterator[RawDocument]:
     """The rows from `start.offset` to before row `end`, each as a JSON object of its texts.
 
-    Row groups before the start are not read. Memory: a batch of about 4 MiB of text three times over (more where rows
-    of one row group differ much in length), and the pages at hand of each column.
+    Row groups before the start are not read. Memory: a batch of about 4 MiB of text three times over, and the pages at
+    hand of each column. Rows of one group that differ much in length make it more, and a row beyond `limit` is held
+    too: the format gives its values whole.
 
     Args:
         path: a Parquet file.
