@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from megallm.data.indexed import index
 from megallm.data.indexed.format import DTYPES
 from megallm.data.indexed.reader import IndexedDataset
 
@@ -162,8 +163,10 @@ def test_the_dataset_they_are_made_from_is_sound(tmp_path):
     assert IndexedDataset(tmp_path / "x").document_indices.tolist() == DOCUMENTS
 
 
-@pytest.mark.parametrize("mmap", [True, False])
-def test_every_case_is_refused_by_name(tmp_path, mmap):
+@pytest.mark.parametrize(("mmap", "chunk"), [(True, 3), (False, 1 << 20)])
+def test_every_case_is_refused_by_name(tmp_path, monkeypatch, mmap, chunk):
+    """Whether the index is checked in one piece, or in chunks of which faults lie on the borders."""
+    monkeypatch.setattr(index, "CHECK_CHUNK", chunk)
     prefix = tmp_path / "x"
     wrong = []
     for case in CASES:
