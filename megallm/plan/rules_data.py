@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megallm.config.data_sources import DataSources, parse_data_path, parse_split
 from megallm.config.tree import Config
-from megallm.data.samples.splits import DataSources, parse_data_path, parse_split
 from megallm.plan.problem import Problem, rule
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from megallm.config.data_sources import read_sources
 from megallm.config.tree import Config
 from megallm.data.feeding.orders import DataShare, layout_in_order, permutation
-from megallm.data.samples.splits import read_sources
 from megallm.plan.rules_data import data_sources
 
 # What a change of each thing does. Where nothing is said the samples are others altogether.

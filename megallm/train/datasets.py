@@ -7,13 +7,13 @@ from pathlib import Path
 
 from megallm.config import resolve
 from megallm.config.batch_sizes import batch_sizes_of
+from megallm.config.data_sources import read_sources
 from megallm.config.resolve import train_samples
 from megallm.config.tree import Config
 from megallm.data.feeding.loader import SampleSource
 from megallm.data.samples.blended import BuildOptions, build_run_data
 from megallm.data.samples.gpt import GPTDatasetSettings
 from megallm.data.samples.mock import MockDataset
-from megallm.data.samples.splits import read_sources
 from megallm.data.tokenizer.base import Tokenizer, TokenizerSettings
 from megallm.data.tokenizer.build import build_tokenizer
 from megallm.data.tokenizer.record import check_record

@@ -8,10 +8,10 @@ from pathlib import PurePath
 
 import numpy as np
 
+from megallm.config.data_sources import SPLIT_NAMES, DataSources, SplitSource, read_sources
 from megallm.data.indexed.reader import IndexedDataset
 from megallm.data.samples import helpers
 from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings, TooFewTokensError
-from megallm.data.samples.splits import SPLIT_NAMES, DataSources, SplitSource, read_sources, split_range
 
 # Megatron builds each dataset of a blend this share larger than the blend needs.
 SURPLUS = 0.005
@@ -90,6 +90,12 @@ def normalize(weights: Sequence[float] | np.ndarray) -> np.ndarray:
             f"Weight {wrong:g} of a dataset is not a positive number; leave the dataset out of the list instead."
         )
     return values / np.sum(values)
+
+
+def split_range(bounds: tuple[float, float], num_sequences: int) -> tuple[int, int]:
+    """First sequence of a split, and the one behind its last."""
+    low, high = bounds
+    return round(low * float(num_sequences)), round(high * float(num_sequences))
 
 
 def samples_of_each(weights: np.ndarray, size: int, surplus: float = 0.0) -> list[int]:

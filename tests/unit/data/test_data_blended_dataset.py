@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from small_data import write_dataset
 
+from megallm.config.data_sources import DataSources, parse_data_path, parse_split
 from megallm.data.indexed.reader import IndexedDataset
-from megallm.data.samples.blended import BlendedDataset, build_run_data, samples_of_each
+from megallm.data.samples.blended import BlendedDataset, build_run_data, samples_of_each, split_range
 from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings
-from megallm.data.samples.splits import DataSources, parse_data_path, parse_split, split_range
 
 
 class Numbers:

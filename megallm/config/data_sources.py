@@ -199,9 +199,3 @@ def parse_split(split: str) -> list[tuple[float, float] | None]:
     # The sums are taken one after another, as Megatron does: the rounding of a bound depends on it.
     bounds = list(accumulate((value / total for value in values), initial=0.0))
     return [(low, high) if low < high else None for low, high in pairwise(bounds)]
-
-
-def split_range(bounds: tuple[float, float], num_sequences: int) -> tuple[int, int]:
-    """First sequence of a split, and the one behind its last."""
-    low, high = bounds
-    return round(low * float(num_sequences)), round(high * float(num_sequences))
