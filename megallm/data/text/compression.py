@@ -54,8 +54,10 @@ def first_block(stream: BinaryIO) -> tuple[bytes, int]:
     # Packed files may come in small pieces.
     while 0 < len(block) < len(BYTE_ORDER_MARK) and (more := stream.read(READ_BLOCK)):
         block += more
-    stripped = block.removeprefix(BYTE_ORDER_MARK)
-    return stripped, len(block) - len(stripped)
+    if not block.startswith(BYTE_ORDER_MARK):
+        return block, 0
+    # An empty block would stand for the end.
+    return block[len(BYTE_ORDER_MARK) :] or stream.read(READ_BLOCK), len(BYTE_ORDER_MARK)
 
 
 def skip_bytes(stream: BinaryIO, offset: int, name: str) -> None:
