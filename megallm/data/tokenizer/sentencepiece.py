@@ -10,16 +10,19 @@ from megallm.data.tokenizer.base import Tokenizer
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece `.model` file; texts are encoded without beginning and end tokens."""
+    """A SentencePiece `.model` file; texts are encoded without beginning and end tokens.
+
+    `model` is the file's content, where it is not to be read from the path.
+    """
 
     kind = "sentencepiece"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, model: bytes | None = None) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        if not path.is_file():
+        if model is None and not path.is_file():
             raise ValueError(f"There is no tokenizer file {path}: SentencePiece needs its .model file.")
-        self.model = path.read_bytes()
+        self.model = path.read_bytes() if model is None else model
         self._library = SentencePieceProcessor()
         try:
             self._library.LoadFromSerializedProto(self.model)

@@ -3,6 +3,8 @@
 import pytest
 from small_data import GOLDEN_DOCUMENTS, TEXTS, load_tool, write_dataset
 
+from megallm.data.tokenizer.training import TrainingSettings, train_tokenizer
+
 
 @pytest.fixture
 def golden(tmp_path):
@@ -13,7 +15,7 @@ def golden(tmp_path):
 def tokenizer_json(tmp_path_factory):
     """A byte-level tokenizer.json of 300 tokens."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    load_tool("train_tokenizer").train(iter(TEXTS * 5), 300).save(str(path))
+    path.write_bytes(train_tokenizer(TrainingSettings("bpe", 300), TEXTS * 5, path).content)
     return path
 
 

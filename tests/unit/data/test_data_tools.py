@@ -174,43 +174,6 @@ def test_mistakes_on_the_command_line(tool, tokenizer_json, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.jsonl", "in.csv"]
 
 
-def test_train_tokenizer(tool, jsonl, tmp_path):
-    command = ["--input", jsonl, "--vocab-size", 290]
-    code, out, _ = tool("train_tokenizer", *command, "--output", tmp_path / "a" / "tokenizer.json")
-    assert code == 0
-    assert "290 tokens, from 285 documents" in out
-    assert "bytes per token on the 15 documents held out" in out
-    assert tool("train_tokenizer", *command, "--output", tmp_path / "b.json")[0] == 0
-    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b.json").read_bytes()
-    tokenizer = Tokenizer.from_file(str(tmp_path / "b.json"))
-    assert tokenizer.token_to_id("<|endoftext|>") == 0
-    for text in ["", "\0\x7f", *TEXTS]:
-        assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
-
-
-def test_train_tokenizer_measures_on_what_it_did_not_see(tool, tmp_path):
-    """Documents of a's, then one of b's: a trained merge would give more than one byte a token."""
-    lines = [json.dumps({"text": "aaaa " * 50})] * 19 + [json.dumps({"text": "bcdbdcbcd"})]
-    (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    code, out, _ = tool(
-        "train_tokenizer", "--input", tmp_path / "in.jsonl", "--vocab-size", 300, "--output", tmp_path / "t.json"
-    )
-    assert code == 0
-    assert "1.000 bytes per token on the 1 documents held out" in out
-
-
-def test_train_tokenizer_mistakes(tool, jsonl, tmp_path):
-    output = ["--output", tmp_path / "t.json"]
-    code, _, err = tool("train_tokenizer", "--input", jsonl, "--vocab-size", 100, *output)
-    assert (code, err.count("\n")) == (2, 1)
-    assert "256 bytes and <|endoftext|> need 257" in err
-    (tmp_path / "one.txt").write_text("x")
-    code, _, err = tool("train_tokenizer", "--input", tmp_path / "one.txt", "--vocab-size", 300, *output)
-    assert code == 2
-    assert "needs 2 documents at least" in err
-    assert not (tmp_path / "t.json").exists()
-
-
 def test_collect_text(tool, tmp_path):
     command = ["--max-megabytes", "0.3"]
     assert tool("collect_text", "--output", tmp_path / "a.jsonl", *command)[0] == 0
