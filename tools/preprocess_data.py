@@ -8,10 +8,10 @@ from megallm.data.command_line import ToolParser, add_tokenizer_arguments, posit
 from megallm.data.prepare.encoding import EncodeSettings
 from megallm.data.prepare.interrupts import Interrupted, interrupts_raise
 from megallm.data.prepare.job import Job, JobSettings, Outcome
+from megallm.data.prepare.memory import DEFAULT_DOCUMENT_BYTES, state_memory
 from megallm.data.prepare.progress import Progress
 from megallm.data.prepare.shards import merge_shards, parse_shard
 from megallm.data.prepare.worker_count import default_workers, measure_workers
-from megallm.data.text.documents import MAX_DOCUMENT_BYTES
 from megallm.data.text.inputs import KINDS, find_inputs
 from megallm.data.tokenizer.base import state_special_tokens
 
@@ -28,8 +28,9 @@ The work is done in PREFIX.preprocessing/, and the output appears when it is who
 command goes on where it was. After an error in the input or on a full disk nothing is left, unless --keep is given.
 Text on the standard input cannot be read again: an interrupted job starts over.
 
-Memory: for each worker about 200 MB, and 60 times the longest document it meets with (HuggingFaceTokenizer; other
-tokenizers need less). --max-document-bytes bounds that; nothing grows with the number of documents."""
+Memory: for each worker 0.2 GB and about 140 times the longest document with the tokenizers library, 40 times with
+sentencepiece, 10 times with gigatoken; said at the start. --max-document-bytes bounds it; nothing grows with the number
+of documents or the size of the files."""
 EPILOG = """\
 example:
   python tools/preprocess_data.py --input books.jsonl notes.txt --output-prefix data/books --append-eod \\
@@ -65,9 +66,9 @@ def build_parser() -> ToolParser:
     group.add_argument(
         "--max-document-bytes",
         type=_document_bytes,
-        default=MAX_DOCUMENT_BYTES,
+        default=DEFAULT_DOCUMENT_BYTES,
         metavar="N",
-        help=f"a longer document is a bad one ({MAX_DOCUMENT_BYTES})",
+        help=f"a longer document is a bad one ({DEFAULT_DOCUMENT_BYTES})",
     )
     group.add_argument("--keep", action="store_true", help="keep what is done after an error, to go on from there")
     _add_work_arguments(parser)
@@ -152,7 +153,11 @@ def preprocess(options: argparse.Namespace, program: str) -> None:
     job = Job(job_settings(options))
     settings = job.settings
     workers = options.workers or default_workers(job)
-    print(f"Special tokens: {state_special_tokens(job.encoder.tokenizer)}.", file=sys.stderr)
+    tokenizer = job.encoder.tokenizer
+    print(f"Special tokens: {state_special_tokens(tokenizer)}.")
+    print(state_memory(tokenizer, workers, settings.max_document_bytes), flush=True)
+    if not settings.can_resume:
+        print("Standard input cannot be read again: an interrupted job cannot go on, and starts over.", flush=True)
     progress = Progress(options.log_interval)
     try:
         with interrupts_raise():

@@ -89,13 +89,12 @@ class Encoder:
         self._settings = settings
         self._split: Callable[[str], list[str]] | None = None
         if settings.sentence_language is not None:
-            from megallm.data.text.sentences import split_sentences
+            from megallm.data.text.sentences import check_language, split_sentences
 
+            check_language(settings.sentence_language)
             self._split = partial(
                 split_sentences, language=settings.sentence_language, keep_newlines=settings.keep_newlines
             )
-            # A language that nobody knows, or a package that is missing, shows here.
-            self._split("")
         self.tokenizer: Tokenizer = build_tokenizer(settings.tokenizer)
         self.dtype = token_dtype(self.tokenizer.vocab_size)
 
