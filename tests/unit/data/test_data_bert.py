@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_masking import DOCUMENTS, RANDOM_DOCUMENTS, VOCABULARY, bert_sample, flat, sentence_rows, write_sentences
 
+from megallm.config.data_sources import parse_split
 from megallm.data.samples import masked
 from megallm.data.samples.bert import BERTDataset, BERTDatasetSettings
-from megallm.data.samples.blended import BlendedDataset
-from megallm.data.samples.splits import parse_split, split_range
+from megallm.data.samples.blended import BlendedDataset, split_range
 
 SETTINGS = BERTDatasetSettings(sequence_length=16, vocabulary=VOCABULARY, masking_probability=0.3)
 # What BERTMaskedWordPieceDataset of megatron-core 0.12.1, as published on PyPI, gave for DOCUMENTS and SETTINGS with
