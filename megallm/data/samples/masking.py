@@ -114,7 +114,8 @@ class WordMasking:
         limit, masked = self.limit(len(tokens), target_length), 0
         is_masked = np.zeros(len(tokens), bool)
         for word in order.tolist():
-            if masked >= limit:
+            # Megatron draws on where a fraction of a token is left, but nothing fits it, and nothing is drawn later.
+            if masked + 1 > limit:
                 return
             words = self._draw_words(generator)
             first = starts[word]

@@ -53,6 +53,16 @@ def test_runs_are_the_slow_reference_s(tokens, target, probability, max_words, g
     assert [number for _, numbers in found for number in numbers] == drawn
 
 
+def test_bounds_are_numpy_s_to_the_last_bit():
+    for max_words in range(1, 13):
+        chances = 1 / np.arange(1, max_words + 1)
+        chances /= chances.sum()
+        # What `choice` is given, and what it makes of it.
+        given_chances = chances / chances.sum()
+        bounds = given_chances.cumsum()
+        assert WordMasking(VOCABULARY, 0.1, max_words, False)._bounds == (bounds / bounds[-1]).tolist()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_words_are_masked_whole(seed):
     tokens = [1, 5, 12, 13, 6, 2, 7, 14, 8, 8, 15, 2]
