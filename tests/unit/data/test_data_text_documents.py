@@ -145,6 +145,7 @@ def bad_kinds(path, **arguments):
         (b'{"text": {"a": 1}}', "not_text", "a JSON object"),
         (b'{"text": ["a", 1]}', "not_text", "in the list under 'text' stands a JSON number"),
         (b'{"text": "a\\uD800"}', "not_text", r"half a character, \\ud800"),
+        (b'{"text": "\\ud83e\\udd8a \\udc01"}', "not_text", r"half a character, \\udc01"),
         (b'{"text": "a\xe9"}', "no_utf8", r"byte 12 \(0xe9\) is no UTF-8"),
         (b'{"text": "' + b"a" * 300_000 + b'"}', "too_large", r"the document has 300,012 bytes, the limit is 250,000"),
     ],
@@ -391,6 +392,14 @@ def test_parts_are_about_equal_and_whole_files_lie_where_they_start(tmp_path):
     # Nobody has counted the lines before a cut: the place is the byte.
     assert parts[1][0].place == f"{plain}, line at byte {parts[1][0].start}"
     assert parts[3][-1].place == f"{packed}, line 1000"
+
+
+def test_a_line_that_starts_at_the_boundary_is_in_the_later_part(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"123456789\n" * 10)
+    assert cut([path], 0, 2) == (Position(0, 0, 0), Position(0, 50, -1))
+    assert cut([path], 1, 2) == (Position(0, 50, -1), None)
+    assert cut([path], 1, 3) == (Position(0, 40, -1), Position(0, 70, -1))
 
 
 def test_mistakes_with_parts(tmp_path):

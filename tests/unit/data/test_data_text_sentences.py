@@ -45,6 +45,11 @@ def test_sentences_keep_the_blanks_that_follow_them():
     assert split_sentences(text, "english", False) == ["One ends.", "Two\nends.", "Three."]
 
 
+def test_wide_blanks_around_an_initial_do_not_stop_the_splitter():
+    text = "It ends here.\xa0 By\u3000A\u3000. Really? Yes."
+    assert split_sentences(text, "english", False) == ["It ends here.", "By\u3000A\u3000. Really?", "Yes."]
+
+
 def test_texts_without_a_sentence():
     assert split_sentences("", "english", True) == split_sentences(" \n", "english", False) == []
     assert split_sentences(" \n", "english", True) == [" \n"]
@@ -85,7 +90,7 @@ def test_a_failure_inside_the_splitter_is_not_fatal(monkeypatch):
 
 
 def test_long_texts_of_odd_shapes_come_out_whole():
-    """In linear time: the test would not end otherwise. Without ends, ends alone, blanks alone, quotes that never close."""
+    """Without ends, ends alone, blanks alone, quotes that never close; the test would not end if time were square."""
     for piece in ("word ", ".", "\n \n", '"word. ', "a.b", "x. ", "\n"):
         text = piece * (600_000 // len(piece))
         assert "".join(split_sentences(text, "english", True)) == text
