@@ -12,7 +12,7 @@ _EFFECTS = {
     "training samples": "indices are dealt for so many samples, and another number of epochs deals all of them anew",
     "seed": "samples are shuffled by it",
     "sequence length": "samples begin and end elsewhere",
-    "split": "training gets other documents",
+    "share of the data": "training gets other documents",
     "loader": "samples are read in another order",
     "layout in the order": "the cyclic order depends on it",
     "torch's shuffle of eight": "this version of torch shuffles otherwise",
@@ -22,23 +22,30 @@ _EFFECTS = {
 def data_order(config: Config, num_train_samples: int, available_samples: int, share: DataShare) -> dict[str, str]:
     """Everything that the order of the training data depends on, by its name, as texts that can be compared.
 
+    Reads the files that list datasets; raises ValueError where one cannot be read.
+
     Args:
         num_train_samples: what the indices were asked for.
         available_samples: the length of the training data, which may be greater.
         share: the layout, which the `cyclic` order depends on.
     """
     data = config.data
-    sources = [None] if data.mock_data else read_sources(data_sources(config))
     order = {
-        "data": "synthetic" if data.mock_data else str(sources[0]),
+        "data": "synthetic",
         "seed": str(config.training.seed),
         "sequence length": str(data.seq_length),
         "loader": data.dataloader_type,
     }
     if not data.mock_data:
         # A synthetic sample depends on its number and the seed alone.
-        split = data.split if data.data_path or data.data_args_path else "lists of their own"
-        order |= {"training samples": str(num_train_samples), "split": split}
+        source = read_sources(data_sources(config))[0]
+        assert source is not None, "there is training data"
+        low, high = source.bounds
+        order |= {
+            "data": str(source),
+            "share of the data": f"{low:.6g} to {high:.6g}",
+            "training samples": str(num_train_samples),
+        }
     if data.dataloader_type == "cyclic":
         order["layout in the order"] = layout_in_order(
             data.dataloader_type, available_samples, share, sharding=data.data_sharding

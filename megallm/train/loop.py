@@ -53,8 +53,9 @@ def _run(config: Config, task: Task, mesh: Mesh, datasets: Datasets) -> None:
     _describe(engine, log)
     for note in datasets.notes:
         log(note)
+    order = on_every_rank(mesh, lambda: _data_order(engine, datasets))
     if config.checkpoint.load:
-        loaded = load_engine(engine, config.checkpoint.load, _data_order(engine, datasets))
+        loaded = load_engine(engine, config.checkpoint.load, order)
         log(
             f"continuing from {loaded[0]}"
             if loaded
@@ -69,7 +70,7 @@ def _run(config: Config, task: Task, mesh: Mesh, datasets: Datasets) -> None:
     reporter = Reporter(config, mesh.shape.world_size, mesh.rank == 0, task.term_names)
     reporter.last_iteration = last_iteration
     try:
-        _train(engine, datasets, reporter, last_iteration, log)
+        _train(engine, datasets, reporter, last_iteration, order, log)
     finally:
         reporter.close()
 
@@ -111,7 +112,12 @@ def _check_data_lasts(engine: Engine, datasets: Datasets, last_iteration: int, l
 
 
 def _train(
-    engine: Engine, datasets: Datasets, reporter: Reporter, last_iteration: int, log: Callable[[str], None]
+    engine: Engine,
+    datasets: Datasets,
+    reporter: Reporter,
+    last_iteration: int,
+    order: dict[str, str],
+    log: Callable[[str], None],
 ) -> None:
     config, progress = engine.config, engine.progress
     training, checkpoint = config.training, config.checkpoint
@@ -136,7 +142,7 @@ def _train(
             if checkpoint.save and (due or leaving or done == last_iteration):
                 reporter.flush()
                 resume = reporter.pause()
-                log(f"saved {save_engine(engine, checkpoint.save, _data_order(engine, datasets))}")
+                log(f"saved {save_engine(engine, checkpoint.save, order)}")
                 last_saved = done
                 resume()
             if leaving and done < last_iteration:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ def order_of(changes: dict[str, Any], *, samples: int = 1000, share: DataShare =
         ({}, 2000, "training samples: 1000 there, 2000 here .*deals all of them anew"),
         ({"data.seq_length": 128}, 1000, "sequence length: 64 there, 128 here"),
         ({"data.data_path": ["news"]}, 1000, "data: 0.3 news 0.7 code there, news here"),
-        ({"data.split": "90,10"}, 1000, "split: 969, 30, 1 there, 90,10 here"),
+        ({"data.split": "90,10"}, 1000, "share of the data: 0 to 0.969 there, 0 to 0.9 here"),
         ({"training.seed": 8}, 1000, "seed: 7 there, 8 here"),
         (
             {"data.dataloader_type": "cyclic"},
@@ -47,6 +48,7 @@ def test_what_changes_the_order_is_refused_by_name(changes: dict[str, Any], samp
     "changes",
     [
         {"data.num_workers": 4},
+        {"data.split": "969,31"},
         {"data.eod_mask_loss": True},
         {"training.global_batch_size": 64},
         {"data.data_cache_path": "elsewhere"},
@@ -71,3 +73,13 @@ def test_the_cyclic_order_depends_on_the_layout_unless_it_is_not_sharded() -> No
     check_data_order(order_of(whole), order_of(whole, share=DataShare(1, 0, 16)), "iter_0000005")
     with pytest.raises(ValueError, match="layout in the order: epochs of 1024 of 1024 samples there"):
         check_data_order(order_of(whole), order_of(whole, share=DataShare(2, 0, 3)), "iter_0000005")
+
+
+def test_lists_in_files_count_by_what_they_hold(tmp_path: Path) -> None:
+    def listed(words: str) -> dict[str, str]:
+        (tmp_path / "list").write_text(words)
+        return order_of({"data.data_path": [], "data.data_args_path": str(tmp_path / "list")})
+
+    check_data_order(order_of({}), listed("0.3 news\n0.7 code\n"), "iter_0000005")
+    with pytest.raises(ValueError, match=r"data: 0\.3 news 0\.7 code there, 0\.3 code 0\.7 news here"):
+        check_data_order(order_of({}), listed("0.3 code 0.7 news"), "iter_0000005")
