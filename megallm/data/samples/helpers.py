@@ -5,6 +5,7 @@ numpy, with the same arguments and results. Token counts are 64-bit throughout.
 """
 
 import warnings
+from importlib import import_module
 from types import ModuleType
 
 import numpy as np
@@ -13,7 +14,7 @@ from megallm.data.samples import reference
 
 _native: ModuleType | None
 try:
-    from megallm.data.samples import _helpers as _native  # type: ignore[attr-defined,no-redef]
+    _native = import_module("megallm.data.samples._helpers")
 except ImportError:
     _native = None
     warnings.warn(
