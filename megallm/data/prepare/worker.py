@@ -24,6 +24,8 @@ from megallm.data.tokenizer.base import TokenizerSettings
 
 _LENGTH = struct.Struct("<Q")
 _LINUX_PR_SET_PDEATHSIG = 1
+# Signals that go to all processes of a terminal or a batch job: the parent takes them, and ends its workers.
+_FOR_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class WorkerDied(ValueError):
@@ -41,12 +43,17 @@ class Worker:
     def __init__(self, settings: EncodeSettings, source: Input) -> None:
         package_root = str(Path(megallm.__file__).parents[1])
         search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "megallm.data.prepare.worker", str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": search_path},
-        )
+        # The worker inherits the mask, so that no signal reaches it before it has said how it takes them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_PARENT)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "megallm.data.prepare.worker", str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": search_path},
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         assert self._process.stdin is not None and self._process.stdout is not None
         self._requests, self._answers = self._process.stdin, self._process.stdout
         self._ready = False
@@ -106,9 +113,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     # Whatever a library prints must not get between the frames.
     os.dup2(2, 1)
-    # A signal to all processes of a terminal or a job is for the other process: it ends this one.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _FOR_THE_PARENT:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     _end_with_parent(int(sys.argv[1]))
     with contextlib.suppress(EOFError, BrokenPipeError):
         header, _ = _receive(requests)

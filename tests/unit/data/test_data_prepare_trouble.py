@@ -91,7 +91,7 @@ def test_texts_that_the_tokenizer_refuses(tool, tmp_path):
 
 
 def test_ids_outside_the_vocabulary_and_other_ids_of_the_fast_library(tokenizer_json, tmp_path, monkeypatch):
-    """The first is a bad document; the second is the library's fault, and stops the job even when bad ones are skipped."""
+    """The first is a bad document; the second is the fault of the library, and stops the job anyway."""
     (tmp_path / "in.jsonl").write_bytes(GOOD + b'{"text": "bad"}\n' + GOOD)
     tokenizer = TokenizerSettings("HuggingFaceTokenizer", str(tokenizer_json), fast_tokenizer="never")
     encode = EncodeSettings(tokenizer, skip_bad_documents=True)
