@@ -107,6 +107,10 @@ class Tokenizer(ABC):
         """Ids of all texts back to back, int32 [ids], and how many each has, int64 [texts]."""
         return flatten(self.encode_batch(texts))
 
+    def texts_with_own_token(self) -> list[str]:
+        """Texts that are looked for in every document and become a token of their own."""
+        return []
+
     def special_tokens(self) -> dict[str, int]:
         """Id of each special token that there is, by its role; the end of document comes first."""
         roles = {

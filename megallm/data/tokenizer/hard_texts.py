@@ -26,6 +26,13 @@ def hard_texts(reference: Tokenizer) -> Iterator[str]:
     # Characters of every script, alone and inside a word.
     spread = [*range(0xA1, 0x3400, 13), *range(0x1F000, 0x1FA80, 9), *range(0xA000, 0xD7A4, 199), 0x20000, 0xE0101]
     yield " ".join(f"{chr(number)} a{chr(number)}b" for number in spread if chr(number).isprintable())
-    for token_id in {*reference.special_tokens().values(), *reference.sentinel_ids[:2]}:
-        text = reference.token_text(token_id)
-        yield f"a{text}b {text} {text}{text}\n{text[:-1]} {text.lower()} {text.upper()}{text}"
+    for text in _tokens_in_texts(reference):
+        yield f"a{text}b {text} {text}{text} c\n{text[:-1]} {text.lower()} {text.upper()}{text}"
+
+
+def _tokens_in_texts(reference: Tokenizer) -> list[str]:
+    """Special tokens, and some of the texts that are tokens of their own wherever they stand."""
+    special = [reference.token_text(token_id) for token_id in reference.special_tokens().values()]
+    own = reference.texts_with_own_token()
+    # There may be hundreds, all alike.
+    return list(dict.fromkeys([*special, *own[:20], *own[-5:]]))

@@ -69,6 +69,9 @@ class HuggingFaceTokenizer(Tokenizer):
         content["truncation"] = content["padding"] = None
         return json.dumps(content, sort_keys=True).encode()
 
+    def texts_with_own_token(self) -> list[str]:
+        return [token.content for token in self._library.get_added_tokens_decoder().values()]
+
     def surroundings(self) -> tuple[list[int], list[int]]:
         """Special tokens that are put before and after every text."""
         inner = self._library.encode("a", add_special_tokens=False).ids
