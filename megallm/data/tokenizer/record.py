@@ -64,10 +64,10 @@ def read_record(prefix: str | Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}.") from None
-    if not isinstance(record, dict) or not {"kind", "checksum", "vocab_size", "special_tokens"} <= record.keys():
-        raise ValueError(
-            f"{path} is no record of a tokenizer: kind, checksum, vocab_size or special_tokens is missing."
-        )
+    kinds = {"kind": str, "checksum": str, "vocab_size": int, "special_tokens": dict}
+    wrong = [key for key, kind in kinds.items() if not (isinstance(record, dict) and isinstance(record.get(key), kind))]
+    if wrong:
+        raise ValueError(f"{path} is no record of a tokenizer: {', '.join(wrong)} is missing or of another type.")
     return record
 
 
