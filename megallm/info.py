@@ -23,6 +23,8 @@ OPTIONAL_PACKAGES = {
     "pyarrow": "pyarrow",
     "zstandard": "zstandard",
     "tiktoken": "tiktoken",
+    "gigatoken": "gigatoken",
+    "sentencex": "sentencex",
     "flash_attn": "flash-attn",
     "apex": "apex",
 }
