@@ -291,6 +291,30 @@ DIFFERENCES = (
         "reading costs less time than a process takes from a training that runs on the same cores",
     ),
     Difference(
+        "Batches that grow",
+        "`--rampup-batch-size` needs `--train-samples`, and `--lr-warmup-iters` counts steps of the final size",
+        "with `--train-iters` too; a length in steps stands for the samples of those very steps",
+        "a step is a step, whatever its size",
+    ),
+    Difference(
+        "Length in samples",
+        "turned to steps at the start of each job: a batch size changed on resume ends the run elsewhere",
+        "counted from the consumed samples",
+        "the run reads what it was given",
+    ),
+    Difference(
+        "Resuming with other data flags or another length",
+        "indices are dealt anew in silence, so that samples are seen again or never",
+        "refused with what has changed; `--allow-data-change` confirms",
+        "a run must not lose its place unnoticed",
+    ),
+    Difference(
+        "`--dataloader-type cyclic --no-data-sharding`",
+        "ranks drift into different epochs where the samples make no whole batches",
+        "the rest of each epoch is left out on all ranks",
+        "no sample may be read twice in an epoch",
+    ),
+    Difference(
         "`--distributed-backend`",
         "`nccl`",
         "`nccl` with one GPU a process, `gloo` otherwise",

@@ -67,8 +67,7 @@ def _run(config: Config, task: Task, mesh: Mesh, datasets: Datasets) -> None:
     last_sample = engine.batch_sizes.after(last_iteration - engine.progress.iteration, engine.progress.consumed_samples)
     _check_data_lasts(engine, datasets, last_iteration, last_sample)
     _describe_batches(engine, check_schedules(engine, last_sample), last_sample, log)
-    reporter = Reporter(config, mesh.shape.world_size, mesh.rank == 0, task.term_names)
-    reporter.last_iteration = last_iteration
+    reporter = Reporter(config, mesh.shape.world_size, mesh.rank == 0, task.term_names, last_iteration)
     try:
         _train(engine, datasets, reporter, last_iteration, order, log)
     finally:

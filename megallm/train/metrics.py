@@ -73,7 +73,14 @@ class Reporter:
     All ranks keep step with each other, so that only the rank that is told to `report` reads scalars at all.
     """
 
-    def __init__(self, config: Config, world_size: int, report: bool, term_names: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world_size: int,
+        report: bool,
+        term_names: tuple[str, ...],
+        last_iteration: int | None = None,
+    ) -> None:
         self.config = config
         self.world_size = world_size
         self.report = report
@@ -81,7 +88,7 @@ class Reporter:
         self._pending: tuple[int, int, int, Readback, float] | None = None
         self._last = time.perf_counter()
         self._window: list[StepRecord] = []
-        self.last_iteration = config.training.train_iters
+        self.last_iteration = config.training.train_iters if last_iteration is None else last_iteration
         logging = config.logging
         self._json = JsonLines(logging.metrics_jsonl) if report and logging.metrics_jsonl else None
         self._tensorboard: Any = None
