@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,20 @@ def check_record(prefix: str | Path, tokenizer: Tokenizer) -> None:
 
     Raises ValueError if the two give other ids, or end documents with other tokens.
     """
-    record = read_record(prefix)
-    if record is None:
-        return
-    here = describe(tokenizer)
+    check_records([prefix], tokenizer)
+
+
+def check_records(prefixes: Iterable[str | Path], tokenizer: Tokenizer) -> None:
+    """`check_record` for each of many datasets; the tokenizer is described once."""
+    here = None
+    for prefix in prefixes:
+        record = read_record(prefix)
+        if record is not None:
+            here = here or describe(tokenizer)
+            _compare(prefix, record, here)
+
+
+def _compare(prefix: str | Path, record: dict[str, Any], here: dict[str, Any]) -> None:
     differences = [
         f"{name} {record[key]} there, {here[key]} here"
         for key, name in (("kind", "kind"), ("vocab_size", "vocabulary"))
