@@ -14,9 +14,9 @@ from megallm.data.feeding.loader import SampleSource
 from megallm.data.samples.blended import BuildOptions, build_run_data
 from megallm.data.samples.gpt import GPTDatasetSettings
 from megallm.data.samples.mock import MockDataset
-from megallm.data.tokenizer.base import Tokenizer, TokenizerSettings
+from megallm.data.tokenizer.base import Tokenizer, TokenizerSettings, state_special_tokens
 from megallm.data.tokenizer.build import build_tokenizer
-from megallm.data.tokenizer.record import check_record
+from megallm.data.tokenizer.record import check_records
 from megallm.plan.rules_data import data_sources
 
 
@@ -96,8 +96,7 @@ def build_datasets(config: Config, tokenizer: Tokenizer | None) -> Datasets:
     sources = data_sources(config)
     prefixes = list(dict.fromkeys(prefix for source in read_sources(sources) if source for prefix in source.prefixes))
     if tokenizer is not None:
-        for prefix in prefixes:
-            check_record(prefix, tokenizer)
+        check_records(prefixes, tokenizer)
     options = BuildOptions(
         mmap=data.mmap_bin_files,
         multiple_validation_sets=data.multiple_validation_sets,
@@ -114,8 +113,10 @@ def build_datasets(config: Config, tokenizer: Tokenizer | None) -> Datasets:
     if test is not None and len(test) < batch:
         without_test = f"it has {len(test)} samples, fewer than one global batch of {batch}"
         test = None
-    notes = (f"no evaluation on test data: {without_test}",) if without_test else ()
-    return Datasets(built.train, dict(built.valid), test, notes)
+    notes = [f"special tokens: {state_special_tokens(tokenizer)}"] if tokenizer is not None else []
+    if without_test:
+        notes.append(f"no evaluation on test data: {without_test}")
+    return Datasets(built.train, dict(built.valid), test, tuple(notes))
 
 
 def _settings(config: Config, tokenizer: Tokenizer | None, first_prefix: str) -> GPTDatasetSettings:
