@@ -65,6 +65,6 @@ def check_data_order(saved: dict[str, str], now: dict[str, str], folder: str) ->
     ]
     if changed:
         raise ValueError(
-            f"{folder} was saved by a run that read its data in another order, so that samples would be seen again or "
+            f"{folder} was saved by a run that read its data in another order, so that samples may be seen again or "
             f"never: {'; '.join(changed)}. Give the flags of that run, or --allow-data-change to go on all the same"
         )
