@@ -1,12 +1,14 @@
 """Splits, sizes and blends: golden vectors, Megatron's arithmetic, and what users get wrong."""
 
+import os
+
 import numpy as np
 import pytest
 from small_data import write_dataset
 
 from megallm.config.data_sources import DataSources, parse_data_path, parse_split
 from megallm.data.indexed.reader import IndexedDataset
-from megallm.data.samples.blended import BlendedDataset, build_run_data, samples_of_each, split_range
+from megallm.data.samples.blended import BlendedDataset, BuildOptions, build_run_data, samples_of_each, split_range
 from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings
 
 
@@ -178,3 +180,97 @@ def test_mistakes(three, tmp_path):
         make(["1", three[0], "0", three[1]], (1, None, None))
     with pytest.raises(ValueError, match="a weighted blend needs a number of samples"):
         make(["1", three[0], "2", three[1]], (None, None, None))
+
+
+def make_own(three, num_samples, **options):
+    sources = DataSources(train_data_path=(three[0],), valid_data_path=("1", three[1], "3", three[2]))
+    return build_run_data(GPTDatasetSettings(4, vocab_size=10), sources, num_samples, BuildOptions(**options))
+
+
+def test_data_of_each_splits_own(three):
+    built = make_own(three, (20, 8, 0))
+    assert set(built.train.document_index) == set(range(60))
+    assert [int(built.valid[""][index]["tokens"][0]) for index in range(4)] == [2, 1, 2, 2]
+    assert built.test is None
+
+
+@pytest.mark.parametrize("size", [8, None])
+def test_several_validation_sets(three, size):
+    """Each is built by itself, whole where no size is given; the weights mean nothing."""
+    valid = make_own(three, (20, size, 0), multiple_validation_sets=True).valid
+    assert list(valid) == ["part1", "part2"]
+    assert [type(dataset) for dataset in valid.values()] == [GPTDataset, GPTDataset]
+    assert [len(dataset) for dataset in valid.values()] == [37, 112]
+    assert [int(dataset[0]["tokens"][0]) for dataset in valid.values()] == [1, 2]
+
+
+def test_validation_sets_of_one_name_go_by_their_path(three, tmp_path):
+    (tmp_path / "other").mkdir()
+    again = str(tmp_path / "other" / "part1")
+    write_dataset(again, [[3] * 5] * 5)
+    sources = DataSources(train_data_path=(three[0],), valid_data_path=(three[1], again))
+    options = BuildOptions(multiple_validation_sets=True)
+    assert list(build_run_data(GPTDatasetSettings(4), sources, (1, 1, 0), options).valid) == [three[1], again]
+    twice = DataSources(train_data_path=(three[0],), valid_data_path=(three[1], three[1]))
+    with pytest.raises(ValueError, match=r"--valid-data-path\) names a dataset twice"):
+        build_run_data(GPTDatasetSettings(4), twice, (1, 1, 0), options)
+
+
+def test_a_last_partial_sample_is_filled_up(three):
+    """90 documents of 5 tokens are 449 predictions: 112 samples of 4, and one of 1 that is kept on demand."""
+    dropped = make_own(three, (20, None, 0), multiple_validation_sets=True).valid["part2"]
+    kept = make_own(
+        three, (20, None, 0), multiple_validation_sets=True, drop_last_partial_validation_sequence=False
+    ).valid["part2"]
+    assert (len(dropped), len(kept)) == (112, 113)
+    masks = sorted(sum(kept[index]["loss_mask"].tolist()) for index in range(113))
+    assert masks == [1.0] + [4.0] * 112
+    last = int(np.argmax(kept.shuffle_index))
+    assert kept[last]["tokens"].tolist() == [2, 2, 0, 0]
+    assert kept[last]["labels"].tolist() == [2, 0, 0, 0]
+    assert kept[last]["loss_mask"].tolist() == [1, 0, 0, 0]
+
+
+def test_a_small_share_of_test_data_is_told(three):
+    sources = DataSources(data_path=(three[0],))
+    built = build_run_data(GPTDatasetSettings(4), sources, (1, 1, 1))
+    assert built.test is None
+    assert "part0 has no tokens in sequences 60 to 59 of 60" in built.without_test
+    write_dataset(three[1], [[]])
+    own = DataSources(train_data_path=(three[0],), test_data_path=(three[1],))
+    with pytest.raises(ValueError, match=r"The test data \(--test-data-path\) cannot be built: .*part1 has no tokens"):
+        build_run_data(GPTDatasetSettings(4), own, (1, 0, 1))
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_parts_are_built_by_several_threads(three, mmap):
+    one, four = (
+        build_run_data(
+            GPTDatasetSettings(4),
+            DataSources(data_path=("1", three[0], "2", three[1], "3", three[2]), split="1"),
+            (60, 0, 0),
+            BuildOptions(mmap=mmap, num_threads=threads),
+        ).train
+        for threads in (1, 4)
+    )
+    both = one.get_batch(range(60)), four.get_batch(range(60))
+    assert all(np.array_equal(both[0][name], both[1][name]) for name in both[0])
+
+
+def test_many_more_datasets_than_a_process_may_open(three, monkeypatch):
+    """The usual limit of 1,024 open files is raised; 32,767 datasets and more are numbered with 32 bits."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    try:
+        prefixes = []
+        for number in range(150):
+            prefixes.append(f"{three[0]}_{number}")
+            for ending in (".bin", ".idx"):
+                os.link(three[0] + ending, prefixes[-1] + ending)
+        assert len(make(prefixes, (None, None, None))[0]) == 150 * 74
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    blend = BlendedDataset([Numbers(name, 1) for name in range(40_000)], None, None)
+    assert blend.dataset_index.dtype == np.int32
+    assert blend[39_999]["tokens"].tolist() == [39_999, 0]
