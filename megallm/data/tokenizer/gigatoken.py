@@ -63,15 +63,12 @@ def _tokenizer_json(reference: Tokenizer) -> str:
 
 
 def _sentencepiece_json(reference: SentencePieceTokenizer) -> str:
-    """The model as gigatoken converts it to a tokenizer.json, without a way from text to the pieces that no text gives.
+    """The model as gigatoken converts it to a tokenizer.json, without the control tokens, which no text gives.
 
     gigatoken takes `<s>` in a text for the token of that name; for SentencePiece it is three characters.
     """
     from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
 
     content = json.loads(sentencepiece_to_tokenizer_json(reference.model))
-    hidden = reference.pieces_that_no_text_gives()
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in hidden]
-    merges = content["model"]["merges"]
-    content["model"]["merges"] = [merge for merge in merges if merge[0] + merge[1] not in hidden]
+    content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
     return json.dumps(content)

@@ -63,23 +63,13 @@ class SentencePieceTokenizer(Tokenizer):
 
     def texts_with_own_token(self) -> list[str]:
         library = self._library
-        # What is neither of these has no score: user-defined, or added by hand as the blanks of Llama are.
+        # Control tokens, bytes and the unknown are none; of the others, those that were not learned have no score.
+        none = (library.is_control, library.is_byte, library.is_unknown, library.is_unused)
         return [
             library.id_to_piece(number).replace("\u2581", " ")
             for number in range(library.get_piece_size())
-            if library.get_score(number) == 0.0 and not self._is_hidden(number)
+            if library.get_score(number) == 0.0 and not any(test(number) for test in none)
         ]
-
-    def _is_hidden(self, number: int) -> bool:
-        library = self._library
-        return any(
-            test(number) for test in (library.is_control, library.is_byte, library.is_unknown, library.is_unused)
-        )
-
-    def pieces_that_no_text_gives(self) -> set[str]:
-        """Pieces that stand for control tokens, bytes and the unknown, not for their own characters."""
-        library = self._library
-        return {library.id_to_piece(number) for number in range(library.get_piece_size()) if self._is_hidden(number)}
 
 
 class ExtendedSentencePieceTokenizer(SentencePieceTokenizer):

@@ -168,7 +168,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         for line in text.split("\n"):
             for start in range(0, len(line), LONGEST_SENTENCE):
-                # A zero byte would end the sentence.
+                # Sentences with a zero byte would be left out.
                 yield line[start : start + LONGEST_SENTENCE].replace("\0", " ")
 
 

@@ -89,6 +89,13 @@ def test_without_byte_fallback_a_new_character_is_unknown(tmp_path):
         assert (0 in tokenizer.encode("𝄞")) is not byte_fallback
 
 
+def test_sentencepiece_learns_from_lines_with_zero_bytes_and_from_long_ones(tmp_path):
+    settings = TrainingSettings("sentencepiece-bpe", 300)
+    for texts in (["ab\0cd ef gh"] * 50, ["ab cd ef gh " * 5000]):
+        tokenizer = train_tokenizer(settings, texts, tmp_path / "out.model").tokenizer
+        assert len(tokenizer.encode("ef gh")) == 2
+
+
 def test_it_measures_on_what_it_did_not_see(tool, tmp_path):
     """Documents of a's, then one of b's: a trained merge would give more than one byte a token."""
     lines = [json.dumps({"text": "aaaa " * 50})] * 19 + [json.dumps({"text": "bcdbdcbcd"})]
