@@ -137,3 +137,12 @@ def state_special_tokens(tokenizer: Tokenizer) -> str:
         first, last = tokenizer.sentinel_ids[0], tokenizer.sentinel_ids[-1]
         parts.append(f"{len(tokenizer.sentinel_ids)} sentinels {first} to {last}")
     return ", ".join(parts)
+
+
+def state_library(tokenizer: Tokenizer) -> str:
+    """Which library tokenizes, and why it is not the fast one where that was wanted."""
+    if tokenizer.fast_library:
+        return f"{tokenizer.fast_library}, checked against {tokenizer.library}"
+    if tokenizer.fast_refusal:
+        return f"{tokenizer.library or tokenizer.kind} ({tokenizer.fast_refusal.rstrip('.')})"
+    return tokenizer.library or tokenizer.kind

@@ -22,7 +22,7 @@ SHORTEST_EXCERPT = 256
 # The library remembers every word that it has met, without end. It is loaded anew when the process has grown by this
 # much, but not before so much text, since loading takes a quarter of a second.
 LARGEST_GROWTH = 256 << 20
-TEXT_BETWEEN_LOADS = 64 << 20
+TEXT_BETWEEN_LOADS = 32 << 20
 # Documents that are on average shorter are handed over all at once, which needs the import of another package.
 SHORT_DOCUMENT = 1024
 

@@ -1,6 +1,7 @@
 """The fast library is used where it gives the reference's ids, refused elsewhere, stopped where it begins to differ."""
 
 import sys
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from small_data import TEXTS
 from tokenizers import Tokenizer, processors
 
 from megallm.data.tokenizer import fast
-from megallm.data.tokenizer.base import TokenizerSettings
+from megallm.data.tokenizer.base import TokenizerSettings, state_library
 from megallm.data.tokenizer.build import build_tokenizer
 from megallm.data.tokenizer.fast import FastTokenizer, FastTokenizerDiffers
 from megallm.data.tokenizer.hard_texts import hard_texts
@@ -169,7 +170,7 @@ def test_gigatoken_gives_the_same_ids(gigatokens, texts):
 
 def test_gigatoken_takes_text_that_looks_like_a_special_token_as_the_reference_does(gigatokens):
     for plain, quick in gigatokens:
-        assert quick.fast_library.startswith("gigatoken ")
+        assert state_library(quick) == f"gigatoken {version('gigatoken')}, checked against {plain.library}"
         texts = ["<s>a</s> <unk> <0x41> <|endoftext|><mark> x", *hard_texts(plain)]
         assert quick.encode_flat(texts)[0].tolist() == plain.encode_flat(texts)[0].tolist()
 
@@ -191,6 +192,7 @@ def test_gigatoken_refuses_what_it_does_not_read(tmp_path, kind):
     assert plain.fast_library == ""
     assert f"gigatoken does not read {path}" in plain.fast_refusal
     assert "\n" not in plain.fast_refusal
+    assert state_library(plain) == f"{plain.library} ({plain.fast_refusal.rstrip('.')})"
     with pytest.raises(ValueError, match="--fast-tokenizer always is not possible: gigatoken does not read"):
         build_tokenizer(TokenizerSettings(name, str(path), fast_tokenizer="always"))
 
