@@ -13,7 +13,7 @@ from megallm.data.prepare.progress import Progress
 from megallm.data.prepare.shards import merge_shards, parse_shard
 from megallm.data.prepare.worker_count import default_workers, measure_workers
 from megallm.data.text.inputs import KINDS, find_inputs
-from megallm.data.tokenizer.base import state_special_tokens
+from megallm.data.tokenizer.base import state_library, state_special_tokens
 
 DESCRIPTION = f"""\
 Tokenizes text files into the .bin/.idx files that training reads.
@@ -154,6 +154,7 @@ def preprocess(options: argparse.Namespace, program: str) -> None:
     settings = job.settings
     workers = options.workers or default_workers(job)
     tokenizer = job.encoder.tokenizer
+    print(f"Tokenized by {state_library(tokenizer)}.")
     print(f"Special tokens: {state_special_tokens(tokenizer)}.")
     print(state_memory(tokenizer, workers, settings.max_document_bytes), flush=True)
     if not settings.can_resume:
