@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -66,8 +67,7 @@ class Encoded:
     blank: int = 0
 
 
-@dataclass(frozen=True)
-class _Parsed:
+class _Parsed(NamedTuple):
     """A document and its texts, for each key."""
 
     document: RawDocument
@@ -111,9 +111,7 @@ class Encoder:
         parsed: list[_Parsed] = []
         for document in documents:
             try:
-                parsed.append(
-                    _Parsed(document, [self._cut(texts) for texts in texts_of(document, self._settings.keys)])
-                )
+                texts = texts_of(document, self._settings.keys)
             except BadDocument as error:
                 if error.kind in PASSED_OVER:
                     result.blank += 1
@@ -121,26 +119,30 @@ class Encoder:
                 result.bad.append((error.kind, str(error)))
                 if not self._settings.skip_bad_documents:
                     break
+            else:
+                parsed.append(_Parsed(document, texts if self._split is None else list(map(self._cut, texts))))
         try:
-            result.keys = self._encode(parsed)
-        except FastTokenizerDiffers as error:
-            # No fault of the document: nothing that the library made can be trusted.
-            raise ValueError(f"{parsed[error.index].document.place}: {error}") from None
-        except ValueError as error:
-            good = self._leave_out_refused(parsed, result)
-            if len(good) == len(parsed):
-                raise error
-            parsed = good
-            result.keys = self._encode(parsed)
+            parsed, result.keys = self._encode_good(parsed, result)
+        except _LibraryDiffers as error:
+            raise ValueError(str(error)) from None
         result.stopped = bool(result.bad) and not self._settings.skip_bad_documents
         result.documents = len(parsed)
         result.input_bytes = sum(len(item.document.content) for item in parsed)
         return result
 
     def _cut(self, texts: list[str]) -> list[str]:
-        if self._split is None:
-            return texts
+        assert self._split is not None, "only called where sentences are asked for"
         return [sentence for text in texts for sentence in self._split(text)]
+
+    def _encode_good(self, parsed: list[_Parsed], result: Encoded) -> tuple[list[_Parsed], list[KeyTokens]]:
+        """Those documents that the tokenizer takes, and their tokens; the others become bad ones of the result."""
+        try:
+            return parsed, self._encode(parsed)
+        except ValueError as error:
+            good = self._leave_out_refused(parsed, result)
+            if len(good) == len(parsed):
+                raise error
+            return good, self._encode(good)
 
     def _leave_out_refused(self, parsed: list[_Parsed], result: Encoded) -> list[_Parsed]:
         """Encode one document after another, to find those that the message must name; gives the others."""
@@ -159,7 +161,10 @@ class Encoder:
         return good
 
     def _encode(self, parsed: Sequence[_Parsed]) -> list[KeyTokens]:
-        return [self._encode_key([item.texts[number] for item in parsed]) for number in range(len(self._settings.keys))]
+        try:
+            return [self._encode_key([item.texts[key] for item in parsed]) for key in range(len(self._settings.keys))]
+        except FastTokenizerDiffers as error:
+            raise _LibraryDiffers(f"{parsed[error.index].document.place}: {error}") from None
 
     def _encode_key(self, texts: Sequence[list[str]]) -> KeyTokens:
         """Tokens of the documents, given the texts of each under one key."""
@@ -190,3 +195,7 @@ class Encoder:
         if lowest < 0 or highest >= limit:
             wrong = lowest if lowest < 0 else highest
             raise ValueError(f"The tokenizer gave id {wrong}, but says that it has ids 0 to {limit - 1}.")
+
+
+class _LibraryDiffers(Exception):
+    """The fast library gave other ids than the reference: nothing that it made can be trusted."""

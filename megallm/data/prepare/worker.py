@@ -54,7 +54,7 @@ class Worker:
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None and self._process.stdout is not None, "pipes were asked for"
         self._requests, self._answers = self._process.stdin, self._process.stdout
         self._ready = False
         with contextlib.suppress(BrokenPipeError):  # told when the answer is missing
