@@ -1,6 +1,6 @@
 """The tokenizer that some settings name. The libraries are imported when a tokenizer is built."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -42,13 +42,15 @@ def _huggingface(settings: TokenizerSettings) -> Tokenizer:
     named = special_tokens.named_tokens(config)
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
         huggingface.check_class(path, config, huggingface.GPT2_CLASSES, "vocab.json and merges.txt")
-        return HuggingFaceTokenizer(huggingface.gpt2_library(path / "vocab.json", path / "merges.txt"), path, named)
+        return _gpt2_of(path / "vocab.json", path / "merges.txt", named)
     if (path / "tokenizer.model").is_file():
         return SentencePieceTokenizer(path / "tokenizer.model")
     if (path / "vocab.txt").is_file():
         huggingface.check_class(path, config, huggingface.BERT_CLASSES, "vocab.txt")
-        library = huggingface.wordpiece_library(path / "vocab.txt", bool(config.get("do_lower_case", True)))
-        return HuggingFaceTokenizer(huggingface.with_classification_tokens(library), path, named)
+        vocab_file, lower_case = path / "vocab.txt", bool(config.get("do_lower_case", True))
+        library = huggingface.with_classification_tokens(huggingface.wordpiece_library(vocab_file, lower_case))
+        rules = f"lower case {lower_case}, with [CLS] and [SEP]"
+        return HuggingFaceTokenizer(library, vocab_file, lambda: _content(rules, vocab_file), named)
     raise ValueError(
         f"There is no tokenizer file in {path}: a tokenizer.json, vocab.json with merges.txt, tokenizer.model or "
         f"vocab.txt."
@@ -77,7 +79,12 @@ def _gpt2(settings: TokenizerSettings) -> Tokenizer:
             "GPT2BPETokenizer needs --vocab-file vocab.json and --merge-file merges.txt, or --tokenizer-model with the "
             "folder that holds both."
         )
-    return HuggingFaceTokenizer(huggingface.gpt2_library(vocab_file, merge_file), vocab_file)
+    return _gpt2_of(vocab_file, merge_file, {})
+
+
+def _gpt2_of(vocab_file: Path, merge_file: Path, named: Mapping[str, str]) -> Tokenizer:
+    library = huggingface.gpt2_library(vocab_file, merge_file)
+    return HuggingFaceTokenizer(library, vocab_file, lambda: _content("GPT-2", vocab_file, merge_file), named)
 
 
 def _wordpiece(settings: TokenizerSettings, lower_case: bool) -> Tokenizer:
@@ -89,7 +96,9 @@ def _wordpiece(settings: TokenizerSettings, lower_case: bool) -> Tokenizer:
     library = huggingface.wordpiece_library(path, lower_case)
     sentinels = [f"<extra_id_{number}>" for number in range(settings.vocab_extra_ids)]
     huggingface.append_tokens(library, ["[BOS]", "[EOS]", *sentinels])
-    return HuggingFaceTokenizer(library, path, {"bos_token": "[BOS]", "eos_token": "[EOS]"})
+    rules = f"lower case {lower_case}, with [BOS], [EOS] and {settings.vocab_extra_ids} sentinels"
+    named = {"bos_token": "[BOS]", "eos_token": "[EOS]"}
+    return HuggingFaceTokenizer(library, path, lambda: _content(rules, path), named)
 
 
 def _null(settings: TokenizerSettings) -> Tokenizer:
@@ -102,6 +111,11 @@ def _model(settings: TokenizerSettings) -> Path:
     if settings.tokenizer_model is None:
         raise ValueError(f"{settings.tokenizer_type} needs --tokenizer-model, the path of its file.")
     return Path(settings.tokenizer_model)
+
+
+def _content(rules: str, *files: Path) -> bytes:
+    """What defines a tokenizer of several files: its rules and theirs."""
+    return b"\n".join([rules.encode(), *(file.read_bytes() for file in files)])
 
 
 def _in_folder(path: Path, name: str) -> Path:

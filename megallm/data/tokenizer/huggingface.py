@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,20 +24,22 @@ BERT_CLASSES = ("BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", "Di
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library.
 
-    The special tokens are those that `named` says (the content of `tokenizer_config.json`), otherwise those with a
-    well-known name.
+    `define` gives the `definition`, from the files: what the library writes may change with its version. The special
+    tokens are those that `named` says (the content of `tokenizer_config.json`), otherwise those with a well-known name.
     """
 
     kind = "tokenizers"
 
-    def __init__(self, library: Library, source: Path, named: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, library: Library, source: Path, define: Callable[[], bytes], named: Mapping[str, str] | None = None
+    ) -> None:
         # A process tokenizes on one thread: processes are what is many, and threads would take each other's cores.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         named = named or {}
         # Some files carry the limits of the model that they were made for; training text must not be cut to them.
         library.no_truncation()
         library.no_padding()
-        self._library = library
+        self._library, self._define = library, define
         self.source = str(source)
         self.library = f"tokenizers {version('tokenizers')}"
         vocabulary = library.get_vocab(with_added_tokens=True)
@@ -64,10 +66,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._library.id_to_token(token_id) or ""
 
     def definition(self) -> bytes:
-        content = json.loads(self._library.to_str())
-        # The layout of the file and its limits on length do not change the ids.
-        content["truncation"] = content["padding"] = None
-        return json.dumps(content, sort_keys=True).encode()
+        return self._define()
 
     def texts_with_own_token(self) -> list[str]:
         return [token.content for token in self._library.get_added_tokens_decoder().values()]
@@ -98,7 +97,18 @@ def read_tokenizer_json(file: Path) -> HuggingFaceTokenizer:
     except Exception as error:  # the library raises no other class for a broken file
         raise ValueError(f"{file} is no tokenizer.json: {error}.") from None
     config = special_tokens.read_config(file.with_name("tokenizer_config.json"))
-    return HuggingFaceTokenizer(library, file, special_tokens.named_tokens(config))
+    return HuggingFaceTokenizer(library, file, lambda: _definition(file), special_tokens.named_tokens(config))
+
+
+def _definition(file: Path) -> bytes:
+    """A `tokenizer.json` without what does not change the ids: its layout, and its limits on length."""
+    content = json.loads(file.read_bytes())
+    content["truncation"] = content["padding"] = None
+    model = content.get("model")
+    if isinstance(model, dict) and isinstance(model.get("merges"), list):
+        # Older files write a pair as one text.
+        model["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    return json.dumps(content, sort_keys=True).encode()
 
 
 def gpt2_library(vocab_file: Path, merge_file: Path) -> Library:

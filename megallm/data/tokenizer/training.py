@@ -70,7 +70,8 @@ def train_tokenizer(settings: TrainingSettings, texts: Iterable[str], output: Pa
     if kind == "wordpiece":
         return _train_wordpiece(settings, texts, output)
     library = _train_byte_level(settings, texts)
-    return Trained(HuggingFaceTokenizer(library, output), library.to_str(pretty=True).encode())
+    content = library.to_str(pretty=True).encode()
+    return Trained(HuggingFaceTokenizer(library, output, lambda: content), content)
 
 
 def smallest_vocabulary(settings: TrainingSettings) -> tuple[int, str]:
@@ -125,7 +126,8 @@ def _train_wordpiece(settings: TrainingSettings, texts: Iterable[str], output: P
     )
     library.train_from_iterator(iter(texts), trainer)
     # Used without [CLS] and [SEP] around a text, written with them, as models of this kind expect it.
-    tokenizer = HuggingFaceTokenizer(Library.from_str(library.to_str()), output)
+    content = library.to_str()
+    tokenizer = HuggingFaceTokenizer(Library.from_str(content), output, content.encode)
     if output.suffix == ".txt":
         words = sorted(library.get_vocab().items(), key=lambda item: item[1])
         return Trained(tokenizer, "".join(f"{word}\n" for word, _ in words).encode())
