@@ -522,6 +522,22 @@ def test_an_owner_who_lost_its_lock_leaves_the_new_ones_alone(tmp_path):
     assert path.exists()
 
 
+def test_an_abandoned_lock_that_another_one_just_took_over_is_left_to_it(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    write_lock(path, process=dead_process())
+    is_abandoned = file_lock._is_abandoned
+
+    def slow(path):
+        found = is_abandoned(path)
+        path.unlink()
+        path.write_text(json.dumps({"token": "4567", "host": "elsewhere", "process": 1, "start": "1"}))
+        return found
+
+    monkeypatch.setattr(file_lock, "_is_abandoned", slow)
+    assert not is_free(path)
+    assert json.loads(path.read_text())["token"] == "4567"
+
+
 def race(number, path, begin, inside, problems):
     begin.wait()
     while True:
