@@ -43,6 +43,16 @@ struct Stream {
   int descriptor;
 };
 
+// Samples, and the rows of a matrix [height, width] that they fill.
+struct Rows {
+  const int64_t* samples;
+  const int64_t* places;
+  int64_t num_samples;
+  int64_t height;
+  int64_t width;
+  int64_t* text;
+};
+
 struct Extremes {
   int64_t lowest = std::numeric_limits<int64_t>::max();
   int64_t highest = std::numeric_limits<int64_t>::min();
@@ -101,26 +111,30 @@ int64_t read_sample(const Stream& stream, int64_t position, int64_t offset, int6
 }
 
 template <typename Token, typename Index>
-Extremes read_samples(const Stream& stream, const Index* starts, int64_t num_starts, const int64_t* samples, int64_t n,
-                      int64_t width, int64_t* text, int64_t* filled) {
+Extremes read_samples(const Stream& stream, const Index* starts, int64_t num_starts, const Rows& rows,
+                      int64_t* filled) {
   Extremes extremes;
-  std::vector<Token> block(std::min(kBlockBytes / static_cast<int64_t>(sizeof(Token)), width));
-  for (int64_t row = 0; row < n; ++row) {
-    const int64_t sample = samples[row];
+  std::vector<Token> block(std::min(kBlockBytes / static_cast<int64_t>(sizeof(Token)), rows.width));
+  for (int64_t number = 0; number < rows.num_samples; ++number) {
+    const int64_t sample = rows.samples[number];
+    const int64_t row = rows.places[number];
+    if (row < 0 || row >= rows.height)
+      throw WrongIndex{"row " + std::to_string(row) + " is not among " + std::to_string(rows.height)};
     if (sample < 0 || sample >= num_starts)
       throw WrongIndex{"sample " + std::to_string(sample) + " is not among " + std::to_string(num_starts)};
     const int64_t position = load(starts, 2 * sample);
     const int64_t offset = load(starts, 2 * sample + 1);
-    filled[row] = read_sample<Token>(stream, position, offset, width, text + row * width, extremes, block.data());
+    filled[number] =
+        read_sample<Token>(stream, position, offset, rows.width, rows.text + row * rows.width, extremes, block.data());
   }
   return extremes;
 }
 
 template <typename Index>
 Extremes read_any_dtype(char kind, int64_t itemsize, const Stream& stream, const Index* starts, int64_t num_starts,
-                        const int64_t* samples, int64_t n, int64_t width, int64_t* text, int64_t* filled) {
+                        const Rows& rows, int64_t* filled) {
   const auto read = [&](auto token) {
-    return read_samples<decltype(token), Index>(stream, starts, num_starts, samples, n, width, text, filled);
+    return read_samples<decltype(token), Index>(stream, starts, num_starts, rows, filled);
   };
   if (kind == 'u' && itemsize == 1) return read(uint8_t{});
   if (kind == 'u' && itemsize == 2) return read(uint16_t{});
@@ -133,35 +147,30 @@ Extremes read_any_dtype(char kind, int64_t itemsize, const Stream& stream, const
 
 py::tuple fetch_samples(int descriptor, const py::dtype& dtype, const Array<int32_t>& sequence_lengths,
                         const Array<int64_t>& sequence_offsets, const Array<int32_t>& document_index,
-                        const py::array& sample_index, const Array<int64_t>& samples, Array<int64_t>& text) {
+                        const py::array& sample_index, const Array<int64_t>& samples, const Array<int64_t>& places,
+                        Array<int64_t>& text) {
   if (sequence_lengths.size() != sequence_offsets.size())
     throw py::value_error("there must be one length and one offset for each sequence");
-  if (text.ndim() != 2 || samples.ndim() != 1 || text.shape(0) != samples.shape(0))
-    throw py::value_error("text must be [n, width] for samples [n]");
-  if (sample_index.ndim() != 2 || sample_index.shape(1) != 2)
-    throw py::value_error("sample_index must be [samples, 2]");
+  if (text.ndim() != 2 || samples.size() != places.size())
+    throw py::value_error("text must be [rows, width], and there must be one row for each sample");
+  const bool wide = py::isinstance<Array<int64_t>>(sample_index);
+  if (sample_index.ndim() != 2 || sample_index.shape(1) != 2 || !(wide || py::isinstance<Array<int32_t>>(sample_index)))
+    throw py::value_error("sample_index must be [samples, 2], contiguous, int32 or int64");
   const Stream stream{sequence_lengths.data(), sequence_offsets.data(), sequence_lengths.size(),
                       document_index.data(),   document_index.size(),   descriptor};
+  const Rows rows{samples.data(), places.data(), samples.size(), text.shape(0), text.shape(1), text.mutable_data()};
   const char kind = dtype.kind();
   const int64_t itemsize = dtype.itemsize();
-  const bool wide = py::isinstance<Array<int64_t>>(sample_index);
-  if (!wide && !py::isinstance<Array<int32_t>>(sample_index))
-    throw py::value_error("sample_index must be contiguous int32 or int64");
   const void* starts = sample_index.data();
   const int64_t num_starts = sample_index.shape(0);
-  const int64_t* chosen = samples.data();
-  const int64_t n = text.shape(0);
-  const int64_t width = text.shape(1);
-  int64_t* rows = text.mutable_data();
-  Array<int64_t> filled(n);
+  Array<int64_t> filled(samples.size());
   int64_t* counts = filled.mutable_data();
   Extremes extremes;
   try {
     py::gil_scoped_release release;
-    extremes = wide ? read_any_dtype(kind, itemsize, stream, static_cast<const int64_t*>(starts), num_starts, chosen, n,
-                                     width, rows, counts)
-                    : read_any_dtype(kind, itemsize, stream, static_cast<const int32_t*>(starts), num_starts, chosen, n,
-                                     width, rows, counts);
+    extremes =
+        wide ? read_any_dtype(kind, itemsize, stream, static_cast<const int64_t*>(starts), num_starts, rows, counts)
+             : read_any_dtype(kind, itemsize, stream, static_cast<const int32_t*>(starts), num_starts, rows, counts);
   } catch (const EndOfFile&) {
     PyErr_SetString(PyExc_EOFError, "the file ends before a sample does");
     throw py::error_already_set();
@@ -208,7 +217,7 @@ void add_fetch(py::module_& module) {
   module.def("fetch_samples", &fetch_samples, py::arg("descriptor"), py::arg("dtype"),
              py::arg("sequence_lengths").noconvert(), py::arg("sequence_offsets").noconvert(),
              py::arg("document_index").noconvert(), py::arg("sample_index").noconvert(), py::arg("samples").noconvert(),
-             py::arg("text").noconvert());
+             py::arg("places").noconvert(), py::arg("text").noconvert());
   module.def("mark_documents", &mark_documents, py::arg("text").noconvert(), py::arg("end"),
              py::arg("loss_mask").noconvert(), py::arg("position_ids").noconvert(),
              py::arg("document_ids").noconvert());

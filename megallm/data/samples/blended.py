@@ -11,7 +11,7 @@ import numpy as np
 from megallm.config.data_sources import SPLIT_NAMES, DataSources, SplitSource, read_sources
 from megallm.data.indexed.reader import IndexedDataset
 from megallm.data.samples import helpers
-from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings, TooFewTokensError
+from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings, TooFewTokensError, make_batch
 
 # Megatron builds each dataset of a blend this share larger than the blend needs.
 SURPLUS = 0.005
@@ -50,6 +50,9 @@ class BlendedDataset:
             if has < needs:
                 raise ValueError(f"Dataset {number} of the blend has {has} samples, but the blend draws {needs}.")
         self._datasets = list(datasets)
+        self._are_alike = all(
+            isinstance(dataset, GPTDataset) and dataset.settings == datasets[0].settings for dataset in datasets
+        )
 
     def __len__(self) -> int:
         return len(self.dataset_index)
@@ -64,17 +67,31 @@ class BlendedDataset:
         if outside.any():
             raise IndexError(f"The blend has samples 0 to {len(self) - 1}, not {int(chosen[outside][0])}.")
         numbers, samples = self.dataset_index[chosen].astype(np.int64), self.dataset_sample_index[chosen]
+        read = self._read_text if self._are_alike else self._read_parts
+        return {**read(numbers, samples), "dataset_id": numbers}
+
+    def _read_text(self, numbers: np.ndarray, samples: np.ndarray) -> dict[str, np.ndarray]:
+        """Samples `samples` of datasets `numbers`, both int64 [n], all into one array of tokens."""
+        first = self._datasets[0]
+        text = np.empty((len(numbers), first.settings.sequence_length + 1), np.int64)
+        has_padding = False
+        for number in set(numbers.tolist()):
+            rows = np.flatnonzero(numbers == number)
+            has_padding |= self._datasets[number].read_text(samples[rows], rows, text)
+        return make_batch(text, first.settings, first.pad_id if has_padding else None)
+
+    def _read_parts(self, numbers: np.ndarray, samples: np.ndarray) -> dict[str, np.ndarray]:
+        """The same from datasets of any kind, put together."""
         batch: dict[str, np.ndarray] = {}
-        for number in np.unique(numbers).tolist():
+        for number in set(numbers.tolist()):
             rows = np.flatnonzero(numbers == number)
             part = self._datasets[number].get_batch(samples[rows])
-            if len(rows) == len(chosen):
-                batch = part
-                break
+            if len(rows) == len(numbers):
+                return part
             for name, array in part.items():
-                whole = batch.setdefault(name, np.empty((len(chosen), *array.shape[1:]), array.dtype))
+                whole = batch.setdefault(name, np.empty((len(numbers), *array.shape[1:]), array.dtype))
                 whole[rows] = array
-        return {**batch, "dataset_id": numbers}
+        return batch
 
 
 def normalize(weights: Sequence[float] | np.ndarray) -> np.ndarray:

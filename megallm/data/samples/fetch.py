@@ -15,9 +15,14 @@ except ImportError:  # `helpers` warns
 
 
 def fetch_samples(
-    dataset: IndexedDataset, document_index: np.ndarray, sample_index: np.ndarray, samples: np.ndarray, text: np.ndarray
+    dataset: IndexedDataset,
+    document_index: np.ndarray,
+    sample_index: np.ndarray,
+    samples: np.ndarray,
+    rows: np.ndarray,
+    text: np.ndarray,
 ) -> tuple[np.ndarray, int, int]:
-    """Fill `text` with the tokens of samples.
+    """Fill rows of `text` with the tokens of samples.
 
     Always by plain reads, whether the dataset is mapped or not: a file that shrinks while it is in use ends a read
     early, where touching its map would end the process. A read of 8 kB out of the page cache takes no longer than
@@ -28,8 +33,9 @@ def fetch_samples(
         document_index: int32 [m], sequences in the order in which they are read.
         sample_index: int32 or int64 [rows, 2], where each sample starts: position in `document_index`, token in that
             sequence.
-        samples: int64 [n], rows of `sample_index`.
-        text: int64 [n, width], filled; what lies behind the last token of the last sequence stays as it is.
+        samples: int64 [n], which rows of `sample_index`.
+        rows: int64 [n], the row of `text` that each of them goes to.
+        text: int64 [rows, width]; what lies behind the last token of the last sequence stays as it is.
 
     Returns:
         how many tokens each sample has, int64 [n] (`width`, but for samples that run over the end); the lowest and the
@@ -49,6 +55,7 @@ def fetch_samples(
             document_index,
             sample_index,
             samples,
+            rows,
             text,
         )
     except EOFError:
@@ -66,26 +73,30 @@ def fetch_samples_reference(
     document_index: np.ndarray,
     sample_index: np.ndarray,
     samples: np.ndarray,
+    rows: np.ndarray,
     text: np.ndarray,
 ) -> tuple[np.ndarray, int, int]:
     """The native function in Python and numpy: the same arguments, results and errors."""
     filled = np.zeros(len(samples), np.int64)
     limits = np.iinfo(np.int64)
     lowest, highest = int(limits.max), int(limits.min)
-    for row, sample in enumerate(samples.tolist()):
+    for number, (sample, row) in enumerate(zip(samples.tolist(), rows.tolist(), strict=True)):
+        if not 0 <= row < len(text):
+            raise ValueError(f"row {row} is not among {len(text)}")
         if not 0 <= sample < len(sample_index):
             raise ValueError(f"sample {sample} is not among {len(sample_index)}")
         position, offset = sample_index[sample].tolist()
         if position < 0 or offset < 0:
             raise ValueError("a sample starts at a negative place")
-        while filled[row] < text.shape[1] and position < len(document_index):
+        while filled[number] < text.shape[1] and position < len(document_index):
             document = int(document_index[position])
             if not 0 <= document < len(sequence_lengths):
                 raise ValueError(f"document {document} is not among {len(sequence_lengths)} sequences")
             length = int(sequence_lengths[document])
             if offset > length:
                 raise ValueError(f"token {offset} is not within document {document} of {length} tokens")
-            count = min(length - offset, text.shape[1] - int(filled[row]))
+            begin = int(filled[number])
+            count = min(length - offset, text.shape[1] - begin)
             if count:
                 start = int(sequence_offsets[document]) + offset * dtype.itemsize
                 read = os.pread(descriptor, count * dtype.itemsize, start)
@@ -93,8 +104,8 @@ def fetch_samples_reference(
                     raise EOFError("the file ends before a sample does")
                 tokens = np.frombuffer(read, dtype)
                 lowest, highest = min(lowest, int(tokens.min())), max(highest, int(tokens.max()))
-                text[row, filled[row] : filled[row] + count] = tokens
-                filled[row] += count
+                text[row, begin : begin + count] = tokens
+                filled[number] += count
             position, offset = position + 1, 0
     return filled, lowest, highest
 

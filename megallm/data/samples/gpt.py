@@ -73,7 +73,7 @@ class GPTDataset:
     `reset_attention_mask` `document_ids` int64 [L], which counts the documents of the sample from 0: a token may attend
     to those of its own number.
 
-    Attributes: `document_index`, `sample_index`, `shuffle_index` (see `build_sample_order`).
+    Attributes: `document_index`, `sample_index`, `shuffle_index` (see `build_sample_order`); `pad_id`, what fills up.
 
     Args:
         num_samples: the documents are read as many times over as that takes; None reads them once.
@@ -115,7 +115,7 @@ class GPTDataset:
         self.sample_index = arrays["sample_index"]
         self.shuffle_index = arrays["shuffle_index"]
         pad_id = settings.pad_id
-        self._pad_id = NO_PADDING if pad_id is None or pad_id == settings.eod_id else pad_id
+        self.pad_id = NO_PADDING if pad_id is None or pad_id == settings.eod_id else pad_id
 
     def _check_size(self, first: int, last: int, num_samples: int | None) -> None:
         """Raise ValueError where the range has no sample."""
@@ -152,24 +152,37 @@ class GPTDataset:
         return {name: array[0] for name, array in self.get_batch([index]).items()}
 
     def get_batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """Several samples at once: each array of an item with a leading dim [n]; `tokens` and `labels` share memory."""
+        """Several samples at once: each array of an item with a leading dim [n]. Arrays may share memory with another,
+        or rows with each other."""
         chosen = np.asarray(indices, np.int64)
-        if chosen.size and not 0 <= chosen.min() <= chosen.max() < len(self):
-            wrong = chosen[(chosen < 0) | (chosen >= len(self))][0]
-            raise IndexError(f"The dataset has samples 0 to {len(self) - 1}, not {wrong}.")
         text = np.empty((len(chosen), self.settings.sequence_length + 1), np.int64)
-        samples = np.asarray(self.shuffle_index[chosen], np.int64)
+        has_padding = self.read_text(chosen, np.arange(len(chosen)), text)
+        return make_batch(text, self.settings, self.pad_id if has_padding else None)
+
+    def read_text(self, indices: np.ndarray, rows: np.ndarray, text: np.ndarray) -> bool:
+        """Read samples `indices`, int64 [n], into `rows`, int64 [n], of `text`, int64 [rows, L + 1].
+
+        Returns:
+            Whether there may be padding among them.
+        """
+        # Python's own minimum: numpy's takes longer to begin than a micro-batch to look at.
+        numbers = indices.tolist()
+        if numbers and not 0 <= min(numbers) <= max(numbers) < len(self):
+            wrong = next(number for number in numbers if not 0 <= number < len(self))
+            raise IndexError(f"The dataset has samples 0 to {len(self) - 1}, not {wrong}.")
+        samples = np.asarray(self.shuffle_index[indices], np.int64)
         counts, lowest, highest = fetch_samples(
-            self._indexed_dataset, self.document_index, self.sample_index, samples, text
+            self._indexed_dataset, self.document_index, self.sample_index, samples, rows, text
         )
-        if chosen.size:
+        if numbers:
             self._check_tokens(lowest, highest)
-        has_padding = lowest <= self._pad_id <= highest
-        for row in np.flatnonzero(counts < text.shape[1]):
-            assert self._keep_partial, f"sample {samples[row]} runs over the end of the documents"
-            text[row, counts[row] :] = self._pad_id
-            has_padding = True
-        return make_batch(text, self.settings, self._pad_id if has_padding else None)
+        has_padding = lowest <= self.pad_id <= highest
+        for number, count in enumerate(counts.tolist()):
+            if count < text.shape[1]:
+                assert self._keep_partial, f"sample {samples[number]} runs over the end of the documents"
+                text[rows[number], count:] = self.pad_id
+                has_padding = True
+        return has_padding
 
     def _check_tokens(self, lowest: int, highest: int) -> None:
         """Refuse tokens that the model does not have."""
@@ -188,12 +201,12 @@ def make_batch(text: np.ndarray, settings: GPTDatasetSettings, pad_id: int | Non
     """Inputs, labels, masks and positions from `text`, int64 [n, L + 1]; the result is described at `GPTDataset`.
 
     Padding is masked where it is the label, and then replaced by token 0, which every embedding has. `tokens` and
-    `labels` are views of `text`.
+    `labels` are views of `text`, and rows that cannot differ are one row in memory: filling fresh memory takes longer
+    than reading the tokens.
     """
     tokens, labels = text[:, :-1], text[:, 1:]
-    loss_mask = np.ones(tokens.shape, np.float32)
-    position_ids = np.empty(tokens.shape, np.int64)
-    position_ids[:] = np.arange(tokens.shape[1])
+    loss_mask = _rows(np.ones(tokens.shape[1], np.float32), len(text), settings.eod_mask_loss or pad_id is not None)
+    position_ids = _rows(np.arange(tokens.shape[1]), len(text), settings.reset_position_ids)
     batch = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
     if settings.reset_attention_mask:
         batch["document_ids"] = np.empty(tokens.shape, np.int64)
@@ -210,3 +223,10 @@ def make_batch(text: np.ndarray, settings: GPTDatasetSettings, pad_id: int | Non
         loss_mask[labels == pad_id] = 0.0
         text[text == pad_id] = 0
     return batch
+
+
+def _rows(row: np.ndarray, count: int, may_differ: bool) -> np.ndarray:
+    """`row` so many times, [count, L]: copies where the rows may differ, or else the same memory."""
+    if may_differ:
+        return np.tile(row, (count, 1))
+    return np.ndarray((count, len(row)), row.dtype, row, strides=(0, row.itemsize))

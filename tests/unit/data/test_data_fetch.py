@@ -28,11 +28,13 @@ def kind(request, monkeypatch):
 
 
 def read(dataset, documents, starts, samples, width, dtype=np.int32):
+    """Samples into the rows from the last one up; what is found, the first sample's first."""
     text = np.full((len(samples), width), -7, np.int64)
+    rows = np.arange(len(samples))[::-1].copy()
     found = fetch.fetch_samples(
-        dataset, np.array(documents, np.int32), np.array(starts, dtype), np.array(samples, np.int64), text
+        dataset, np.array(documents, np.int32), np.array(starts, dtype), np.array(samples, np.int64), rows, text
     )
-    return text.tolist(), found[0].tolist(), found[1:]
+    return text[::-1].tolist(), found[0].tolist(), found[1:]
 
 
 @pytest.mark.parametrize("mmap", [True, False])
@@ -66,7 +68,7 @@ def test_every_width_of_tokens(tmp_path, kind, name):
         np.array([[0, 1]], np.int32),
         np.zeros(1, np.int64),
     )
-    counts, lowest, highest = fetch.fetch_samples(*arguments, text)
+    counts, lowest, highest = fetch.fetch_samples(*arguments, np.zeros(1, np.int64), text)
     assert np.array_equal(text[0], tokens[1:].astype(np.int64))
     assert (counts.tolist(), lowest, highest) == ([70_000], limits.min, limits.max)
 
@@ -86,6 +88,19 @@ def test_every_width_of_tokens(tmp_path, kind, name):
 def test_every_index_is_checked(golden, kind, documents, starts, samples, message):
     with pytest.raises(ValueError, match=message):
         read(golden, documents, starts, samples, 4)
+
+
+def test_rows_are_checked(golden, kind):
+    for row in (-1, 1):
+        with pytest.raises(ValueError, match=f"row {row} is not among 1"):
+            fetch.fetch_samples(
+                golden,
+                np.zeros(1, np.int32),
+                np.zeros((1, 2), np.int32),
+                np.zeros(1, np.int64),
+                np.array([row]),
+                np.empty((1, 3), np.int64),
+            )
 
 
 @pytest.mark.parametrize("mmap", [True, False])

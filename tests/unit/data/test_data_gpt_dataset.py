@@ -1,8 +1,5 @@
 """Samples in Megatron's order: golden vectors, and an independent slow reference over random datasets."""
 
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 
@@ -236,46 +233,3 @@ def test_cache_is_keyed_by_content(golden, tmp_path):
     GPTDataset(copied, 0, 5, 10, replace(chosen, seed=1))
     GPTDataset(copied, 0, 5, 10, replace(chosen, sequence_length=3))
     assert len(entries(tmp_path)) == 6
-
-
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "description", "pickle"])
-def test_broken_cache_is_built_again(golden, tmp_path, damage):
-    built = GPTDataset(golden, 0, 5, 10, cached(tmp_path))
-    (entry,) = entries(tmp_path)
-    file = entry / "shuffle_index.npy"
-    content = bytearray(file.read_bytes())
-    if damage == "truncate":
-        file.write_bytes(content[:-3])
-    elif damage == "flip":
-        content[-5] ^= 1
-        file.write_bytes(content)
-    elif damage == "remove":
-        file.unlink()
-    elif damage == "description":
-        (entry / "entry.json").write_text("[1]")
-    else:
-        np.save(file, np.array([{}], object), allow_pickle=True)
-    assert same_indices(GPTDataset(golden, 0, 5, 10, cached(tmp_path)), built)
-    again = GPTDataset(golden, 0, 5, 10, cached(tmp_path))
-    assert isinstance(again.shuffle_index, np.memmap)
-    assert same_indices(again, built)
-    assert entries(tmp_path) == [entry]
-
-
-def test_cache_folder_that_cannot_be_written(golden, tmp_path):
-    (tmp_path / "cache").write_text("a file")
-    with pytest.raises(ValueError, match=r"The cache folder .* cannot be used"):
-        GPTDataset(golden, 0, 5, 10, cached(tmp_path))
-
-
-def _shuffle_index(prefix, chosen):
-    return np.array(GPTDataset(IndexedDataset(prefix), 0, 5, 5000, chosen).shuffle_index)
-
-
-def test_many_processes_share_a_cache(golden, tmp_path):
-    expected = GPTDataset(golden, 0, 5, 5000, SETTINGS).shuffle_index
-    with ProcessPoolExecutor(6, multiprocessing.get_context("fork")) as pool:
-        futures = [pool.submit(_shuffle_index, golden.path_prefix, cached(tmp_path)) for _ in range(24)]
-        assert all(np.array_equal(future.result(), expected) for future in futures)
-    assert len(entries(tmp_path)) == 1
-    assert not [name for name in os.listdir(tmp_path / "cache") if name.endswith((".tmp", ".old"))]
