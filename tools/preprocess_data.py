@@ -178,7 +178,7 @@ def _tell(outcome: Outcome, settings: JobSettings, progress: Progress) -> None:
     """What was done, and what was left out."""
     totals = outcome.totals
     if outcome.done_before:
-        print("The output of this input with these options is there already; nothing was done.")
+        print("An earlier start had done the work on this input with these options.")
     for sentence in totals.first_skipped:
         print(f"Skipped: {sentence}", file=sys.stderr)
     skipped = sum(totals.skipped.values())

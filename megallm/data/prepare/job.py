@@ -19,7 +19,7 @@ from megallm.data.prepare.pool import Pool
 from megallm.data.prepare.progress import Progress
 from megallm.data.prepare.shards import Shard, dataset_prefix
 from megallm.data.prepare.work_folder import WorkFolder
-from megallm.data.prepare.worker import WorkerDied
+from megallm.data.prepare.worker import WorkerDied, out_of_memory
 from megallm.data.text.documents import MAX_DOCUMENT_BYTES, Position
 from megallm.data.text.inputs import STANDARD_INPUT
 from megallm.data.text.shards import cut
@@ -149,16 +149,19 @@ class Job:
                     return Outcome(done, done_before=True)
                 journal = self._new_journal(folder)
                 keep = self.settings.can_resume
-            if not journal.whole:
+            only_moves = journal.whole
+            if not only_moves:
                 self._work(folder, journal, workers, progress)
             self._move(folder)
             keep = False
-            return Outcome(journal.totals)
+            return Outcome(journal.totals, done_before=only_moves)
         except _Refused:
             keep = True
             raise
         except WorkerDied:
             raise
+        except MemoryError:
+            raise out_of_memory("There is not enough memory") from None
         except ValueError:
             keep = keep and self.settings.keep
             raise
@@ -271,6 +274,7 @@ class Job:
                     self._save(folder, journal)
                     written = time.monotonic()
                 progress(totals, piece.next)
+        self._check_unchanged()
         self._check_not_empty(totals)
         self._save(folder, journal)
         self._make_indices(folder, totals)
@@ -293,6 +297,12 @@ class Job:
     def _save(folder: WorkFolder, journal: Journal) -> None:
         journal.sizes = [parts.sync() for parts in folder.parts]
         journal.write(folder.journal_path)
+
+    def _check_unchanged(self) -> None:
+        """Whether the input is still what it was: a file that shrinks meanwhile would just seem to end early."""
+        for path, before in zip(self.settings.paths, self._files, strict=True):
+            if _file_state(path) != before:
+                raise ValueError(f"{path} was changed while it was read: start again when nobody writes it any more.")
 
     def _check_not_empty(self, totals: Totals) -> None:
         # A shard may well have nothing; the merged output is looked at when the shards are merged.

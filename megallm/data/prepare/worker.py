@@ -32,6 +32,13 @@ class WorkerDied(ValueError):
     """A worker ended without an answer."""
 
 
+def out_of_memory(what: str) -> WorkerDied:
+    """The error for a process that had not enough memory."""
+    return WorkerDied(
+        f"{what}: use fewer --workers or a smaller --max-document-bytes. The same command goes on where it was."
+    )
+
+
 class Worker:
     """One process that encodes. Made by the main thread; used by one thread at a time.
 
@@ -99,10 +106,7 @@ class Worker:
         self._process.kill()
         code = self._process.wait()
         if code == -signal.SIGKILL:
-            return WorkerDied(
-                "A worker process was ended from outside, most likely for want of memory: use fewer --workers or a "
-                "smaller --max-document-bytes."
-            )
+            return out_of_memory("A worker process was ended from outside, most likely for want of memory")
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return WorkerDied(f"A worker process ended before its work was done ({how}).")
 
@@ -133,6 +137,9 @@ def main() -> None:
             except ValueError as error:
                 _send(answers, {"error": str(error)})
                 continue
+            except MemoryError:
+                # As the system would end it; the other process knows what to say.
+                os.kill(os.getpid(), signal.SIGKILL)
             content = vars(encoded).copy()
             parts = [part for key in content.pop("keys") for part in (key.tokens, key.lengths, key.sequences)]
             _send(answers, content, parts)

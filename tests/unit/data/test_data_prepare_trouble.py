@@ -283,6 +283,38 @@ def test_a_worker_that_dies_is_a_sentence(job, tmp_path, monkeypatch):
     assert run_job(job(), 1).totals.documents == 2000
 
 
+def test_an_input_that_changes_meanwhile(job, tmp_path, monkeypatch):
+    path = tmp_path / "in.jsonl"
+    original = Parts.append
+
+    def append(*arguments):
+        os.truncate(path, path.stat().st_size // 2)
+        original(*arguments)
+
+    monkeypatch.setattr(Parts, "append", append)
+    with pytest.raises(ValueError, match=r"in.jsonl was changed while it was read"):
+        run_job(job(), 1)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_want_of_memory(job, tmp_path, monkeypatch):
+    """What is done is kept."""
+    original, calls = Encoder.encode, []
+
+    def encode(*arguments):
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise MemoryError
+        return original(*arguments)
+
+    monkeypatch.setattr(Encoder, "encode", encode)
+    with pytest.raises(WorkerDied, match="not enough memory: use fewer --workers"):
+        run_job(job(journal_seconds=0), 1)
+    assert (tmp_path / "out" / "x.preprocessing").exists()
+    assert run_job(job(), 1).totals.documents == 2000
+    assert len(calls) == 5 + 16, "four pieces of twenty were done before"
+
+
 def test_standard_input_cannot_go_on(tool, tokenizer_json, tmp_path):
     """It is said; after an error nothing is left, and a killed job's rest is taken away by the next."""
     command = [str(word) for word in arguments(tokenizer_json, tmp_path / "out", "-")]
