@@ -18,7 +18,7 @@ BLOCK_BYTES = 8 << 20
 class InputFile:
     """A file opened read-only, and kept open until `close` or until nobody holds this object.
 
-    Attributes: `path`; `descriptor` of the operating system; `size` in bytes at opening.
+    Attributes: `path`; `descriptor` of the operating system; `status` and `size` in bytes at opening.
 
     Raises:
         ValueError: there is no such file, it is a folder, or it cannot be read.
@@ -31,7 +31,7 @@ class InputFile:
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
         self._close = weakref.finalize(self, os.close, self.descriptor)
-        status = os.fstat(self.descriptor)
+        self.status = status = os.fstat(self.descriptor)
         if not stat.S_ISREG(status.st_mode):
             self.close()
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or a pipe"

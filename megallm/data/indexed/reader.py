@@ -36,6 +36,7 @@ class IndexedDataset:
         index = IndexFile(path_prefix)
         self._idx, self._bin = index.file, InputFile(index.bin_path)
         self.bin_path, self.file_descriptor, self.dtype = index.bin_path, self._bin.descriptor, index.dtype
+        self.idx_path, self.idx_status = index.file.path, index.file.status
         self.mapped: np.ndarray | None = None
         sections = (index.lengths, index.offsets, index.documents)
         if mmap:

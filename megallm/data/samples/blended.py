@@ -1,20 +1,24 @@
 """Training, validation and test data of a run: one dataset or a blend of several, cut into splits as Megatron does."""
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import numpy as np
 
 from megallm.config.data_sources import SPLIT_NAMES, DataSources, SplitSource, read_sources
 from megallm.data.indexed.reader import IndexedDataset
-from megallm.data.samples import helpers
+from megallm.data.samples import helpers, index_cache
 from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings, TooFewTokensError, make_batch
 
 # Megatron builds each dataset of a blend this share larger than the blend needs.
 SURPLUS = 0.005
+# Raised when the meaning of what is cached changes.
+CACHE_VERSION = 1
 
 
 class BlendedDataset:
@@ -27,24 +31,42 @@ class BlendedDataset:
         datasets: what is blended.
         weights: positive, one a dataset, of any sum. Without them every dataset is drawn in proportion to its size.
         size: number of samples. None draws every dataset to its end, and needs `weights` to be None.
+        cache_path: folder for the two indices; None builds them in memory in every process.
 
     Raises:
         ValueError: a weight is not positive, their number is another than the datasets', or a dataset has fewer samples
             than the blend draws.
     """
 
-    def __init__(self, datasets: Sequence[GPTDataset], weights: Sequence[float] | None, size: int | None) -> None:
+    def __init__(
+        self,
+        datasets: Sequence[GPTDataset],
+        weights: Sequence[float] | None,
+        size: int | None,
+        cache_path: str | None = None,
+    ) -> None:
         sizes = np.array([len(dataset) for dataset in datasets], np.int64)
         if weights is not None and len(weights) != len(datasets):
             raise ValueError(
                 f"A blend of {len(datasets)} datasets has {len(weights)} weights; there must be one for each."
             )
-        if size is None:
-            assert weights is None, "weights without a size do not say where the blend ends"
-            self.dataset_index, self.dataset_sample_index = helpers.build_exhaustive_blending_indices(sizes)
+        assert size is not None or weights is None, "weights without a size do not say where the blend ends"
+        shares = sizes if size is None else normalize(sizes if weights is None else weights)
+
+        def build() -> dict[str, np.ndarray]:
+            if size is None:
+                chosen, samples = helpers.build_exhaustive_blending_indices(sizes)
+            else:
+                chosen, samples = helpers.build_blending_indices(shares, size)
+            return {"dataset_index": chosen, "dataset_sample_index": samples}
+
+        if cache_path is None:
+            arrays = build()
         else:
-            shares = normalize(sizes if weights is None else weights)
-            self.dataset_index, self.dataset_sample_index = helpers.build_blending_indices(shares, size)
+            content = [CACHE_VERSION, size, shares.dtype.str]
+            digest = hashlib.blake2b(json.dumps(content).encode() + shares.tobytes(), digest_size=20)
+            arrays = index_cache.load_or_build(Path(cache_path), "blend" + digest.hexdigest(), build)
+        self.dataset_index, self.dataset_sample_index = arrays["dataset_index"], arrays["dataset_sample_index"]
         drawn = np.bincount(self.dataset_index, minlength=len(datasets))
         for number, (has, needs) in enumerate(zip(sizes, drawn, strict=True)):
             if has < needs:
@@ -246,14 +268,16 @@ class _Builder:
         if source.weights is None:
             parts = self._parts(source, [None] * len(source.prefixes), keep_partial)
             available = sum(len(part) for part in parts)
-            return BlendedDataset(parts, None, None if num_samples is None else min(num_samples, available))
+            size = None if num_samples is None else min(num_samples, available)
+            return BlendedDataset(parts, None, size, self._settings.cache_path)
         if num_samples is None:
             raise ValueError(
                 "a weighted blend needs a number of samples; leave the weights out to take every dataset once."
             )
         shares = normalize(source.weights)
         parts = self._parts(source, samples_of_each(shares, num_samples, SURPLUS), keep_partial)
-        return BlendedDataset(parts, source.weights, sum(samples_of_each(shares, num_samples)))
+        size = sum(samples_of_each(shares, num_samples))
+        return BlendedDataset(parts, source.weights, size, self._settings.cache_path)
 
     def _parts(self, source: SplitSource, sizes: Sequence[int | None], keep_partial: bool) -> list[GPTDataset]:
         def part(number: int) -> GPTDataset:

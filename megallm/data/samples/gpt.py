@@ -132,11 +132,12 @@ class GPTDataset:
 
     def _cache_key(self, first: int, last: int, num_samples: int | None) -> str:
         """Digest of all that the indices depend on; of the dataset, that is the lengths of its sequences."""
-        settings = self.settings
-        lengths = np.ascontiguousarray(self._indexed_dataset.sequence_lengths)
+        settings, dataset = self.settings, self._indexed_dataset
         content = {
             "version": CACHE_VERSION,
-            "sequence_lengths": hashlib.blake2b(lengths.data).hexdigest(),
+            "sequence_lengths": index_cache.content_hash(
+                dataset.idx_path, dataset.idx_status, "lengths", dataset.sequence_lengths
+            ),
             "range": [first, last],
             "num_samples": num_samples,
             "sequence_length": settings.sequence_length,

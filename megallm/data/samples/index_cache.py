@@ -30,7 +30,7 @@ from typing import IO
 import numpy as np
 
 from megallm.data.samples.file_lock import try_lock
-from megallm.data.samples.node_memory import file_signature, once_per_node
+from megallm.data.samples.node_memory import file_signature, once_per_node, status_signature
 
 Arrays = dict[str, np.ndarray]
 
@@ -77,21 +77,20 @@ def load_or_build(folder: Path, key: str, build: Callable[[], Arrays]) -> Arrays
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
-def content_hash(array: np.ndarray, path: Path) -> str:
-    """Digest of an array's bytes, for a key; `array` is what one reader makes of the file `path`.
+def content_hash(path: Path, status: os.stat_result, name: str, array: np.ndarray) -> str:
+    """Digest of an array's bytes, for a key; `array` is what the file `path` holds under a name.
+
+    The file's status is that at its opening for this array: by now another file may have taken its place.
 
     One process of a machine reads the array, at 1 GB/s or more; the others are given the digest as long as the file's
     place, size, inode and times stay.
-
-    Raises:
-        OSError: the file is not there.
     """
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
     def digest() -> str:
         return hashlib.blake2b(flat.data, digest_size=20).hexdigest()
 
-    return once_per_node(f"content of {path.absolute()}: {array.dtype.str} {array.shape}", file_signature(path), digest)
+    return once_per_node(f"{name} of {path.absolute()}: {array.dtype.str}", status_signature(path, status), digest)
 
 
 def _build_entry(entry: Path, working: Path, build: Callable[[], Arrays]) -> Arrays:

@@ -104,10 +104,12 @@ class MaskedDataset(ABC):
         if settings.cache_path is None:
             arrays = build()
         else:
+            file = indexed_dataset.idx_path, indexed_dataset.idx_status
             content = {
                 "version": CACHE_VERSION,
-                "document_bounds": hashlib.blake2b(np.ascontiguousarray(bounds).data).hexdigest(),
-                "sequence_lengths": hashlib.blake2b(np.ascontiguousarray(lengths).data).hexdigest(),
+                "documents": [first, last],
+                "document_indices": index_cache.content_hash(*file, "documents", indexed_dataset.document_indices),
+                "sequence_lengths": index_cache.content_hash(*file, "lengths", lengths),
                 "num_samples": num_samples,
                 "max_length": max_length,
                 "short_ratio": short_ratio(probability),

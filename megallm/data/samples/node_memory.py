@@ -56,8 +56,13 @@ def file_signature(*paths: Path) -> str:
     Raises:
         OSError: one of them is not there.
     """
-    states = [(str(path.absolute()), path.stat()) for path in paths]
-    return json.dumps([[name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in states])
+    return json.dumps([status_signature(path, path.stat()) for path in paths])
+
+
+def status_signature(path: Path, status: os.stat_result) -> str:
+    """The same for one file, whose status was taken when it was opened."""
+    state = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return json.dumps([str(path.absolute()), *state])
 
 
 def _folder() -> Path | None:

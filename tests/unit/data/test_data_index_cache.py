@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megallm.data.samples import file_lock, index_cache, node_memory
+from megallm.data.samples import file_lock, index_cache
 from megallm.data.samples.index_cache import content_hash, load_or_build
 from megallm.data.samples.node_memory import file_signature, once_per_node
 
@@ -630,14 +630,16 @@ def test_a_signature_notices_what_is_hidden(tmp_path):
     assert file_signature(path) != before
 
 
-def test_a_content_hash_is_of_the_bytes_and_computed_once(tmp_path, monkeypatch):
+def test_a_content_hash_is_of_the_bytes_and_computed_once(tmp_path):
     path, other = tmp_path / "a.idx", tmp_path / "b.idx"
     lengths = np.arange(100, dtype=np.int32)
     for file in (path, other):
         file.write_bytes(lengths.tobytes())
-    digest = content_hash(lengths, path)
-    assert content_hash(lengths, other) == digest
-    assert content_hash(lengths + 1, tmp_path / "a.idx") == digest, "the file stands for the array"
+    opened = path.stat()
+    digest = content_hash(path, opened, "lengths", lengths)
+    assert content_hash(other, other.stat(), "lengths", lengths) == digest
+    assert content_hash(path, opened, "lengths", lengths + 1) == digest, "the file stands for the array"
+    assert content_hash(path, opened, "others", lengths + 1) != digest
     path.write_bytes((lengths + 1).tobytes())
-    assert content_hash(lengths + 1, path) != digest
-    assert node_memory._folder() is not None
+    assert content_hash(path, path.stat(), "lengths", lengths + 1) != digest
+    assert content_hash(path, opened, "lengths", lengths) == digest, "another file was opened then"
