@@ -97,7 +97,7 @@ def shuffle(generator: np.random.RandomState, array: np.ndarray) -> None:
     # Above 2**32 entries numpy takes draws of 64 bits; that long and other kinds of items are left to it.
     is_plain = array.dtype.kind in "iuf" and array.itemsize in (4, 8) and len(array) <= 2**32
     state = generator.get_state(legacy=False)
-    assert isinstance(state, dict)
+    assert isinstance(state, dict), "numpy gives the state of a generator as a dict unless asked for the old form"
     if _native is None or not is_plain or state["bit_generator"] != "MT19937":
         reference.shuffle(generator, array)
         return

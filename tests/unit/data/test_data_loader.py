@@ -34,6 +34,7 @@ def sampler_of(num_samples, consumed_samples, batch_sizes, share):
     return GlobalBatchSampler(SingleOrder(num_samples, share), consumed_samples, batch_sizes, share)
 
 
+@pytest.mark.usefixtures("leaves_no_children")
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 5])
 def test_micro_batches(mock, num_workers):
     steps = list(build_loader(mock, sampler_of(50, 4, 12, DataShare(3, 1, 2)), num_workers))
@@ -48,7 +49,6 @@ def test_micro_batches(mock, num_workers):
                 expected = mock[4 + 12 * step + place]
                 for name, array in expected.items():
                     assert np.array_equal(batch[name][row].numpy(), array)
-    assert no_children()
 
 
 def test_growing_batches_are_read_ahead_as_they_are_read_here(mock):
@@ -97,12 +97,17 @@ def numbers(dataset, num_workers, consumed_samples=0):
     return build_loader(dataset, sampler_of(len(dataset), consumed_samples, 8, share), num_workers)
 
 
-def no_children():
-    try:
-        os.waitpid(-1, os.WNOHANG)
-    except ChildProcessError:
-        return True
-    return False
+def children():
+    """Process ids of the children of this process, ended ones that nobody has waited for among them."""
+    return {int(word) for path in Path("/proc/self/task").glob("*/children") for word in path.read_text().split()}
+
+
+@pytest.fixture
+def leaves_no_children():
+    """No child outlives the test; those of other tests in this process may be there before."""
+    before = children()
+    yield
+    assert children() <= before
 
 
 def test_workers_keep_the_order_however_unevenly_they_read():
@@ -129,13 +134,13 @@ def test_workers_keep_the_order_however_unevenly_they_read():
         (lambda: os._exit(3), ValueError, "left with exit code 3"),
     ],
 )
+@pytest.mark.usefixtures("leaves_no_children")
 def test_what_happens_to_a_worker_is_told_when_its_batch_is_due(happens, error, sentence):
     loader = numbers(Numbers(40, happens), 2)
     for step in range(5):
         assert next(loader)[0]["tokens"][0].item() == 8 * step
     with pytest.raises(error, match=sentence):
         next(loader)
-    assert no_children()
 
 
 def test_arrays_of_another_form_are_no_silent_garbage():
@@ -158,6 +163,7 @@ def test_tensors_are_kept_by_nobody_else(mock):
         loader.close()
 
 
+@pytest.mark.usefixtures("leaves_no_children")
 def test_closing_ends_the_workers_and_gives_back_their_pipes():
     before = set(os.listdir("/proc/self/fd"))
     for _ in range(3):
@@ -168,7 +174,6 @@ def test_closing_ends_the_workers_and_gives_back_their_pipes():
     loader = numbers(Numbers(), 4)
     next(loader)
     del loader
-    assert no_children()
     assert set(os.listdir("/proc/self/fd")) == before
 
 
