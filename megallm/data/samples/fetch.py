@@ -1,17 +1,11 @@
 """Tokens of samples: from the sequences that each of them crosses, read from the file and widened."""
 
 import os
-from types import ModuleType
 
 import numpy as np
 
 from megallm.data.indexed.reader import IndexedDataset
-
-_native: ModuleType | None
-try:
-    from megallm.data.samples import _helpers as _native  # type: ignore[attr-defined,no-redef,unused-ignore]
-except ImportError:  # `helpers` warns
-    _native = None
+from megallm.data.samples.native import functions as _native
 
 
 def fetch_samples(

@@ -4,24 +4,10 @@ Each function calls the compiled `megallm.data.samples._helpers` where it was bu
 numpy, with the same arguments and results. Token counts are 64-bit throughout.
 """
 
-import warnings
-from importlib import import_module
-from types import ModuleType
-
 import numpy as np
 
 from megallm.data.samples import reference
-
-_native: ModuleType | None
-try:
-    _native = import_module("megallm.data.samples._helpers")
-except ImportError:
-    _native = None
-    warnings.warn(
-        "megallm.data.samples._helpers is not built: sample indices are built in numpy, slower. "
-        "`pip install -e .` builds it.",
-        stacklevel=2,
-    )
+from megallm.data.samples.native import functions as _native
 
 
 def is_native() -> bool:

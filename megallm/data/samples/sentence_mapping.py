@@ -9,18 +9,12 @@ import math
 import numpy as np
 
 from megallm.data.samples import sentence_mapping_reference as reference
-
-try:
-    from megallm.data.samples._helpers import (  # type: ignore[import-not-found,unused-ignore]
-        build_sentence_mapping as native_mapping,
-    )
-except ImportError:
-    native_mapping = None
+from megallm.data.samples.native import functions as _native
 
 
 def is_native() -> bool:
     """Whether the compiled function is used."""
-    return native_mapping is not None
+    return _native is not None
 
 
 def short_ratio(probability: float) -> int:
@@ -69,7 +63,7 @@ def build_sentence_mapping(
     """
     if wide is None:
         wide = len(sentence_lengths) > np.iinfo(np.uint32).max
-    function = native_mapping or reference.build_sentence_mapping
+    function = _native.build_sentence_mapping if _native else reference.build_sentence_mapping
     return function(
         np.ascontiguousarray(document_bounds, np.int64),
         np.ascontiguousarray(sentence_lengths, np.int32),

@@ -39,7 +39,7 @@ def arrays(documents):
 def build(request, monkeypatch):
     """The public function on the compiled one, and on the one in numpy."""
     if request.param == "reference":
-        monkeypatch.setattr(sentence_mapping, "native_mapping", None)
+        monkeypatch.setattr(sentence_mapping, "_native", None)
     elif not sentence_mapping.is_native():
         pytest.skip("megallm.data.samples._helpers is not built (pip install -e .): there is nothing to test")
     return sentence_mapping.build_sentence_mapping
@@ -86,11 +86,11 @@ SENTENCES = st.lists(
 @pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
 def test_rows_are_the_slow_walk_s(native, documents, num_samples, max_length, probability, seed, min_sentences):
     expected = sentence_rows(documents, num_samples, max_length, probability, seed, min_sentences)
-    function = sentence_mapping.native_mapping if native else sentence_mapping_reference.build_sentence_mapping
-    if function is None:
+    module = sentence_mapping._native if native else sentence_mapping_reference
+    if module is None:
         pytest.skip("megallm.data.samples._helpers is not built (pip install -e .): there is nothing to test")
     for wide, dtype in ((False, np.uint32), (True, np.int64)):
-        found = function(
+        found = module.build_sentence_mapping(
             *arrays(documents),
             num_samples or 1,
             max_length,
@@ -113,7 +113,7 @@ def test_native_equals_reference_on_many_documents():
     lengths = generator.integers(1, 60, bounds[-1]).astype(np.int32)
     # A split that starts in the middle of the dataset.
     arguments = (bounds[1000:], lengths, 20000, 125, 10, 3, 2, False)
-    found = sentence_mapping.native_mapping(*arguments)
+    found = sentence_mapping._native.build_sentence_mapping(*arguments)
     np.testing.assert_array_equal(found, sentence_mapping_reference.build_sentence_mapping(*arguments), strict=True)
     assert len(found) >= 20000
     assert found[:, 0].min() >= bounds[1000]
