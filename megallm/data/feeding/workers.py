@@ -163,7 +163,10 @@ class _Worker:
 
     def wait_for_slot(self) -> bool:
         """In the process: whether there is a free slot, or else nobody left to read it."""
-        while not select.select([self._read_end], [], [], _SECONDS_BETWEEN_LOOKS)[0]:
+        # Not select(), which takes no descriptor above 1,023: a blend may hold thousands of files open.
+        ready = select.poll()
+        ready.register(self._read_end, select.POLLIN)
+        while not ready.poll(1000 * _SECONDS_BETWEEN_LOOKS):
             if os.getppid() != self._parent:
                 return False
         return os.read(self._read_end, 1) != b""

@@ -177,6 +177,26 @@ def test_closing_ends_the_workers_and_gives_back_their_pipes():
     assert set(os.listdir("/proc/self/fd")) == before
 
 
+@pytest.mark.usefixtures("leaves_no_children")
+def test_workers_of_a_process_that_holds_many_files_open():
+    """A blend may: the workers' pipes then have descriptors above 1,023."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1300:
+        pytest.skip("this machine lets no process open so many files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1300), hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        loader = numbers(Numbers(), 2)
+        found = [batch["tokens"].flatten().tolist() for step in islice(loader, 6) for batch in step]
+        loader.close()
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert found == [[first, first + 1] for first in range(0, 48, 2)]
+
+
 PARENT = """
 import os, sys, time
 sys.path[:0] = [{root!r}, {folder!r}]
