@@ -1,9 +1,7 @@
 """Files read at positions: opened once, measured at opening, and a file that shrinks later is an error message."""
 
-import errno
 import mmap
 import os
-import resource
 import stat
 import sys
 import weakref
@@ -27,7 +25,7 @@ class InputFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.descriptor = _with_enough_descriptors(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
         self._close = weakref.finalize(self, os.close, self.descriptor)
@@ -81,7 +79,7 @@ class InputFile:
         if self.size == 0:
             return b""
         try:
-            return _with_enough_descriptors(lambda: _map(self.descriptor, self.size))
+            return _map(self.descriptor, self.size)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{self.path} cannot be memory-mapped: {error}. --no-mmap-bin-files reads by plain reads."
@@ -98,18 +96,3 @@ def _map(descriptor: int, size: int) -> mmap.mmap:
         # Without a second descriptor for every map.
         return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ, trackfd=False)
     return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
-
-
-def _with_enough_descriptors(work):
-    """The result of `work`, with the limit of open files raised as far as it may when the limit stands in the way.
-
-    A blend of thousands of datasets holds thousands of descriptors; the usual soft limit is 1,024.
-    """
-    try:
-        return work()
-    except OSError as error:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if error.errno != errno.EMFILE or soft == hard:
-            raise
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        return work()

@@ -3,11 +3,34 @@
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from megallm.data.indexed.files import BLOCK_BYTES, InputFile
 from megallm.data.indexed.index import IndexFile
+
+
+@dataclass(frozen=True)
+class CheckedFiles:
+    """The files of a dataset whose index was found sound, and their states at that time.
+
+    Attributes: `path_prefix` and `mmap` as of `IndexedDataset`; `states`, size in bytes and time of the last change in
+    nanoseconds, of the `.idx` and of the `.bin` file.
+    """
+
+    path_prefix: str
+    mmap: bool
+    states: tuple[tuple[int, int], tuple[int, int]]
+
+    def open(self) -> "IndexedDataset":
+        """The dataset once more, without the pass over its index.
+
+        Raises:
+            ValueError: a file has changed since, or cannot be read.
+        """
+        return IndexedDataset(self.path_prefix, self.mmap, self)
 
 
 class IndexedDataset:
@@ -16,7 +39,7 @@ class IndexedDataset:
     Attributes: `path_prefix`, `bin_path`; `dtype` of the tokens; `sequence_lengths` int32 [sequences], in tokens;
     `sequence_offsets` int64 [sequences], in bytes; `document_indices` int64 [documents + 1], first sequence of each
     document; `num_tokens`; `file_descriptor` of the `.bin` file, which stays open for reading; `mapped` [num_tokens],
-    all tokens, or None where files are not memory-mapped.
+    all tokens, or None where files are not memory-mapped; `checked_files`, to open them again.
 
     Every field of the index is checked against the others and against the size of the `.bin` file when the dataset is
     opened: one pass over the index, in bounded memory.
@@ -25,31 +48,52 @@ class IndexedDataset:
         path_prefix: path of both files without `.bin` or `.idx`.
         mmap: map both files into memory, shared by all processes of a machine. Otherwise the index is read into memory
             (20 bytes a sequence at most) and tokens are read at each request, as mounts of object stores want it.
+        checked: these files, from an earlier opening: they are not checked again, but must not have changed.
 
     Raises:
         ValueError: a file is missing, or a field is not what it must be; names file, field, byte, value, expectation.
     """
 
-    def __init__(self, path_prefix: str | os.PathLike[str], mmap: bool = True) -> None:
+    def __init__(
+        self, path_prefix: str | os.PathLike[str], mmap: bool = True, checked: CheckedFiles | None = None
+    ) -> None:
         self.path_prefix = os.fspath(path_prefix)
         self._mmap = mmap
         index = IndexFile(path_prefix)
         self._idx, self._bin = index.file, InputFile(index.bin_path)
         self.bin_path, self.file_descriptor, self.dtype = index.bin_path, self._bin.descriptor, index.dtype
         self.idx_path, self.idx_status = index.file.path, index.file.status
-        self.mapped: np.ndarray | None = None
+        if checked is not None:
+            self._require_unchanged(checked)
         sections = (index.lengths, index.offsets, index.documents)
         if mmap:
-            index.check(self._bin.size)
+            if checked is None:
+                index.check(self._bin.size)
             content = self._idx.map()
             arrays = [np.frombuffer(content, part.dtype, len(part), part.offset) for part in sections]
-            self.mapped = np.frombuffer(self._bin.map(), self.dtype)
         else:
             arrays = [part[:] for part in sections]
             self._idx.close()
-            index.check(self._bin.size, *arrays)
+            if checked is None:
+                index.check(self._bin.size, *arrays)
         self.sequence_lengths, self.sequence_offsets, self.document_indices = arrays
         self.num_tokens = self._bin.size // self.dtype.itemsize
+        self.checked_files = CheckedFiles(self.path_prefix, mmap, (_state(self._idx), _state(self._bin)))
+
+    @cached_property
+    def mapped(self) -> np.ndarray | None:
+        # Not before it is asked for: the maps of a process are limited, and samples are read without.
+        return np.frombuffer(self._bin.map(), self.dtype) if self._mmap else None
+
+    def _require_unchanged(self, checked: CheckedFiles) -> None:
+        for file, state in zip((self._idx, self._bin), checked.states, strict=True):
+            if _state(file) != state:
+                how = (
+                    "it was written anew"
+                    if file.size == state[0]
+                    else f"it had {state[0]} bytes, and has {file.size} now"
+                )
+                raise ValueError(f"{file.path} changed while it was in use: {how}.")
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -158,3 +202,7 @@ class IndexedDataset:
                 f"(byte {(start + wrong) * self.dtype.itemsize}) is {int(block[wrong])}, "
                 f"but ids of this vocabulary are 0 to {vocab_size - 1}."
             )
+
+
+def _state(file: InputFile) -> tuple[int, int]:
+    return file.size, file.status.st_mtime_ns

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from megallm.config.data_sources import SPLIT_NAMES, DataSources, SplitSource, r
 from megallm.data.indexed.reader import IndexedDataset
 from megallm.data.samples import helpers, index_cache
 from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings, TooFewTokensError, make_batch
+from megallm.data.samples.open_datasets import OpenDatasets
 
 # Megatron builds each dataset of a blend this share larger than the blend needs.
 SURPLUS = 0.005
@@ -226,7 +228,9 @@ class _Builder:
 
     def __init__(self, settings: GPTDatasetSettings, options: BuildOptions) -> None:
         self._settings, self._options = settings, options
-        self._opened: dict[str, IndexedDataset] = {}
+        self._open_datasets = OpenDatasets()
+        # Those that are still open: the splits of a dataset share it.
+        self._opened: WeakValueDictionary[str, IndexedDataset] = WeakValueDictionary()
 
     def build(
         self, name: str, source: SplitSource | None, num_samples: int | None, keep_partial: bool = False
@@ -288,8 +292,8 @@ class _Builder:
 
     def _part(self, source: SplitSource, number: int, size: int | None, keep_partial: bool) -> GPTDataset:
         prefix = source.prefixes[number]
-        if prefix not in self._opened:
-            self._opened[prefix] = IndexedDataset(prefix, mmap=self._options.mmap)
-        dataset = self._opened[prefix]
+        dataset = self._opened.get(prefix)
+        if dataset is None:
+            self._opened[prefix] = dataset = IndexedDataset(prefix, mmap=self._options.mmap)
         first, last = split_range(source.bounds, len(dataset))
-        return GPTDataset(dataset, first, last, size, self._settings, keep_partial)
+        return GPTDataset(dataset, first, last, size, self._settings, keep_partial, self._open_datasets)

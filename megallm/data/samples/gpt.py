@@ -5,12 +5,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from megallm.data.indexed.reader import IndexedDataset
 from megallm.data.samples import index_cache
 from megallm.data.samples.fetch import fetch_samples, mark_documents
+from megallm.data.samples.open_datasets import OpenDatasets
 from megallm.data.samples.order import build_sample_order, plan_epochs
 
 # What fills up where no token is padding.
@@ -65,6 +67,15 @@ class GPTDatasetSettings:
             raise ValueError(f"{asked} needs to know the token that ends a document, and the tokenizer has none.")
 
 
+class _Opened(NamedTuple):
+    """What a dataset reads from; see `build_sample_order`."""
+
+    indexed_dataset: IndexedDataset
+    document_index: np.ndarray
+    sample_index: np.ndarray
+    shuffle_index: np.ndarray
+
+
 class GPTDataset:
     """Samples of `settings.sequence_length` tokens from sequences `first` to `last - 1` of an indexed dataset.
 
@@ -78,6 +89,7 @@ class GPTDataset:
     Args:
         num_samples: the documents are read as many times over as that takes; None reads them once.
         keep_partial: the tokens that are left over at the end are a sample too, filled up with padding.
+        open_datasets: closes this dataset when others are used more; None: it stays open.
 
     Raises:
         TooFewTokensError: the range holds too few tokens.
@@ -92,54 +104,91 @@ class GPTDataset:
         num_samples: int | None,
         settings: GPTDatasetSettings,
         keep_partial: bool = False,
+        open_datasets: OpenDatasets | None = None,
     ) -> None:
         assert 0 <= first <= last <= len(indexed_dataset), (
             f"sequences {first} to {last} are not within {len(indexed_dataset)}"
         )
         self.settings = settings
-        self._indexed_dataset = indexed_dataset
-        self._keep_partial = keep_partial
-        lengths, length = indexed_dataset.sequence_lengths, settings.sequence_length
-        self._check_size(first, last, num_samples)
-
-        def build() -> dict[str, np.ndarray]:
-            return build_sample_order(lengths, first, last, length, num_samples, settings.seed, keep_partial)
-
-        if settings.cache_path is None:
-            arrays = build()
-        else:
-            arrays = index_cache.load_or_build(
-                Path(settings.cache_path), self._cache_key(first, last, num_samples), build
-            )
-        self.document_index = arrays["document_index"]
-        self.sample_index = arrays["sample_index"]
-        self.shuffle_index = arrays["shuffle_index"]
+        self._files, self._open_datasets = indexed_dataset.checked_files, open_datasets
+        self._range, self._num_samples, self._keep_partial = (first, last), num_samples, keep_partial
+        self._check_size(indexed_dataset)
+        self._key = "" if settings.cache_path is None else self._cache_key(indexed_dataset)
+        self._order: dict[str, np.ndarray] | None = None
+        if open_datasets is not None:
+            open_datasets.used(self)
+        self._opened: _Opened | None = self._with_order(indexed_dataset)
+        self._length = len(self._opened.shuffle_index)
         pad_id = settings.pad_id
         self.pad_id = NO_PADDING if pad_id is None or pad_id == settings.eod_id else pad_id
 
-    def _check_size(self, first: int, last: int, num_samples: int | None) -> None:
+    def close(self) -> None:
+        """Let go of the files until they are needed again. Indices that no folder keeps stay in memory."""
+        self._opened = None
+
+    @property
+    def document_index(self) -> np.ndarray:
+        return self._open().document_index
+
+    @property
+    def sample_index(self) -> np.ndarray:
+        return self._open().sample_index
+
+    @property
+    def shuffle_index(self) -> np.ndarray:
+        return self._open().shuffle_index
+
+    def _open(self) -> _Opened:
+        """Open what was closed; the caller holds the result while it reads, since another dataset may close this."""
+        if self._open_datasets is not None:
+            self._open_datasets.used(self)
+        opened = self._opened
+        if opened is None:
+            self._opened = opened = self._with_order(self._files.open())
+        return opened
+
+    def _with_order(self, indexed_dataset: IndexedDataset) -> _Opened:
+        """The dataset with its indices: from memory, from the cache, or else built."""
+        settings = self.settings
+
+        def build() -> dict[str, np.ndarray]:
+            lengths, (first, last) = indexed_dataset.sequence_lengths, self._range
+            return build_sample_order(
+                lengths, first, last, settings.sequence_length, self._num_samples, settings.seed, self._keep_partial
+            )
+
+        if settings.cache_path is not None:
+            order = index_cache.load_or_build(Path(settings.cache_path), self._key, build)
+        else:
+            order = self._order = self._order or build()
+        return _Opened(indexed_dataset, order["document_index"], order["sample_index"], order["shuffle_index"])
+
+    def _check_size(self, dataset: IndexedDataset) -> None:
         """Raise ValueError where the range has no sample."""
-        lengths, length = self._indexed_dataset.sequence_lengths, self.settings.sequence_length
-        num_tokens = int(lengths[first:last].sum(dtype=np.int64))
-        place = f"in sequences {first} to {last - 1} of {len(lengths)}"
+        (first, last), length = self._range, self.settings.sequence_length
+        num_sequences = len(dataset)
+        if first == last:
+            raise TooFewTokensError(f"{dataset.path_prefix} gives it none of its {num_sequences} sequences.")
+        num_tokens = int(dataset.sequence_lengths[first:last].sum(dtype=np.int64))
+        place = f"in sequences {first} to {last - 1} of {num_sequences}"
         if num_tokens == 0:
-            raise TooFewTokensError(f"{self._indexed_dataset.path_prefix} has no tokens {place}.")
-        if plan_epochs(num_tokens, length, num_samples, self._keep_partial).num_samples == 0:
+            raise TooFewTokensError(f"{dataset.path_prefix} has no tokens {place}.")
+        if plan_epochs(num_tokens, length, self._num_samples, self._keep_partial).num_samples == 0:
             raise TooFewTokensError(
-                f"{self._indexed_dataset.path_prefix} has {num_tokens} tokens {place}, too few for one sample of "
+                f"{dataset.path_prefix} has {num_tokens} tokens {place}, too few for one sample of "
                 f"{length} tokens and the one that follows; a sequence length of {max(1, num_tokens - 1)} fits."
             )
 
-    def _cache_key(self, first: int, last: int, num_samples: int | None) -> str:
+    def _cache_key(self, dataset: IndexedDataset) -> str:
         """Digest of all that the indices depend on; of the dataset, that is the lengths of its sequences."""
-        settings, dataset = self.settings, self._indexed_dataset
+        settings = self.settings
         content = {
             "version": CACHE_VERSION,
             "sequence_lengths": index_cache.content_hash(
                 dataset.idx_path, dataset.idx_status, "lengths", dataset.sequence_lengths
             ),
-            "range": [first, last],
-            "num_samples": num_samples,
+            "range": list(self._range),
+            "num_samples": self._num_samples,
             "sequence_length": settings.sequence_length,
             "seed": settings.seed,
             "keep_partial": self._keep_partial,
@@ -147,7 +196,7 @@ class GPTDataset:
         return "gpt" + hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=20).hexdigest()
 
     def __len__(self) -> int:
-        return len(self.shuffle_index)
+        return self._length
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {name: array[0] for name, array in self.get_batch([index]).items()}
@@ -171,9 +220,10 @@ class GPTDataset:
         if numbers and not 0 <= min(numbers) <= max(numbers) < len(self):
             wrong = next(number for number in numbers if not 0 <= number < len(self))
             raise IndexError(f"The dataset has samples 0 to {len(self) - 1}, not {wrong}.")
-        samples = np.asarray(self.shuffle_index[indices], np.int64)
+        opened = self._open()
+        samples = np.asarray(opened.shuffle_index[indices], np.int64)
         counts, lowest, highest = fetch_samples(
-            self._indexed_dataset, self.document_index, self.sample_index, samples, rows, text
+            opened.indexed_dataset, opened.document_index, opened.sample_index, samples, rows, text
         )
         if numbers:
             self._check_tokens(lowest, highest)
@@ -193,7 +243,7 @@ class GPTDataset:
         wrong = lowest if lowest < 0 else highest
         limit = "negative" if wrong < 0 else f"not below the vocabulary size {vocab_size}"
         raise ValueError(
-            f"Token {wrong} in {self._indexed_dataset.path_prefix} is {limit}: "
+            f"Token {wrong} in {self._files.path_prefix} is {limit}: "
             f"the data was made with another tokenizer than this run's."
         )
 

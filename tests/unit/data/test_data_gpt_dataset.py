@@ -185,7 +185,7 @@ def test_padding_that_ends_documents_is_no_padding(golden):
 def test_mistakes(golden, tmp_path):
     with pytest.raises(ValueError, match=r"has 19 tokens in sequences 0 to 4 of 5, too few .*length of 18 fits"):
         GPTDataset(golden, 0, 5, None, GPTDatasetSettings(sequence_length=19))
-    with pytest.raises(ValueError, match="has no tokens in sequences"):
+    with pytest.raises(ValueError, match="gives it none of its 5 sequences"):
         GPTDataset(golden, 2, 2, 3, SETTINGS)
     with pytest.raises(ValueError, match="golden is not below the vocabulary size 9: the data was made with another"):
         GPTDataset(golden, 0, 5, 4, replace(SETTINGS, vocab_size=9))[0]

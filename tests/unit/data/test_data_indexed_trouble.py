@@ -16,6 +16,7 @@ import pytest
 
 from megallm.data.indexed import output
 from megallm.data.indexed.format import HEADER
+from megallm.data.indexed.index import IndexFile
 from megallm.data.indexed.merge import merge_datasets
 from megallm.data.indexed.reader import IndexedDataset
 from megallm.data.indexed.writer import IndexedDatasetWriter
@@ -65,16 +66,18 @@ def test_a_copy_for_a_worker_opens_the_files_again(tmp_path, mmap):
     assert not copy[2].flags.writeable
 
 
-def test_more_datasets_than_the_usual_limit_of_open_files(tmp_path):
-    """In a process of its own, since the limit is the process's."""
-    written(tmp_path / "x", 3, 4)
-    program = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 2000))\n"
-        "from megallm.data.indexed.reader import IndexedDataset\n"
-        "kept = [IndexedDataset(sys.argv[1]) for _ in range(300)]\n"
-        "assert all(dataset[2].tolist() == [8, 9, 10, 11] for dataset in kept)\n"
-    )
-    subprocess.run([sys.executable, "-c", program, str(tmp_path / "x")], check=True)
+def test_opened_again_without_a_check_of_what_has_not_changed(tmp_path, monkeypatch):
+    prefix = written(tmp_path / "x", 3, 4)
+    files = IndexedDataset(prefix).checked_files
+    monkeypatch.setattr(IndexFile, "check", lambda *_: pytest.fail("checked a second time"))
+    assert files.open()[2].tolist() == [8, 9, 10, 11]
+    os.utime(f"{prefix}.idx", ns=(0, 0))
+    with pytest.raises(ValueError, match=r"x\.idx changed while it was in use: it was written anew"):
+        files.open()
+    os.truncate(f"{prefix}.bin", 4)
+    os.utime(f"{prefix}.idx", ns=(0, files.states[0][1]))
+    with pytest.raises(ValueError, match=r"x\.bin changed while it was in use: it had 24 bytes, and has 4 now"):
+        files.open()
 
 
 class SmallDisk(io.FileIO):
