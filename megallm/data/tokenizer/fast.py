@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megallm.data.tokenizer.base import Tokenizer
-from megallm.data.tokenizer.gigatoken import FastLibrary, gigatoken_loader
+from megallm.data.tokenizer.gigatoken import FastLibrary, find_gigatoken
 from megallm.data.tokenizer.hard_texts import hard_texts
 from megallm.data.tokenizer.huggingface import HuggingFaceTokenizer
 
@@ -39,17 +39,30 @@ class FastTokenizer(Tokenizer):
     """A reference tokenizer whose `encode_flat` is done by a fast library.
 
     The ids are compared with the reference's: on texts that are known to be hard, when it is made; on the first
-    documents; and on a random sample as long as it is used. Everything else is the reference's own work.
+    documents; and on a random sample as long as it is used. Texts on which the library is known to differ, and
+    everything else, are the reference's own work.
+
+    Args:
+        reference: whose ids count.
+        load: makes the fast library's tokenizer.
+        name: of the fast library, with its version.
+        differs_on: whether the library is known to give other ids for a text.
 
     Raises:
         ValueError: the library does not read this tokenizer, or gives other ids.
         FastTokenizerDiffers: (of `encode_flat`) the ids of a document differ.
     """
 
-    def __init__(self, reference: Tokenizer, load: Callable[[], FastLibrary], name: str) -> None:
+    def __init__(
+        self,
+        reference: Tokenizer,
+        load: Callable[[], FastLibrary],
+        name: str,
+        differs_on: Callable[[str], bool] | None = None,
+    ) -> None:
         for attribute in Tokenizer.__annotations__:
             setattr(self, attribute, getattr(reference, attribute))
-        self._reference, self._load = reference, load
+        self._reference, self._load, self._differs_on = reference, load, differs_on
         self.fast_library = name
         self._prefix, self._suffix = _surroundings(reference)
         self._load_library()
@@ -61,6 +74,24 @@ class FastTokenizer(Tokenizer):
             self._compare(text, self._ids(text), 0)
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        left = [index for index, text in enumerate(texts) if self._differs_on(text)] if self._differs_on else []
+        if not left:
+            return self._encode_fast(texts)
+        others = sorted(set(range(len(texts))) - set(left))
+        try:
+            fast = self._encode_fast([texts[index] for index in others])
+        except FastTokenizerDiffers as error:
+            raise FastTokenizerDiffers(others[error.index], str(error)) from None
+        slow = self._reference.encode_flat([texts[index] for index in left])
+        lengths = np.zeros(len(texts), np.int64)
+        parts = [np.empty(0, np.int32)] * len(texts)
+        for places, (ids, counts) in ((others, fast), (left, slow)):
+            lengths[places] = counts
+            for place, end, count in zip(places, np.cumsum(counts), counts, strict=True):
+                parts[place] = ids[end - count : end]
+        return np.concatenate(parts), lengths
+
+    def _encode_fast(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         characters = sum(map(len, texts))
         ids, lengths = self._flat(texts, characters)
         self._check(texts, ids, lengths, characters)
@@ -179,8 +210,8 @@ def with_fast_library(reference: Tokenizer, choice: str) -> Tokenizer:
     if choice == "never":
         return reference
     try:
-        name, load = gigatoken_loader(reference)
-        return FastTokenizer(reference, load, name)
+        gigatoken = find_gigatoken(reference)
+        return FastTokenizer(reference, gigatoken.load, gigatoken.name, gigatoken.differs_on)
     except ValueError as error:
         if choice == "always":
             raise ValueError(f"--fast-tokenizer always is not possible: {error}") from None

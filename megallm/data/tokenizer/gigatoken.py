@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from megallm.data.tokenizer.base import Tokenizer
 from megallm.data.tokenizer.huggingface import HuggingFaceTokenizer
 from megallm.data.tokenizer.sentencepiece import SentencePieceTokenizer
+from megallm.data.tokenizer.unicode_versions import composes_by_version
 
 
 class FastLibrary(Protocol):
@@ -24,10 +25,22 @@ class FastLibrary(Protocol):
         """Ids of texts, as an awkward array."""
 
 
-def gigatoken_loader(reference: Tokenizer) -> tuple[str, Callable[[], FastLibrary]]:
-    """Name and version of gigatoken, and what makes the same tokenizer in it.
+class Gigatoken(NamedTuple):
+    """Name and version of gigatoken; what makes the tokenizer in it; for which texts its ids are known to differ.
 
-    Raises ValueError, as does what it gives, if it is not installed or does not read this kind of tokenizer.
+    `load` raises ValueError if gigatoken does not read the tokenizer. `differs_on` is None where no such text is known.
+    """
+
+    name: str
+    load: Callable[[], FastLibrary]
+    differs_on: Callable[[str], bool] | None
+
+
+def find_gigatoken(reference: Tokenizer) -> Gigatoken:
+    """What makes the same tokenizer in gigatoken.
+
+    Raises:
+        ValueError: it is not installed, or does not know tokenizers of this kind.
     """
     try:
         import gigatoken
@@ -51,7 +64,10 @@ def gigatoken_loader(reference: Tokenizer) -> tuple[str, Callable[[], FastLibrar
         except BaseException as error:  # a panic of the library is no Exception
             raise refused(error) from None
 
-    return f"gigatoken {version('gigatoken')}", load
+    # The one normalizer that gigatoken takes is NFC; its tables are newer than those of tokenizers.
+    normalizes = json.loads(content).get("normalizer") is not None
+    differs_on = composes_by_version if normalizes and isinstance(reference, HuggingFaceTokenizer) else None
+    return Gigatoken(f"gigatoken {version('gigatoken')}", load, differs_on)
 
 
 def _tokenizer_json(reference: Tokenizer) -> str:

@@ -1,6 +1,7 @@
 """The fast library is used where it gives the reference's ids, refused elsewhere, stopped where it begins to differ."""
 
 import sys
+import unicodedata
 from importlib.metadata import version
 
 import numpy as np
@@ -8,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_data import TEXTS
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, normalizers, processors
 
 from megallm.data.tokenizer import fast
 from megallm.data.tokenizer.base import TokenizerSettings, state_library
 from megallm.data.tokenizer.build import build_tokenizer
 from megallm.data.tokenizer.fast import FastTokenizer, FastTokenizerDiffers
+from megallm.data.tokenizer.gigatoken import Gigatoken
 from megallm.data.tokenizer.hard_texts import hard_texts
 from megallm.data.tokenizer.record import describe
 from megallm.data.tokenizer.training import TrainingSettings, train_tokenizer
@@ -92,7 +94,9 @@ def test_the_sample_is_as_large_as_it_may_be(fake, monkeypatch):
 
 
 def test_a_library_that_is_wrong_from_the_start_is_refused(reference, monkeypatch):
-    monkeypatch.setattr(fast, "gigatoken_loader", lambda tokenizer: ("fake 1.0", lambda: Fake(tokenizer, "DON'T")))
+    monkeypatch.setattr(
+        fast, "find_gigatoken", lambda tokenizer: Gigatoken("fake 1.0", lambda: Fake(tokenizer, "DON'T"), None)
+    )
     monkeypatch.setattr(fast, "SHORT_DOCUMENT", 0)
     assert fast.with_fast_library(reference, "never") is reference
     with pytest.raises(ValueError, match=r"--fast-tokenizer always is not possible: fake 1\.0 gives other ids"):
@@ -166,6 +170,55 @@ def test_gigatoken_gives_the_same_ids(gigatokens, texts):
             for expected, found in zip(plain.encode_flat(batch), quick.encode_flat(batch), strict=True):
                 assert found.dtype == expected.dtype
                 assert found.tolist() == expected.tolist()
+
+
+@pytest.fixture(scope="module")
+def composing(tokenizer_json, tmp_path_factory):
+    """A tokenizer that composes characters first, plain and fast."""
+    pytest.importorskip("gigatoken")
+    path = tmp_path_factory.mktemp("composing") / "tokenizer.json"
+    library = Tokenizer.from_file(str(tokenizer_json))
+    library.normalizer = normalizers.NFC()
+    library.save(str(path))
+    settings = [TokenizerSettings("HuggingFaceTokenizer", str(path), fast_tokenizer=how) for how in ("never", "always")]
+    return [build_tokenizer(settings) for settings in settings]
+
+
+def is_known(text):
+    """Whether this Python's tables of Unicode have all characters."""
+    return all(unicodedata.category(character) != "Cn" for character in text)
+
+
+def test_marks_that_libraries_put_in_another_order_are_left_to_the_reference(composing):
+    plain, quick = composing
+    texts = ["plain", "a\u08d2\u0323\u0301", "", "cafe\u0301 \u4f60", "\U00011935\U00011930", "\u00e9\u07fd", "end"]
+    assert quick._differs_on is not None, "without that, the library's ids would come through"
+    assert [quick._differs_on(text) for text in texts] == [False, True, False, False, True, False, False]
+    for expected, found in zip(plain.encode_flat(texts), quick.encode_flat(texts), strict=True):
+        assert found.dtype == expected.dtype
+        assert found.tolist() == expected.tolist()
+    assert quick._ids(texts[1]).tolist() != plain.encode(texts[1]), "a newer gigatoken or tokenizers: look again"
+
+
+def test_a_difference_beside_texts_left_to_the_reference_is_named(reference, monkeypatch):
+    monkeypatch.setattr(fast, "SHORT_DOCUMENT", 0)
+    tokenizer = FastTokenizer(reference, lambda: Fake(reference, "liquor"), "fake 1.0", lambda text: "pack" in text)
+    with pytest.raises(FastTokenizerDiffers) as told:
+        tokenizer.encode_flat(["pack", TEXTS[0].replace("pack", ""), "liquor pack", "pack my liquor", "my liquor jugs"])
+    assert told.value.index == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["{} ", "a{} ", "a{}\u0323\u0301 ", "a\u0301\u0345{} ", "\u05d0{}\u05b0\u3099 "])
+def test_every_character_composes_as_in_the_reference(composing, context):
+    plain, quick = composing
+    texts = [context.format(chr(number)) for number in range(0x110000) if not 0xD800 <= number < 0xE000]
+    texts = list(filter(is_known, texts))
+    for first in range(0, len(texts), 1 << 16):
+        part = texts[first : first + (1 << 16)]
+        expected, found = plain.encode_flat(part), quick.encode_flat(part)
+        assert np.array_equal(expected[1], found[1])
+        assert np.array_equal(expected[0], found[0])
 
 
 def test_gigatoken_takes_text_that_looks_like_a_special_token_as_the_reference_does(gigatokens):
