@@ -159,8 +159,8 @@ def parse_data_path(data_path: Sequence[str]) -> tuple[list[str], list[float] | 
         # Megatron takes them for names of files here.
         if numbers:
             raise ValueError(
-                f"{len(numbers)} weights ({', '.join(numbers)}) and {len(entries) - len(numbers)} prefixes do not "
-                "alternate: write one weight before each prefix, or prefixes alone (one that is a number as ./2024)."
+                f"In this list of {len(entries)} words the weights ({', '.join(numbers[:5])}) do not alternate with "
+                "prefixes: write one weight before each prefix, or prefixes alone (one that is a number as ./2024)."
             )
         return entries, None
     known = [weight for weight in weights if weight is not None]

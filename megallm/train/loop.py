@@ -105,8 +105,8 @@ def _check_data_lasts(engine: Engine, datasets: Datasets, last_iteration: int, l
         if available is not None and available < samples:
             raise ValueError(
                 f"the {purpose} data has {available} samples, but this run reads up to sample {samples}, counting "
-                "those that were consumed before it was resumed: keep the batch size and the flags of the evaluation "
-                "as they were, or give fewer --train-iters"
+                "those that were consumed before it was resumed: give fewer --train-iters, a weight to each dataset "
+                "(those without weights are read once), or the batch size and evaluations of before"
             )
 
 

@@ -196,10 +196,9 @@ def require_file(path: Path, prefix: Path) -> None:
     folder = prefix if prefix.is_dir() else path.parent
     if not folder.is_dir():
         raise ValueError(f"{path} does not exist: there is no folder {folder}.")
-    beside = sorted(str(other.with_suffix("")) for other in folder.glob("*" + path.suffix))
-    found = (
-        f"in that folder lie {', '.join(beside[:5])}" if beside else f"there is no {path.suffix} file in that folder"
-    )
+    ending = path.name[-4:]
+    beside = sorted(str(other)[:-4] for other in folder.glob("*" + ending))
+    found = f"in that folder lie {', '.join(beside[:5])}" if beside else f"there is no {ending} file in that folder"
     if folder == prefix:
         raise ValueError(f"{prefix} is a folder: give the path of a dataset without .bin or .idx; {found}.")
     raise ValueError(f"{path} does not exist: give the path of a dataset without .bin or .idx; {found}.")

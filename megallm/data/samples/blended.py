@@ -206,11 +206,12 @@ def build_run_data(
     is_shared = bool(sources.data_path or sources.data_args_path)
     for name, source, wanted in zip(SPLIT_NAMES[:2], found, num_samples, strict=False):
         if source is None and wanted:
-            way = f"--split {sources.split!r}" if is_shared else sources.flags[0]
-            raise ValueError(
-                f"{wanted} {name} samples are asked for, but {way} gives {name} no share of the data: give it one, "
-                f"969,30,1 for example, or ask for no {name} samples."
+            why = (
+                f"--split {sources.split!r} gives {name} no share of the data: give it one, 969,30,1 for example"
+                if is_shared
+                else f"{sources.flags[0]} lists none for {name}: add some"
             )
+            raise ValueError(f"{wanted} {name} samples are asked for, but {why}, or ask for no {name} samples.")
     train, valid, test = (None if wanted == 0 else source for source, wanted in zip(found, num_samples, strict=True))
     built_train = builder.build("training", train, num_samples[0])
     built_valid = builder.build_validation(valid, num_samples[1])

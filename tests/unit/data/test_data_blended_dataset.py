@@ -88,7 +88,9 @@ def test_data_path_mistakes():
         parse_data_path(["3", "a", "b", "c"])
     with pytest.raises(ValueError, match="one dataset at least"):
         parse_data_path([])
-    with pytest.raises(ValueError, match=r"2 weights \(3, 7\) and 1 prefixes do not alternate: .* as ./2024"):
+    with pytest.raises(
+        ValueError, match=r"In this list of 3 words the weights \(3, 7\) do not alternate with prefixes: .* as ./2024"
+    ):
         parse_data_path(["3", "a", "7"])
     with pytest.raises(ValueError, match="The weight 0 is not a positive number"):
         parse_data_path(["3", "a", "0", "b"])

@@ -187,8 +187,11 @@ def test_missing_files(golden, tmp_path):
         ValueError, match=r"golden.idx is a file of a dataset; give the path without its ending: .*golden"
     ):
         IndexedDataset(tmp_path / "golden.idx")
-    with pytest.raises(ValueError, match=r"is a folder: give the path of a dataset .*; in that folder lie .*golden"):
+    with pytest.raises(ValueError, match=r"is a folder: give the path of a dataset .*; in that folder lie .*golden\.$"):
         IndexedDataset(tmp_path)
+    (tmp_path / "other.txt").touch()
+    with pytest.raises(ValueError, match=r"is a folder: .*; in that folder lie \S*golden\.$"):
+        IndexedDataset(f"{tmp_path}/")
     with pytest.raises(ValueError, match="there is no folder"):
         IndexedDataset(tmp_path / "no" / "golden")
     (tmp_path / "golden.bin").unlink()
