@@ -1,7 +1,6 @@
 """Documents of input files, read one after another from any place, and the texts that they hold."""
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -102,8 +101,6 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
-# Half a character can only come from an escape: UTF-8 has none.
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def texts_of(document: RawDocument, keys: Sequence[str]) -> list[list[str]]:
@@ -125,8 +122,7 @@ def texts_of(document: RawDocument, keys: Sequence[str]) -> list[list[str]]:
     if document.line == 0:
         return [[content] for _ in keys]
     record = _record(content, document)
-    may_be_broken = b"\\ud" in document.content or b"\\uD" in document.content
-    return [_texts(record, key, document, may_be_broken) for key in keys]
+    return [_texts(record, key, document) for key in keys]
 
 
 def _record(content: str, document: RawDocument) -> dict[str, object]:
@@ -146,7 +142,7 @@ def _record(content: str, document: RawDocument) -> dict[str, object]:
     return record
 
 
-def _texts(record: dict[str, object], key: str, document: RawDocument, may_be_broken: bool) -> list[str]:
+def _texts(record: dict[str, object], key: str, document: RawDocument) -> list[str]:
     if key not in record:
         names = ", ".join(repr(name) for name in list(record)[:8]) or "none"
         what = f"there is no key {key!r}; its keys are {names} (--json-keys chooses)"
@@ -162,9 +158,13 @@ def _texts(record: dict[str, object], key: str, document: RawDocument, may_be_br
         if not isinstance(text, str):
             what = f"in the list under {key!r} stands a JSON {_kind(text)}, not a text"
             raise BadDocument("not_text", f"{document.place}: {what}.")
-        if may_be_broken and (half := _SURROGATE.search(text)):
-            surrogate = f"\\u{ord(half[0]):04x}"
-            raise BadDocument("not_text", f"{document.place}: under {key!r} stands half a character, {surrogate}.")
+        try:
+            # An escape in the JSON may stand for half of a character, which is no text.
+            _ = text.isascii() or text.encode()
+        except UnicodeEncodeError as error:
+            surrogate = f"\\u{ord(text[error.start]):04x}"
+            what = f"under {key!r} stands half a character, {surrogate}"
+            raise BadDocument("not_text", f"{document.place}: {what}.") from None
     return texts
 
 
