@@ -44,6 +44,8 @@ ROOT = Path(__file__).parents[1]
 DEFAULT_OUTPUT = Path(__file__).parent / "results" / "preprocess.json"
 # Texts that are handed to a library at once, where it takes several.
 BATCH = 256
+# How tiktoken cuts text into words.
+PATTERN = "cl100k"
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def tiktoken(path: Path) -> Encode:
     from megallm.data.tokenizer.base import TokenizerSettings
     from megallm.data.tokenizer.build import build_tokenizer
 
-    library = build_tokenizer(TokenizerSettings("TikTokenizer", str(path), fast_tokenizer="never"))._library
+    library = build_tokenizer(TokenizerSettings("TikTokenizer", str(path), tiktoken_pattern=PATTERN))._library
     return lambda texts: [np.array(library.encode_ordinary(text), np.int32) for text in texts]
 
 
@@ -162,6 +164,8 @@ def contenders(arguments: argparse.Namespace) -> Iterator[Contender]:
             print(f"{library}: left out, no file is given")
             continue
         flags = ["--tokenizer-type", kind, flag, str(path)]
+        if library == "tiktoken":
+            flags += ["--tiktoken-pattern", PATTERN]
         yield Contender(library, library, library, path, [*flags, "--fast-tokenizer", "never"])
         if not read_by_gigatoken:
             continue

@@ -267,6 +267,11 @@ class DataConfig:
     num_dataset_builder_threads: int = option(
         1, "--num-dataset-builder-threads", "datasets of a blend that are opened and indexed at once"
     )
+    mid_level_dataset_surplus: float = option(
+        0.005,
+        "--mid-level-dataset-surplus",
+        "each dataset of a weighted blend is built this share larger than its part, which is rounded up",
+    )
     data_cache_path: str | None = option(
         None, "--data-cache-path", "folder for the sample indices; default: beside the dataset"
     )

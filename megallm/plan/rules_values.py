@@ -97,6 +97,7 @@ RANGES = {
     "data.tiktoken_num_special_tokens": _NATURAL,
     "data.num_workers": _NATURAL,
     "data.num_dataset_builder_threads": _COUNT,
+    "data.mid_level_dataset_surplus": _NATURAL,
     "checkpoint.save_interval": _COUNT,
     "logging.log_interval": _COUNT,
     "logging.timeline_step": _COUNT,

@@ -10,6 +10,7 @@ from megallm.plan.rules_data import data_sources
 # What a change of each thing does. Where nothing is said the samples are others altogether.
 _EFFECTS = {
     "training samples": "indices are dealt for so many samples, and another number of epochs deals all of them anew",
+    "surplus of each dataset": "another number of samples may deal the indices of a dataset anew",
     "seed": "samples are shuffled by it",
     "sequence length": "samples begin and end elsewhere",
     "share of the data": "training gets other documents",
@@ -46,6 +47,8 @@ def data_order(config: Config, num_train_samples: int, available_samples: int, s
             "share of the data": f"{low:.6g} to {high:.6g}",
             "training samples": str(num_train_samples),
         }
+        if source.weights is not None:
+            order["surplus of each dataset"] = str(data.mid_level_dataset_surplus)
     if data.dataloader_type == "cyclic":
         order["layout in the order"] = layout_in_order(
             data.dataloader_type, available_samples, share, sharding=data.data_sharding

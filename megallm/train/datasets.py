@@ -102,6 +102,7 @@ def build_datasets(config: Config, tokenizer: Tokenizer | None) -> Datasets:
         multiple_validation_sets=data.multiple_validation_sets,
         drop_last_partial_validation_sequence=data.drop_last_partial_validation_sequence,
         num_threads=data.num_dataset_builder_threads,
+        surplus=data.mid_level_dataset_surplus,
     )
     sizes = num_train, None if num_valid and data.full_validation else num_valid, num_test
     built = build_run_data(_settings(config, tokenizer, prefixes[0]), sources, sizes, options)

@@ -31,6 +31,7 @@ def order_of(changes: dict[str, Any], *, samples: int = 1000, share: DataShare =
         ({"data.data_path": ["news"]}, 1000, "data: 0.3 news 0.7 code there, news here"),
         ({"data.split": "90,10"}, 1000, "share of the data: 0 to 0.969 there, 0 to 0.9 here"),
         ({"training.seed": 8}, 1000, "seed: 7 there, 8 here"),
+        ({"data.mid_level_dataset_surplus": 0.5}, 1000, "surplus of each dataset: 0.005 there, 0.5 here"),
         (
             {"data.dataloader_type": "cyclic"},
             1000,

@@ -17,8 +17,6 @@ from megallm.data.samples import helpers, index_cache
 from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings, TooFewTokensError, make_batch
 from megallm.data.samples.open_datasets import OpenDatasets
 
-# Megatron builds each dataset of a blend this share larger than the blend needs.
-SURPLUS = 0.005
 # Raised when the meaning of what is cached changes.
 CACHE_VERSION = 1
 
@@ -72,7 +70,13 @@ class BlendedDataset:
         drawn = np.bincount(self.dataset_index, minlength=len(datasets))
         for number, (has, needs) in enumerate(zip(sizes, drawn, strict=True)):
             if has < needs:
-                raise ValueError(f"Dataset {number} of the blend has {has} samples, but the blend draws {needs}.")
+                # The blend is larger than what was asked for by less than one sample a dataset.
+                asked = max(1.0, float(shares[number]) * (len(self.dataset_index) - len(datasets)))
+                raise ValueError(
+                    f"Dataset {number} of the blend has {has} samples, but the blend draws {needs}, because the share "
+                    f"of each of its {len(datasets)} datasets is rounded up: --mid-level-dataset-surplus "
+                    f"{math.ceil(100 * (needs / asked - 1)) / 100:g} builds enough of each."
+                )
         self._datasets = list(datasets)
         self._are_alike = all(
             isinstance(dataset, GPTDataset) and dataset.settings == datasets[0].settings for dataset in datasets
@@ -170,12 +174,14 @@ class BuildOptions:
         drop_last_partial_validation_sequence: False keeps the tokens that are left over at the end of the validation
             data as one sample more, filled up with padding.
         num_threads: datasets of a blend that are built at once.
+        surplus: each dataset of a weighted blend is built this share larger than the blend needs.
     """
 
     mmap: bool = True
     multiple_validation_sets: bool = False
     drop_last_partial_validation_sequence: bool = True
     num_threads: int = 1
+    surplus: float = 0.005
 
 
 def build_run_data(
@@ -280,7 +286,7 @@ class _Builder:
                 "a weighted blend needs a number of samples; leave the weights out to take every dataset once."
             )
         shares = normalize(source.weights)
-        parts = self._parts(source, samples_of_each(shares, num_samples, SURPLUS), keep_partial)
+        parts = self._parts(source, samples_of_each(shares, num_samples, self._options.surplus), keep_partial)
         size = sum(samples_of_each(shares, num_samples))
         return BlendedDataset(parts, source.weights, size, self._settings.cache_path)
 

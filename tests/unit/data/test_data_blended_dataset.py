@@ -167,6 +167,21 @@ def test_a_blend_without_weights(three):
     assert len(make(three, (5000, None, None))[0]) == 74 + 37 + 112
 
 
+def test_a_surplus_for_shares_that_are_rounded_up(tmp_path):
+    """A hundred datasets get a whole sample each, where a tenth is asked for: the blend grows, and so does every part."""
+    words = ["20", write_dataset(tmp_path / "large", [[1] * 5] * 40).path_prefix]
+    for number in range(100):
+        words += ["0.1", write_dataset(tmp_path / f"small{number}", [[2] * 5] * 40).path_prefix]
+
+    def blend(**options):
+        sources = DataSources(data_path=tuple(words), split="1")
+        return build_run_data(GPTDatasetSettings(4), sources, (50, 0, 0), BuildOptions(**options)).train
+
+    with pytest.raises(ValueError, match=r"Dataset 0 .* has 49 samples, but .* draws 89, .*-surplus 3\.05 builds"):
+        blend()
+    assert np.bincount(blend(surplus=3.05).dataset_index).tolist()[:2] == [89, 1]
+
+
 def test_mistakes(three, tmp_path):
     with pytest.raises(ValueError, match=r"no.idx does not exist: .* in that folder lie .*part0"):
         make([str(tmp_path / "no")], (1, None, None))
