@@ -168,7 +168,7 @@ def test_a_blend_without_weights(three):
 
 
 def test_a_surplus_for_shares_that_are_rounded_up(tmp_path):
-    """A hundred datasets get a whole sample each, where a tenth is asked for: the blend grows, and so does every part."""
+    """A hundred datasets get a whole sample each, where a tenth is asked for: the blend grows, and so do its parts."""
     words = ["20", write_dataset(tmp_path / "large", [[1] * 5] * 40).path_prefix]
     for number in range(100):
         words += ["0.1", write_dataset(tmp_path / f"small{number}", [[2] * 5] * 40).path_prefix]
