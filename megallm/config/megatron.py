@@ -201,7 +201,7 @@ REFUSED = (
     Refused("--s3-cache-path", "files are read from folders; mount the store and use --no-mmap-bin-files"),
     Refused(
         "--allow-ambiguous-pad-tokens",
-        "a padding token that is another special token too is learned; leave it out, or give padding a token of its own",
+        "a padding token that is a special token too is learned; leave it out, or give padding a token of its own",
     ),
     Refused("--phase-transition-iterations", "a run has one list of data; leave it out"),
     Refused("--fim-*", "documents are read in their order; leave it out"),
