@@ -44,8 +44,8 @@ ROOT = Path(__file__).parents[1]
 DEFAULT_OUTPUT = Path(__file__).parent / "results" / "preprocess.json"
 # Texts that are handed to a library at once, where it takes several.
 BATCH = 256
-# How tiktoken cuts text into words.
-PATTERN = "cl100k"
+# How tiktoken cuts text into words, and the special tokens behind the ranks of a file.
+PATTERN, SPECIAL_TOKENS = "cl100k", ("<|endoftext|>",)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,9 @@ def tiktoken(path: Path) -> Encode:
     from megallm.data.tokenizer.base import TokenizerSettings
     from megallm.data.tokenizer.build import build_tokenizer
 
-    library = build_tokenizer(TokenizerSettings("TikTokenizer", str(path), tiktoken_pattern=PATTERN))._library
+    library = build_tokenizer(
+        TokenizerSettings("TikTokenizer", str(path), tiktoken_pattern=PATTERN, tiktoken_special_tokens=SPECIAL_TOKENS)
+    )._library
     return lambda texts: [np.array(library.encode_ordinary(text), np.int32) for text in texts]
 
 
@@ -165,7 +167,7 @@ def contenders(arguments: argparse.Namespace) -> Iterator[Contender]:
             continue
         flags = ["--tokenizer-type", kind, flag, str(path)]
         if library == "tiktoken":
-            flags += ["--tiktoken-pattern", PATTERN]
+            flags += ["--tiktoken-pattern", PATTERN, "--tiktoken-special-tokens", *SPECIAL_TOKENS]
         yield Contender(library, library, library, path, [*flags, "--fast-tokenizer", "never"])
         if not read_by_gigatoken:
             continue
