@@ -1,7 +1,9 @@
 """Argument parsing shared by the tools: mistakes are one sentence and exit code 2."""
 
 import argparse
+import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,11 +46,25 @@ class ToolParser(argparse.ArgumentParser):
         """Do the work of the tool; a mistake of the user's ends it with its sentence."""
         try:
             work()
+            sys.stdout.flush()
         except ValueError as error:
             self.error(re.sub(r"\s+", " ", str(error)))
+        except BrokenPipeError:
+            if not _nobody_reads_output():
+                raise
+            # Who reads, `head` for example, has seen enough. What is left would be written at the exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
         except KeyboardInterrupt:
             print(f"{self.prog}: interrupted; nothing was written.", file=sys.stderr)
             raise SystemExit(130) from None
+
+
+def _nobody_reads_output() -> bool:
+    """Whether the other end of the standard output is closed."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return bool(output.poll(0))
 
 
 def positive(text: str) -> int:

@@ -1,10 +1,12 @@
 """inspect_dataset, merge_datasets, split_dataset: what they print, what they write, how they end."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from small_data import GOLDEN_DOCUMENTS, load_tool, write_dataset
+from small_data import GOLDEN_DOCUMENTS, TOOLS, load_tool, write_dataset
 
 from megallm.data.indexed.reader import IndexedDataset
 from megallm.data.tokenizer.base import TokenizerSettings
@@ -168,3 +170,20 @@ def test_a_dataset_without_documents(tool, tmp_path):
     assert code == 0
     assert "0 documents" in out
     assert np.array_equal(IndexedDataset(tmp_path / "x").document_indices, [0])
+
+
+def test_a_reader_of_the_output_that_leaves_early(tmp_path):
+    write_dataset(tmp_path / "x", GOLDEN_DOCUMENTS * 2000)
+    command = [
+        sys.executable,
+        TOOLS / "inspect_dataset.py",
+        tmp_path / "x",
+        "--json",
+        "--decode",
+        *map(str, range(9000)),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=TOOLS.parent) as tool:
+        assert tool.stdout.readline() == b"[\n"
+        tool.stdout.close()
+        assert tool.stderr.read() == b""
+        assert tool.wait(60) == 1

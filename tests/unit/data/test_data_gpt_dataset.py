@@ -11,7 +11,7 @@ from small_data import GOLDEN_DOCUMENTS, write_dataset
 
 from megallm.data.indexed.reader import IndexedDataset
 from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings, make_batch
-from megallm.data.samples.order import build_sample_order
+from megallm.data.samples.order import EpochPlan, build_sample_order, plan_epochs
 
 SETTINGS = GPTDatasetSettings(sequence_length=4, seed=1234)
 # Samples asked for; document, sample and shuffle index.
@@ -102,6 +102,12 @@ def test_order_equals_the_slow_reference(case):
     assert found["document_index"].tolist() == documents
     assert found["shuffle_index"].tolist() == order
     assert len(order) >= num_samples
+
+
+@pytest.mark.parametrize(("from_last", "before_last"), [(1, 100), (79, 100), (80, None), (100, None)])
+def test_a_last_epoch_is_dealt_apart_below_four_fifths(from_last, before_last):
+    """Of 401 tokens, an epoch has 100 samples of 4; two have 200."""
+    assert plan_epochs(401, 4, 100 + from_last) == EpochPlan(2, 200, before_last)
 
 
 def test_separate_last_epoch_occurs_both_ways():

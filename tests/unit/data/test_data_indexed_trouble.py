@@ -164,6 +164,24 @@ def test_a_dataset_that_shrinks_while_it_is_merged(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize("moves", [0, 1])
+def test_an_index_never_stands_beside_tokens_of_another(tmp_path, monkeypatch, moves):
+    """Where the commit ends before or between its two moves."""
+    prefix = written(tmp_path / "x", 3, 4)
+    replace, moved = os.replace, []
+
+    def ends(source, target):
+        if len(moved) == moves:
+            raise KeyboardInterrupt
+        moved.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(output.os, "replace", ends)
+    with pytest.raises(KeyboardInterrupt):
+        written(prefix, 5, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin"]
+
+
 @pytest.mark.slow
 def test_a_merge_that_is_killed_leaves_a_whole_dataset_or_none(tmp_path):
     """Two orders of the same datasets are merged to one place in turn, until the process is killed at any moment."""
