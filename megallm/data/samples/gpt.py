@@ -115,10 +115,8 @@ class GPTDataset:
         self._check_size(indexed_dataset)
         self._key = "" if settings.cache_path is None else self._cache_key(indexed_dataset)
         self._order: dict[str, np.ndarray] | None = None
-        if open_datasets is not None:
-            open_datasets.used(self)
         self._opened: _Opened | None = self._with_order(indexed_dataset)
-        self._length = len(self._opened.shuffle_index)
+        self._length = len(self._open().shuffle_index)
         pad_id = settings.pad_id
         self.pad_id = NO_PADDING if pad_id is None or pad_id == settings.eod_id else pad_id
 
@@ -140,11 +138,12 @@ class GPTDataset:
 
     def _open(self) -> _Opened:
         """Open what was closed; the caller holds the result while it reads, since another dataset may close this."""
-        if self._open_datasets is not None:
-            self._open_datasets.used(self)
         opened = self._opened
         if opened is None:
             self._opened = opened = self._with_order(self._files.open())
+        # Not before it is open: what is closed while it opens, by another thread, would stay open unnoticed.
+        if self._open_datasets is not None:
+            self._open_datasets.used(self)
         return opened
 
     def _with_order(self, indexed_dataset: IndexedDataset) -> _Opened:

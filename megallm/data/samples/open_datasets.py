@@ -34,7 +34,7 @@ class OpenDatasets:
         self._lock = Lock()
 
     def used(self, dataset: Closable) -> None:
-        """Notes that a dataset opens its files or reads them; closes those that were not used for longest."""
+        """Notes that a dataset has opened its files or reads them; closes those that were not used for longest."""
         with self._lock:
             if dataset not in self._open:
                 self._open[dataset] = None

@@ -73,14 +73,17 @@ def test_a_dataset_that_changes_while_it_is_closed(tmp_path):
 
 
 PROGRAM = """
-import resource, sys
+import os, resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, {hard}))
 from megallm.config.data_sources import DataSources
-from megallm.data.samples.blended import build_run_data
+from megallm.data.samples.blended import BuildOptions, build_run_data
 from megallm.data.samples.gpt import GPTDatasetSettings
 words = [word for number in range(150) for word in (str(1 + number % 3), sys.argv[1] + str(number))]
 settings = GPTDatasetSettings(4, cache_path=sys.argv[1] + "cache")
-built = build_run_data(settings, DataSources(data_path=tuple(words), split="5,2,2"), (3000, 300, 300))
+sources, before = DataSources(data_path=tuple(words), split="5,2,2"), len(os.listdir("/proc/self/fd"))
+built = build_run_data(settings, sources, (3000, 300, 300), BuildOptions(num_threads=6))
+after = len(os.listdir("/proc/self/fd"))
+assert after - before <= {hard} // 4 + 3, (before, after)
 for blend in (built.train, built.valid[""], built.test):
     batch = blend.get_batch(range(len(blend)))
     assert (batch["tokens"] == batch["dataset_id"][:, None]).all()
@@ -89,9 +92,9 @@ for blend in (built.train, built.valid[""], built.test):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hard", [120, 4096])
+@pytest.mark.parametrize("hard", [160, 4096])
 def test_more_datasets_than_a_process_may_have_files_open(tmp_path, hard):
-    """In a process of its own, whose limit is low, and can be raised a little or enough."""
+    """In a process of its own, whose limit is low, and can be raised a little or enough; several threads build."""
     several(tmp_path, 150)
     subprocess.run(
         [sys.executable, "-c", PROGRAM.format(hard=hard), str(tmp_path / "part")],
