@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -75,10 +76,12 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer | None, world_size: int
     return resolve(config, world_size, tokenizer.vocab_size if tokenizer is not None else None)
 
 
-def build_datasets(config: Config, tokenizer: Tokenizer | None) -> Datasets:
+def build_datasets(
+    config: Config, tokenizer: Tokenizer | None, on_dataset: Callable[[], None] = lambda: None
+) -> Datasets:
     """Training, validation and test data with as many samples as the run takes.
 
-    Raises ValueError if a file is missing, broken or too small.
+    Raises ValueError if a file is missing, broken or too small. `on_dataset` is called after each dataset of a blend.
     """
     training, data = config.training, config.data
     batch, vocab_size = training.global_batch_size, config.model.vocab_size
@@ -103,6 +106,7 @@ def build_datasets(config: Config, tokenizer: Tokenizer | None) -> Datasets:
         drop_last_partial_validation_sequence=data.drop_last_partial_validation_sequence,
         num_threads=data.num_dataset_builder_threads,
         surplus=data.mid_level_dataset_surplus,
+        on_dataset=on_dataset,
     )
     sizes = num_train, None if num_valid and data.full_validation else num_valid, num_test
     built = build_run_data(_settings(config, tokenizer, prefixes[0]), sources, sizes, options)

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -24,8 +25,9 @@ CACHE_VERSION = 1
 class BlendedDataset:
     """Samples of several datasets in one order; an item is the dataset's sample with `dataset_id`, int64 [], added.
 
-    Attributes: `dataset_index` int16 or int32 [samples]; `dataset_sample_index` int64 [samples] (see
-    `helpers.build_blending_indices`).
+    Attributes: `datasets`, those that are blended; `dataset_index` int16 or int32 [samples] and `dataset_sample_index`
+    int64 [samples] (see `helpers.build_blending_indices`); `build_seconds`, what building these two took, None where
+    they were found.
 
     Args:
         datasets: what is blended.
@@ -53,11 +55,15 @@ class BlendedDataset:
         assert size is not None or weights is None, "weights without a size do not say where the blend ends"
         shares = sizes if size is None else normalize(sizes if weights is None else weights)
 
+        self.build_seconds: float | None = None
+
         def build() -> dict[str, np.ndarray]:
+            begin = time.perf_counter()
             if size is None:
                 chosen, samples = helpers.build_exhaustive_blending_indices(sizes)
             else:
                 chosen, samples = helpers.build_blending_indices(shares, size)
+            self.build_seconds = time.perf_counter() - begin
             return {"dataset_index": chosen, "dataset_sample_index": samples}
 
         if cache_path is None:
@@ -77,7 +83,7 @@ class BlendedDataset:
                     f"of each of its {len(datasets)} datasets is rounded up: --mid-level-dataset-surplus "
                     f"{math.ceil(100 * (needs / asked - 1)) / 100:g} builds enough of each."
                 )
-        self._datasets = list(datasets)
+        self.datasets = list(datasets)
         self._are_alike = all(
             isinstance(dataset, GPTDataset) and dataset.settings == datasets[0].settings for dataset in datasets
         )
@@ -100,12 +106,12 @@ class BlendedDataset:
 
     def _read_text(self, numbers: np.ndarray, samples: np.ndarray) -> dict[str, np.ndarray]:
         """Samples `samples` of datasets `numbers`, both int64 [n], all into one array of tokens."""
-        first = self._datasets[0]
+        first = self.datasets[0]
         text = np.empty((len(numbers), first.settings.sequence_length + 1), np.int64)
         has_padding = False
         for number in set(numbers.tolist()):
             rows = np.flatnonzero(numbers == number)
-            has_padding |= self._datasets[number].read_text(samples[rows], rows, text)
+            has_padding |= self.datasets[number].read_text(samples[rows], rows, text)
         return make_batch(text, first.settings, first.pad_id if has_padding else None)
 
     def _read_parts(self, numbers: np.ndarray, samples: np.ndarray) -> dict[str, np.ndarray]:
@@ -113,7 +119,7 @@ class BlendedDataset:
         batch: dict[str, np.ndarray] = {}
         for number in set(numbers.tolist()):
             rows = np.flatnonzero(numbers == number)
-            part = self._datasets[number].get_batch(samples[rows])
+            part = self.datasets[number].get_batch(samples[rows])
             if len(rows) == len(numbers):
                 return part
             for name, array in part.items():
@@ -175,6 +181,7 @@ class BuildOptions:
             data as one sample more, filled up with padding.
         num_threads: datasets of a blend that are built at once.
         surplus: each dataset of a weighted blend is built this share larger than the blend needs.
+        on_dataset: called after each dataset of each split that is ready, by any thread.
     """
 
     mmap: bool = True
@@ -182,6 +189,7 @@ class BuildOptions:
     drop_last_partial_validation_sequence: bool = True
     num_threads: int = 1
     surplus: float = 0.005
+    on_dataset: Callable[[], None] = lambda: None
 
 
 def build_run_data(
@@ -303,4 +311,6 @@ class _Builder:
         if dataset is None:
             self._opened[prefix] = dataset = IndexedDataset(prefix, mmap=self._options.mmap)
         first, last = split_range(source.bounds, len(dataset))
-        return GPTDataset(dataset, first, last, size, self._settings, keep_partial, self._open_datasets)
+        part = GPTDataset(dataset, first, last, size, self._settings, keep_partial, self._open_datasets)
+        self._options.on_dataset()
+        return part

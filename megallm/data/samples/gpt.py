@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,8 @@ class GPTDataset:
     `reset_attention_mask` `document_ids` int64 [L], which counts the documents of the sample from 0: a token may attend
     to those of its own number.
 
-    Attributes: `document_index`, `sample_index`, `shuffle_index` (see `build_sample_order`); `pad_id`, what fills up.
+    Attributes: `document_index`, `sample_index`, `shuffle_index` (see `build_sample_order`); `pad_id`, what fills up;
+    `path_prefix` of the indexed dataset; `build_seconds`, what building the indices took, None where they were found.
 
     Args:
         num_samples: the documents are read as many times over as that takes; None reads them once.
@@ -110,6 +112,8 @@ class GPTDataset:
             f"sequences {first} to {last} are not within {len(indexed_dataset)}"
         )
         self.settings = settings
+        self.path_prefix = indexed_dataset.path_prefix
+        self.build_seconds: float | None = None
         self._files, self._open_datasets = indexed_dataset.checked_files, open_datasets
         self._range, self._num_samples, self._keep_partial = (first, last), num_samples, keep_partial
         self._check_size(indexed_dataset)
@@ -136,6 +140,12 @@ class GPTDataset:
     def shuffle_index(self) -> np.ndarray:
         return self._open().shuffle_index
 
+    @property
+    def num_epochs(self) -> int:
+        """How many times over the documents are read."""
+        first, last = self._range
+        return len(self.document_index) // (last - first)
+
     def _open(self) -> _Opened:
         """Open what was closed; the caller holds the result while it reads, since another dataset may close this."""
         opened = self._opened
@@ -152,9 +162,12 @@ class GPTDataset:
 
         def build() -> dict[str, np.ndarray]:
             lengths, (first, last) = indexed_dataset.sequence_lengths, self._range
-            return build_sample_order(
+            begin = time.perf_counter()
+            order = build_sample_order(
                 lengths, first, last, settings.sequence_length, self._num_samples, settings.seed, self._keep_partial
             )
+            self.build_seconds = time.perf_counter() - begin
+            return order
 
         if settings.cache_path is not None:
             order = index_cache.load_or_build(Path(settings.cache_path), self._key, build)
@@ -242,8 +255,7 @@ class GPTDataset:
         wrong = lowest if lowest < 0 else highest
         limit = "negative" if wrong < 0 else f"not below the vocabulary size {vocab_size}"
         raise ValueError(
-            f"Token {wrong} in {self._files.path_prefix} is {limit}: "
-            f"the data was made with another tokenizer than this run's."
+            f"Token {wrong} in {self.path_prefix} is {limit}: the data was made with another tokenizer than this run's."
         )
 
 

@@ -36,6 +36,8 @@ Arrays = dict[str, np.ndarray]
 
 # Goes up when the form of an entry changes.
 FORM = 2
+# Errors of opening that say nothing about the file.
+OF_THIS_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 # How often a process that waits for another one's entry looks for it, at first and in the long run.
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.01, 1.0
 
@@ -152,7 +154,11 @@ def _checksum_of_description(key: str, described: object) -> int:
 
 
 def _load(entry: Path) -> Arrays | None:
-    """The arrays of an entry, or None when there is none, or when anything about it is not as it was written."""
+    """The arrays of an entry, or None when there is none, or when anything about it is not as it was written.
+
+    Raises:
+        ValueError: there is one, but it cannot be opened: too many files are open, or memory maps in use.
+    """
     try:
         description = json.loads((entry / "entry.json").read_text())
         described = description["arrays"]
@@ -161,7 +167,11 @@ def _load(entry: Path) -> Arrays | None:
         # Renaming the folder leaves the files' states as they are: the builder's check stands.
         signature = f"{description['crc32']} {file_signature(*(entry / f'{name}.npy' for name in described))}"
         arrays = {name: _map(entry / f"{name}.npy", expected) for name, expected in described.items()}
-    except (OSError, ValueError, TypeError, KeyError):
+    except OSError as error:
+        if error.errno in OF_THIS_PROCESS:
+            raise ValueError(f"The indices in {entry} cannot be opened by this process: {error.strerror}.") from None
+        return None
+    except (ValueError, TypeError, KeyError):
         return None
 
     def check() -> str:

@@ -157,7 +157,7 @@ def test_parts_of_a_blend_are_built_with_a_surplus(three):
     chosen = GPTDatasetSettings(sequence_length=4, seed=3)
     with_surplus, without = (GPTDataset(IndexedDataset(three[0]), 0, 60, size, chosen) for size in (75, 74))
     assert len(with_surplus) > len(without) == 74
-    assert np.array_equal(blend._datasets[0].shuffle_index, with_surplus.shuffle_index)
+    assert np.array_equal(blend.datasets[0].shuffle_index, with_surplus.shuffle_index)
 
 
 def test_a_blend_without_weights(three):
