@@ -283,15 +283,16 @@ def test_a_file_in_the_place_of_the_folder_is_a_sentence(tmp_path):
 
 
 def test_an_entry_that_this_process_cannot_open_is_not_built_again(tmp_path, monkeypatch):
-    load_or_build(tmp_path, "key", example)
+    cache = tmp_path / "cache"
+    load_or_build(cache, "key", example)
 
     def fail(*_, **__):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(np, "memmap", fail)
     with pytest.raises(ValueError, match=r"key cannot be opened by this process: Too many open files\."):
-        load_or_build(tmp_path, "key", never)
-    assert_clean(tmp_path, "key")
+        load_or_build(cache, "key", never)
+    assert_clean(cache, "key")
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch):
