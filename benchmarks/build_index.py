@@ -12,10 +12,7 @@ blend of ten datasets, of ten million samples. Contenders take turns; the median
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -24,6 +21,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+from record import RESULTS, machine, write
 
 from megallm.data.samples import helpers, reference
 from megallm.data.samples.index_cache import load_or_build
@@ -32,7 +30,7 @@ from megallm.data.samples.order import build_sample_order
 SEQUENCE_LENGTH = 4096
 MEAN_DOCUMENTS = (1000, 100)
 BLEND_SIZE, BLENDED, BLEND_SIZE_NUMPY = 10_000_000, 10, 100_000
-DEFAULT_OUTPUT = Path(__file__).parent / "results" / "build_index.json"
+DEFAULT_OUTPUT = RESULTS / "build_index.json"
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -119,23 +117,15 @@ def main() -> None:
     if not helpers.is_native():
         parser.exit(2, "the compiled loops are not built: make install builds them\n")
     report: dict[str, object] = {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "load_average": [round(load, 2) for load in os.getloadavg()],
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "date": datetime.date.today().isoformat(),
-        },
+        "machine": machine("numpy"),
         "tokens_of_a_sample": SEQUENCE_LENGTH + 1,
     }
     for mean in MEAN_DOCUMENTS:
         report[f"documents of {mean} tokens"] = measure(int(options.billions * 1e9), mean, options.repetitions)
     report["blend"] = measure_blend(options.repetitions)
-    text = json.dumps(report, indent=2)
-    print(text)
+    print(json.dumps(report, indent=2))
     if options.output:
-        options.output.write_text(text + "\n")
+        write(options.output, report)
 
 
 if __name__ == "__main__":

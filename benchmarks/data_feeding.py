@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 import resource
 import statistics
 import tempfile
@@ -27,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from record import machine, write
 from torch.utils.data import DataLoader
 
 from megallm.config import resolve
@@ -136,18 +136,14 @@ def main() -> None:
         results = [compare(dataset, num_workers) for num_workers in (0, 1, 2)]
     report = {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()} {platform.processor()}".strip(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
+        "machine": machine("torch", "numpy"),
         "tokens_per_sample": SEQUENCE_LENGTH + 1,
         "samples_per_micro_batch": MICRO_BATCH,
         "results": results,
     }
-    text = json.dumps(report, indent=1)
-    print(text)
+    print(json.dumps(report, indent=2))
     if options.output:
-        options.output.write_text(text + "\n")
+        write(options.output, report)
 
 
 if __name__ == "__main__":

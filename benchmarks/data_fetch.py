@@ -12,10 +12,7 @@ is checked. Contenders take turns within one run; the median of the repetitions 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -23,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from record import RESULTS, machine, write
 
 from megallm.data.indexed.format import token_dtype
 from megallm.data.indexed.reader import IndexedDataset
@@ -34,7 +32,7 @@ from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings
 SEQUENCE_LENGTH, VOCAB_SIZE, EOD = 4096, 32_000, 0
 MICRO_BATCHES = (1, 4, 16)
 BLENDED = 10
-DEFAULT_OUTPUT = Path(__file__).parent / "results" / "data_fetch.json"
+DEFAULT_OUTPUT = RESULTS / "data_fetch.json"
 Read = Callable[[range], dict[str, np.ndarray]]
 
 
@@ -155,14 +153,7 @@ def main() -> None:
     parser.add_argument("--output", nargs="?", const=DEFAULT_OUTPUT, type=Path, help=f"default {DEFAULT_OUTPUT}")
     options = parser.parse_args()
     report: dict[str, object] = {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "load_average": [round(load, 2) for load in os.getloadavg()],
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "date": datetime.date.today().isoformat(),
-        },
+        "machine": machine("numpy"),
         "native": helpers.is_native(),
         "tokens_of_a_sample": SEQUENCE_LENGTH + 1,
     }
@@ -171,10 +162,9 @@ def main() -> None:
             prefix = Path(folder) / f"documents{mean}"
             write_data(prefix, options.tokens, mean)
             report[f"documents of {mean} tokens"] = measure(prefix, options.repetitions)
-    text = json.dumps(report, indent=2)
-    print(text)
+    print(json.dumps(report, indent=2))
     if options.output:
-        options.output.write_text(text + "\n")
+        write(options.output, report)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,9 @@ as UTF-8, without the JSON around it. Where gigatoken is installed it is measure
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -39,9 +37,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from record import RESULTS, machine, write
 
 ROOT = Path(__file__).parents[1]
-DEFAULT_OUTPUT = Path(__file__).parent / "results" / "preprocess.json"
+DEFAULT_OUTPUT = RESULTS / "preprocess.json"
 # Texts that are handed to a library at once, where it takes several.
 BATCH = 256
 # How tiktoken cuts text into words, and the special tokens behind the ranks of a file.
@@ -292,19 +291,6 @@ def cut_text(sources: Sequence[Path], megabytes: float, target: Path) -> float:
     return size / 1e6
 
 
-def machine() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "load_average": [round(load, 2) for load in os.getloadavg()],
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files of JSON lines, text under 'text'")
@@ -314,7 +300,7 @@ def main() -> None:
     parser.add_argument("--bert", type=Path, help="a vocab.txt")
     parser.add_argument("--gpt2", type=Path, help="a folder with vocab.json and merges.txt")
     parser.add_argument("--megabytes", type=float, default=12, help="text for each library (default: %(default)s)")
-    parser.add_argument("--fast-megabytes", type=float, default=60, help="text for gigatoken (default: %(default)s)")
+    parser.add_argument("--fast-megabytes", type=float, default=200, help="text for gigatoken (default: %(default)s)")
     parser.add_argument("--repetitions", type=int, default=3, help="turns (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="measure these contenders only")
     parser.add_argument(
@@ -349,8 +335,7 @@ def main() -> None:
                 flush=True,
             )
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+        write(arguments.output, record)
 
 
 if __name__ == "__main__":

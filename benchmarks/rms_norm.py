@@ -9,14 +9,13 @@ faster. The two alternate, and the median of each counts, so that a change of th
 
 import argparse
 import datetime
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from record import processor_name, write
 from torch import Tensor
 
 from megallm.ops.library import NATIVE
@@ -96,15 +95,6 @@ def measure(
     }
 
 
-def processor_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -135,8 +125,7 @@ def main() -> None:
             "threads": 1,
             "results": results,
         }
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+        write(arguments.output, record)
 
 
 if __name__ == "__main__":

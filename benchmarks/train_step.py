@@ -17,12 +17,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import itertools
-import json
 import multiprocessing
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +31,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from record import RESULTS, machine, write
 
 from megallm.config import resolve
 from megallm.config.dictionary import build
@@ -47,7 +45,7 @@ SEQ_LENGTH, BATCH_SIZE = 256, 8
 TOKENS_PER_STEP = SEQ_LENGTH * BATCH_SIZE
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 3e-4, 0.1, 1.0
 WARMUP_STEPS = 2
-DEFAULT_OUTPUT = Path(__file__).parent / "results" / "train_step.json"
+DEFAULT_OUTPUT = RESULTS / "train_step.json"
 
 
 @dataclass(frozen=True)
@@ -249,20 +247,6 @@ def compare(contender: Contender, baseline: Contender, num_steps: int, repetitio
     }
 
 
-def machine() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "load_average": [round(load, 2) for load in os.getloadavg()],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4, help="training steps in a block (default: %(default)s)")
@@ -282,7 +266,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes to come
     torch.set_num_threads(1)
     record: dict[str, Any] = {
-        "machine": machine(),
+        "machine": machine("torch"),
         "steps_per_block": arguments.steps,
         "repetitions": arguments.repetitions,
     }
@@ -311,8 +295,7 @@ def main() -> None:
                 flush=True,
             )
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+        write(arguments.output, record)
 
 
 if __name__ == "__main__":
