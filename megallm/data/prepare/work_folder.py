@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megallm.data.prepare.parts import Parts
+from megallm.data.text.inputs import WORK_FOLDER_ENDING
 
 # What a file system answers that has no locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -89,4 +90,4 @@ class WorkFolder:
 
 
 def work_folder_path(output_prefix: str) -> Path:
-    return Path(f"{output_prefix}.preprocessing")
+    return Path(f"{output_prefix}{WORK_FOLDER_ENDING}")

@@ -11,6 +11,9 @@ STANDARD_INPUT = Path("-")
 FORMATS = (".jsonl", ".json", ".txt", ".parquet")
 COMPRESSIONS = (".gz", ".zst", ".xz")
 KINDS = ".jsonl, .json and .txt, each also with .gz, .zst or .xz behind it, and .parquet"
+# What preprocessing itself writes may lie among the text: it is no text, whatever its names look like.
+WORK_FOLDER_ENDING = ".preprocessing"
+RECORD_ENDING = ".tokenizer.json"
 
 
 class Kind(NamedTuple):
@@ -48,7 +51,8 @@ def find_inputs(names: Sequence[str]) -> list[Path]:
     """The input files, in the order of the names; those of a pattern or a folder sorted by their path.
 
     A name is a file, a pattern (`*`, `?`, `[...]`, `**` for folders at any depth), a folder (all files of known kinds
-    at any depth; hidden ones are left out, links to folders not followed) or `-` for the standard input.
+    at any depth; hidden ones are left out, links to folders not followed) or `-` for the standard input. Patterns and
+    folders leave out what preprocessing wrote.
 
     Raises:
         ValueError: nothing is there, a file is of an unknown kind, or a file comes twice. Two names of one file are
@@ -75,7 +79,8 @@ def _matches(name: str) -> list[Path]:
     if path.exists():
         return _files_of(path)
     if glob.has_magic(name):
-        found = [file for match in sorted(glob.glob(name, recursive=True)) for file in _files_of(Path(match))]
+        matches = [match for match in map(Path, sorted(glob.glob(name, recursive=True))) if not _is_own(match)]
+        found = [file for match in matches for file in _files_of(match)]
         if not found:
             raise ValueError(f"No file matches the pattern {name!r}.")
         return list(dict.fromkeys(found)) if "**" in name else found
@@ -94,14 +99,19 @@ def _files_of(path: Path) -> list[Path]:
 
 def _walk(folder: Path) -> Iterator[Path]:
     for here, folders, files in os.walk(folder, onerror=_refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and not _is_own(Path(name))]
         for name in files:
-            if not name.startswith(".") and _is_known(Path(name)):
+            if not name.startswith(".") and not _is_own(Path(name)) and _is_known(Path(name)):
                 yield Path(here, name)
 
 
 def _refuse(error: OSError) -> None:
     raise ValueError(f"The folder {error.filename} cannot be read: {error.strerror}.")
+
+
+def _is_own(path: Path) -> bool:
+    in_work_folder = any(part.endswith(WORK_FOLDER_ENDING) for part in path.parts)
+    return in_work_folder or path.name.endswith(RECORD_ENDING)
 
 
 def _is_known(path: Path) -> bool:

@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megallm.data.text.inputs import RECORD_ENDING
 from megallm.data.tokenizer.base import Tokenizer
 
 
 def record_path(prefix: str | Path) -> Path:
     """Where the record of the dataset `<prefix>.bin`, `<prefix>.idx` stands."""
-    return Path(f"{prefix}.tokenizer.json")
+    return Path(f"{prefix}{RECORD_ENDING}")
 
 
 def describe(tokenizer: Tokenizer) -> dict[str, Any]:

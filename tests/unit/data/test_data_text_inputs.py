@@ -41,6 +41,19 @@ def test_patterns_give_their_files_in_order(folder):
     assert names(find_inputs([f"{folder}/s*"]), folder) == ["sub/c.txt", "sub/f.parquet"]
 
 
+def test_what_preprocessing_wrote_is_no_text(folder):
+    """An output that lies among its input: found by a folder or a pattern, it would be another input when resumed."""
+    for name in ("b.preprocessing/journal.json", "b_text_document.tokenizer.json", "sub/x.preprocessing/y.json"):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"{}")
+    assert names(find_inputs([str(folder)]), folder) == ["a.json.gz", "b.jsonl", "sub/c.txt", "sub/f.parquet"]
+    assert names(find_inputs([f"{folder}/*.json*"]), folder) == ["a.json.gz", "b.jsonl"]
+    assert names(find_inputs([f"{folder}/**/*.json*"]), folder) == ["a.json.gz", "b.jsonl"]
+    named = folder / "b_text_document.tokenizer.json"
+    assert find_inputs([str(named)]) == [named]
+
+
 def test_a_name_that_looks_like_a_pattern_is_a_file_first(folder):
     (folder / "[b].jsonl").write_bytes(b"")
     assert names(find_inputs([f"{folder}/[b].jsonl"]), folder) == ["[b].jsonl"]
