@@ -238,12 +238,19 @@ class Job:
             "or replace it with --overwrite."
         )
 
+    def _job_checksum(self) -> str:
+        """What all shards of one job have in common. Machines may see the input under other paths and times."""
+        common = {name: value for name, value in self._conditions.items() if name not in ("shard", "order of input")}
+        files = zip(self.settings.paths, self._files, strict=True)
+        common["input"] = [[path.name, state and state[0]] for path, state in files]
+        return _checksum(common)
+
     def _conditions_checksum(self) -> str:
         what = {**self._conditions, "skip_bad_documents": self.settings.encode.skip_bad_documents}
         if not self.settings.can_resume:
             # Nobody can know whether the same text would come again.
             what["input"] = os.urandom(16).hex()
-        return "sha256:" + hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        return _checksum(what)
 
     def _new_journal(self, folder: WorkFolder) -> Journal:
         folder.clear()
@@ -335,6 +342,7 @@ class Job:
                 "tokens": totals.tokens[key],
                 **skipped,
                 "preparation": self._conditions_checksum(),
+                "job": self._job_checksum(),
             }
             write_record(parts.record_prefix, record)
 
@@ -395,6 +403,10 @@ def _file_state(path: Path) -> list[int] | None:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
     return [status.st_size, status.st_mtime_ns]
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

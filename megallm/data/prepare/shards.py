@@ -9,6 +9,7 @@ from megallm.data.indexed.format import file_paths
 from megallm.data.indexed.merge import merge_datasets
 from megallm.data.indexed.transfer import Piece
 from megallm.data.prepare.work_folder import work_folder_path
+from megallm.data.tokenizer.record import read_record
 
 
 class Shard(NamedTuple):
@@ -89,19 +90,14 @@ def merge_shards(
     Gives the documents of each key's dataset.
 
     Raises:
-        ValueError: a shard is missing or not finished, the output is there already, all shards are empty, or as
-            `merge_datasets`.
+        ValueError: a shard is missing, not finished or of another job, the output is there already, all shards are
+            empty, or as `merge_datasets`.
     """
     merges: list[tuple[list[str], str]] = []
     for key in keys:
         parts = [dataset_prefix(output_prefix + Shard(number, count).suffix, key, sentences) for number in range(count)]
-        for number, part in enumerate(parts):
-            if not file_paths(part)[1].exists():
-                folder = work_folder_path(output_prefix + Shard(number, count).suffix)
-                state = (
-                    f"is not finished: {folder} is there" if folder.exists() else f"is missing: there is no {part}.idx"
-                )
-                raise ValueError(f"Shard {number}/{count} {state}. Run it with --shard {number}/{count}, then merge.")
+        _check_finished(output_prefix, parts)
+        _check_one_job(parts)
         if sum(file_paths(part)[0].stat().st_size for part in parts) == 0:
             raise ValueError(f"All {count} shards together have no token under the key {key!r}.")
         merges.append((parts, dataset_prefix(output_prefix, key, sentences)))
@@ -109,3 +105,25 @@ def merge_shards(
         if Path(path).exists() and not overwrite:
             raise ValueError(f"{path} is there already: replace it with --overwrite.")
     return [merge_datasets(parts, output, progress) for parts, output in merges]
+
+
+def _check_finished(output_prefix: str, parts: Sequence[str]) -> None:
+    for number, part in enumerate(parts):
+        if file_paths(part)[1].exists():
+            continue
+        shard = Shard(number, len(parts))
+        folder = work_folder_path(output_prefix + shard.suffix)
+        state = f"is not finished: {folder} is there" if folder.exists() else f"is missing: there is no {part}.idx"
+        raise ValueError(f"Shard {shard} {state}. Run it with --shard {shard}, then merge.")
+
+
+def _check_one_job(parts: Sequence[str]) -> None:
+    """Shards of other input or options would leave documents out, or have them twice."""
+    jobs = [(read_record(part) or {}).get("job") for part in parts]
+    for number, job in enumerate(jobs):
+        if job != jobs[0]:
+            shard, first = Shard(number, len(parts)), Shard(0, len(parts))
+            raise ValueError(
+                f"Shard {shard} is of another job than shard {first}: its input files or its options were others. Run "
+                f"the one that is wrong again, with the command of the others and --overwrite, then merge."
+            )

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import struct
 import tempfile
 from pathlib import Path
@@ -170,6 +171,34 @@ def test_shards_by_launcher(tool, mixed_input, tokenizer_json, tmp_path, monkeyp
         assert merged[name] == one[name]
     code, _, err = tool("preprocess_data", *merge)
     assert (code, "is there already" in err) == (2, True)
+
+
+def test_shards_of_different_jobs_are_not_merged(tool, tokenizer_json, tmp_path):
+    """Other input would leave documents out or have them twice; the paths and times of the files do not matter."""
+    lines = [json.dumps({"text": f"document {number}"}) + "\n" for number in range(20)]
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        for name in ("a.jsonl", "b.jsonl"):
+            (tmp_path / place / name).write_text("".join(lines))
+    os.utime(tmp_path / "there" / "a.jsonl", (1, 1))
+    here, there = (sorted((tmp_path / place).iterdir()) for place in ("here", "there"))
+    merge = ["--output-prefix", tmp_path / "out", "--merge-shards", 2]
+
+    def run(shard, *inputs_and_flags):
+        command = arguments(tokenizer_json, tmp_path / "out", *inputs_and_flags)
+        assert tool("preprocess_data", *command, "--shard", shard, "--workers", 1, "--overwrite")[0] == 0
+
+    run("0/2", *here)
+    for others in ([here[0]], [*reversed(here)], [*here, "--append-eod"], [*here, "--max-document-bytes", 1000]):
+        run("1/2", *others)
+        code, _, err = tool("preprocess_data", *merge)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "Shard 1/2 is of another job than shard 0/2" in err
+        assert not (tmp_path / "out_text_document.bin").exists()
+    run("1/2", *there)
+    assert tool("preprocess_data", *merge)[0] == 0
+    expected = slow_reference([json.loads(line)["text"] for line in lines * 2], tokenizer_json)
+    assert files_of(tmp_path / "out_text_document") == expected
 
 
 def test_which_shard():
