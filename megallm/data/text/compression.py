@@ -1,6 +1,5 @@
 """Files opened as streams of bytes, whether they are packed or not."""
 
-import gzip
 import io
 import lzma
 import sys
@@ -13,6 +12,7 @@ from megallm.data.text.inputs import STANDARD_INPUT, kind_of, name_of
 
 # Four bytes of Zstandard can stand for 128 KiB of text, so little is unpacked in one go, for the sake of memory.
 PACKED_PIECE = 1024
+GZIP_FORMAT = 16 + zlib.MAX_WBITS
 # Files packed with `zstd --long=31` ask for this much.
 ZSTANDARD_WINDOW = 2**31
 READ_BLOCK = 2**20
@@ -40,7 +40,7 @@ def open_stream(path: Path) -> BinaryIO:
         raise ValueError(f"{name} cannot be read: {error.strerror}.") from None
     source: Any = raw
     if compression == ".gz":
-        source = gzip.GzipFile(fileobj=raw)
+        source = _Parts(raw, lambda: zlib.decompressobj(GZIP_FORMAT), zlib.error, b"\0")
     elif compression == ".xz":
         source = _Parts(raw, lzma.LZMADecompressor, lzma.LZMAError, b"\0")
     elif compression == ".zst":
@@ -104,7 +104,7 @@ class _Stream(io.RawIOBase):
             count: int = self._source.readinto(buffer)
         except EOFError:
             raise ValueError(f"{self._name} is cut off: it ends inside its packed data{self._progress()}.") from None
-        except (gzip.BadGzipFile, zlib.error) as error:
+        except zlib.error as error:
             raise ValueError(f"{self._name} is damaged{self._progress()}: {error}.") from None
         except OSError as error:
             reason = error.strerror or error
@@ -124,10 +124,10 @@ class _Stream(io.RawIOBase):
 
 
 class _Parts(io.RawIOBase):
-    """The packed parts of a file, one after another: frames of Zstandard, streams of xz.
+    """The packed parts of a file, one after another: members of gzip, frames of Zstandard, streams of xz.
 
-    The usual readers end in silence at a cut-off frame and at a damaged head of a later stream; unpacking part by part
-    shows both.
+    The usual readers end in silence at a cut-off frame and at a damaged head of a later stream, and do not tell how far
+    they came in gzip; unpacking part by part shows all of that.
 
     Args:
         file: the packed bytes.

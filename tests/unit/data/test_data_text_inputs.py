@@ -119,11 +119,11 @@ def test_several_packed_parts_in_one_file_are_all_read(tmp_path, ending):
 def test_a_file_that_is_cut_off_is_named_with_the_place(tmp_path, ending):
     path = tmp_path / f"a.txt{ending}"
     whole = PACK[ending](TEXT)
-    for length in (1, len(whole) // 2, len(whole) - 1):
+    for length, read in ((1, "0"), (len(whole) // 2, r"[\d,]+"), (len(whole) - 1, r"[1-9]\d\d,\d\d\d")):
         path.write_bytes(whole[:length])
         with (
             open_stream(path) as stream,
-            pytest.raises(ValueError, match=rf"a.txt{ending} is (cut off|damaged).*after [\d,]+ bytes"),
+            pytest.raises(ValueError, match=rf"a.txt{ending} is (cut off|damaged).*after {read} bytes"),
         ):
             stream.read()
 
