@@ -4,11 +4,17 @@ import argparse
 import os
 import sys
 
-from megallm.data.command_line import ToolParser, add_tokenizer_arguments, positive, tokenizer_settings
+from megallm.data.command_line import (
+    ToolParser,
+    add_bad_input_arguments,
+    add_tokenizer_arguments,
+    positive,
+    tokenizer_settings,
+)
 from megallm.data.prepare.encoding import EncodeSettings
 from megallm.data.prepare.interrupts import Interrupted, interrupts_raise
 from megallm.data.prepare.job import Job, JobSettings, Outcome
-from megallm.data.prepare.memory import DEFAULT_DOCUMENT_BYTES, state_memory
+from megallm.data.prepare.memory import state_memory
 from megallm.data.prepare.progress import Progress
 from megallm.data.prepare.shards import merge_shards, parse_shard
 from megallm.data.prepare.worker_count import default_workers, measure_workers
@@ -18,27 +24,31 @@ from megallm.data.tokenizer.base import state_library, state_special_tokens
 DESCRIPTION = f"""\
 Tokenizes text files into the .bin/.idx files that training reads.
 
-Input: {KINDS}; patterns, folders, and - for JSON lines on the standard input. Text stands under
---json-keys; a .txt file is one document. Files are read in the order given, and documents keep their order. Blank
-lines are passed over.
-Output: PREFIX_KEY_document.bin and .idx for each key (_sentence with --split-sentences), in Megatron's format, the same
-bytes whatever --workers; and PREFIX_KEY_document.tokenizer.json, which says what made them.
+Input: {KINDS};
+patterns, folders, and - for JSON lines on the standard input. Text stands under --json-keys; a .txt
+file is one document. Files are read in the order given, and documents keep their order. Blank lines
+are passed over.
+Output: PREFIX_KEY_document.bin and .idx for each key (_sentence with --split-sentences), in
+Megatron's format, the same bytes whatever --workers; and PREFIX_KEY_document.tokenizer.json, which
+says what made them.
 
-The work is done in PREFIX.preprocessing/, and the output appears when it is whole. Killed at any moment, the same
-command goes on where it was. After an error in the input or on a full disk nothing is left, unless --keep is given.
-Text on the standard input cannot be read again: an interrupted job starts over.
+The work is done in PREFIX.preprocessing/, and the output appears when it is whole. Killed at any
+moment, the same command goes on where it was. After an error in the input or on a full disk nothing
+is left, unless --keep is given. Text on the standard input cannot be read again: an interrupted job
+starts over.
 
-Memory: for each worker 0.2 GB and about 140 times the longest document with the tokenizers library, 40 times with
-sentencepiece, 10 times with gigatoken; said at the start. --max-document-bytes bounds it; nothing grows with the number
-of documents or the size of the files."""
+Memory: for each worker 0.2 GB and about 140 times the longest document with the tokenizers library,
+40 times with sentencepiece, 10 times with gigatoken; said at the start. --max-document-bytes bounds
+it; nothing grows with the number of documents or the size of the files."""
 EPILOG = """\
 example:
-  python tools/preprocess_data.py --input books.jsonl notes.txt --output-prefix data/books --append-eod \\
-      --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json
+  python tools/preprocess_data.py --input books.jsonl notes.txt --output-prefix data/books \\
+      --append-eod --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json
   gives data/books_text_document.bin and .idx; train with --data-path data/books_text_document
 
 on several machines, with one folder for all:
-  machine i of 8:  the same command with --shard i/8 (i from 0), or with --shard auto under torchrun or in a Slurm array
+  machine i of 8:  the same command with --shard i/8 (i from 0), or with --shard auto under torchrun
+                   or in a Slurm array
   then, anywhere:  python tools/preprocess_data.py --output-prefix data/books --merge-shards 8"""
 
 
@@ -56,20 +66,7 @@ def build_parser() -> ToolParser:
         "--overwrite", action="store_true", help="replace an output, or an interrupted job, of other input"
     )
     add_tokenizer_arguments(parser, required=False)
-    group = parser.add_argument_group("bad input")
-    group.add_argument(
-        "--on-bad-document",
-        choices=("stop", "skip"),
-        default="stop",
-        help="a broken document, one without a key or too large: stop (default), or leave it out and count it",
-    )
-    group.add_argument(
-        "--max-document-bytes",
-        type=_document_bytes,
-        default=DEFAULT_DOCUMENT_BYTES,
-        metavar="N",
-        help=f"a longer document is a bad one ({DEFAULT_DOCUMENT_BYTES})",
-    )
+    group = add_bad_input_arguments(parser)
     group.add_argument("--keep", action="store_true", help="keep what is done after an error, to go on from there")
     _add_work_arguments(parser)
     return parser
@@ -97,15 +94,6 @@ def _add_work_arguments(parser: ToolParser) -> None:
     )
     group.add_argument("--partitions", type=positive, metavar="N", help="accepted and not needed: input is one stream")
     group.add_argument("--keep-sequential-samples", action="store_true", help="accepted and not needed: always so")
-
-
-def _document_bytes(text: str) -> int:
-    value = positive(text)
-    # A token a byte and some special ones still fit the 32 bits in which an index gives lengths.
-    limit = 2**31 - 2**16
-    if value > limit:
-        raise argparse.ArgumentTypeError(f"{value} is above {limit}, the longest that a token file can hold")
-    return value
 
 
 def job_settings(options: argparse.Namespace) -> JobSettings:

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from megallm.data.text.raw import MAX_DOCUMENT_BYTES
 from megallm.data.tokenizer.base import FAST_TOKENIZER, TokenizerSettings
 from megallm.data.tokenizer.build import TOKENIZER_TYPES
 from megallm.data.tokenizer.tiktoken import PATTERNS
@@ -39,7 +40,8 @@ class ToolParser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message.rstrip('.')}.", file=sys.stderr)
+        end = "" if message.endswith("?") else "."
+        print(f"{self.prog}: {message.rstrip('.')}{end}", file=sys.stderr)
         raise SystemExit(2)
 
     def run(self, work: Callable[[], None]) -> None:
@@ -98,6 +100,35 @@ def progress_of(total_bytes: int | None = None) -> Iterator[Callable[[int], None
             bar.update(count)
 
         yield progress
+
+
+def document_bytes(text: str) -> int:
+    """An argparse type: how long a document may be."""
+    value = positive(text)
+    # A token a byte and some special ones still fit the 32 bits in which an index gives lengths.
+    limit = 2**31 - 2**16
+    if value > limit:
+        raise argparse.ArgumentTypeError(f"{value} is above {limit}, the longest that a token file can hold")
+    return value
+
+
+def add_bad_input_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The arguments that say what is a bad document, and what becomes of it; gives their group."""
+    group = parser.add_argument_group("bad input")
+    group.add_argument(
+        "--on-bad-document",
+        choices=("stop", "skip"),
+        default="stop",
+        help="a broken document, one without a key or too large: stop (default), or leave it out and count it",
+    )
+    group.add_argument(
+        "--max-document-bytes",
+        type=document_bytes,
+        default=MAX_DOCUMENT_BYTES,
+        metavar="N",
+        help=f"a longer document is a bad one ({MAX_DOCUMENT_BYTES})",
+    )
+    return group
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:

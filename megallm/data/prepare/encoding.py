@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from megallm.data.indexed.format import token_dtype
-from megallm.data.text.documents import BadDocument, RawDocument, texts_of
+from megallm.data.text.documents import texts_of
+from megallm.data.text.raw import BadDocument, RawDocument
 from megallm.data.tokenizer.base import Tokenizer, TokenizerSettings
 from megallm.data.tokenizer.build import build_tokenizer
 from megallm.data.tokenizer.fast import FastTokenizerDiffers

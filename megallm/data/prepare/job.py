@@ -20,8 +20,8 @@ from megallm.data.prepare.progress import Progress
 from megallm.data.prepare.shards import Shard, dataset_prefix
 from megallm.data.prepare.work_folder import WorkFolder
 from megallm.data.prepare.worker import WorkerDied, out_of_memory
-from megallm.data.text.documents import MAX_DOCUMENT_BYTES, Position
 from megallm.data.text.inputs import STANDARD_INPUT
+from megallm.data.text.raw import MAX_DOCUMENT_BYTES, Position
 from megallm.data.text.shards import cut
 from megallm.data.tokenizer.record import describe, read_record, record_path, write_record
 
@@ -323,7 +323,7 @@ class Job:
             raise ValueError(f"There is no document in {where}{left_out}.")
         for key, tokens in totals.tokens.items():
             if tokens == 0:
-                raise ValueError(f"The {totals.documents:,} documents in {where} have no token under the key {key!r}.")
+                raise ValueError(f"No document in {where} gives a token under the key {key!r}.")
 
     def _make_indices(self, folder: WorkFolder, totals: Totals) -> None:
         """Write what else the datasets need into the folder, so that only moves remain."""

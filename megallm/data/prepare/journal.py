@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megallm.data.text.documents import Position
+from megallm.data.text.raw import Position
 
 VERSION = 1
 

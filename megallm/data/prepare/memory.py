@@ -5,9 +5,6 @@ from megallm.data.prepare.pool import PIECES_PER_WORKER
 from megallm.data.tokenizer.base import Tokenizer
 from megallm.data.tokenizer.fast import LARGEST_GROWTH, FastTokenizer
 
-# The longest document that is taken unless another limit is given: less than where text is merely read, since the
-# libraries make so much of it.
-DEFAULT_DOCUMENT_BYTES = 64 * 2**20
 # Interpreter, libraries and a tokenizer.
 PROCESS_BYTES = 200 * 2**20
 # Bytes of memory for a byte of the longest text, measured (English, resident size above that of the process alone).

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megallm.data.text.documents import Position, RawDocument, read_documents
+from megallm.data.text.documents import read_documents
 from megallm.data.text.inputs import STANDARD_INPUT, kind_of
+from megallm.data.text.raw import Position, RawDocument
 
 # Large enough to hide the cost of handing over, small in memory. A piece is one document where that is longer.
 PIECE_BYTES = 1 << 20

@@ -7,8 +7,8 @@ from typing import TextIO
 
 from megallm.data.prepare.journal import Totals
 from megallm.data.prepare.pieces import Input
-from megallm.data.text.documents import Position
 from megallm.data.text.inputs import STANDARD_INPUT, kind_of
+from megallm.data.text.raw import Position
 
 # A terminal is written to at most this often.
 TERMINAL_SECONDS = 0.2

@@ -19,7 +19,7 @@ from typing import IO, Any
 import megallm
 from megallm.data.prepare.encoding import Encoded, Encoder, EncodeSettings, KeyTokens
 from megallm.data.prepare.pieces import Input, Piece
-from megallm.data.text.documents import BadDocument, Position, RawDocument
+from megallm.data.text.raw import BadDocument, Position, RawDocument
 from megallm.data.tokenizer.base import TokenizerSettings
 
 _LENGTH = struct.Struct("<Q")

@@ -12,8 +12,6 @@ from megallm.data.text.lines import read_lines
 from megallm.data.text.parquet import read_rows
 from megallm.data.text.raw import MAX_DOCUMENT_BYTES, BadDocument, Position, RawDocument, too_large
 
-__all__ = ["MAX_DOCUMENT_BYTES", "BadDocument", "Position", "RawDocument", "read_documents", "texts_of"]
-
 START = Position(0, 0, 0)
 
 

@@ -2,8 +2,9 @@
 
 from typing import NamedTuple
 
-# The longest document that is read unless another limit is given. Making texts of one needs about ten times its bytes.
-MAX_DOCUMENT_BYTES = 256 * 2**20
+# The longest document that is read unless another limit is given. Making texts of one needs about ten times its bytes,
+# and making tokens of them up to 140 times.
+MAX_DOCUMENT_BYTES = 64 * 2**20
 
 
 class Position(NamedTuple):

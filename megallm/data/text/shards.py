@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megallm.data.text.compression import open_stream
-from megallm.data.text.documents import Position
 from megallm.data.text.inputs import STANDARD_INPUT, kind_of
+from megallm.data.text.raw import Position
 
 BLOCK = 2**16
 

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallm.data.text import compression, json_values, lines, shards
-from megallm.data.text.documents import BadDocument, Position, RawDocument, read_documents, texts_of
+from megallm.data.text.documents import read_documents, texts_of
+from megallm.data.text.raw import BadDocument, Position, RawDocument
 from megallm.data.text.shards import cut
 
 pyarrow = pytest.importorskip("pyarrow")
