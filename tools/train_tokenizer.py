@@ -2,33 +2,38 @@
 
 import os
 import secrets
+import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from megallm.data.command_line import ToolParser, positive, progress_of
+from megallm.data.command_line import ToolParser, add_bad_input_arguments, positive, progress_of
 from megallm.data.text.documents import read_documents, texts_of
 from megallm.data.text.inputs import STANDARD_INPUT, find_inputs
-from megallm.data.text.raw import RawDocument
+from megallm.data.text.raw import BadDocument, RawDocument
 from megallm.data.tokenizer.base import Tokenizer, state_special_tokens
 from megallm.data.tokenizer.training import TRAINED_KINDS, TrainingSettings, train_tokenizer
 
 DESCRIPTION = """\
 Trains a tokenizer on text files.
 
-bpe, unigram: byte-level, every text can be encoded and comes back unchanged; <|endoftext|>, id 0, ends documents.
+bpe, unigram: byte-level, every text can be encoded and comes back unchanged; <|endoftext|>, id 0,
+ends documents.
 wordpiece: BERT's; [PAD], [UNK], [CLS], [SEP], [MASK] are ids 0 to 4.
 These three are written as tokenizer.json, wordpiece to a name that ends in .txt as vocab.txt.
-sentencepiece-bpe, sentencepiece-unigram: a .model file; <unk>, <s>, </s> are ids 0 to 2, and </s> ends documents.
+sentencepiece-bpe, sentencepiece-unigram: a .model file; <unk>, <s>, </s> are ids 0 to 2, and </s>
+ends documents.
 
-The last documents are held out; on them the tool reports how many bytes a token stands for. The input is read three
-times, a document at a time; SentencePiece holds all of it in memory while it trains."""
+The last documents are held out; on them the tool reports how many bytes a token stands for. The
+input is read three times, a document at a time; SentencePiece holds all of it in memory while it
+trains."""
 EPILOG = """\
 example:
   python tools/train_tokenizer.py --input books.jsonl --vocab-size 8192 --output tokenizer.json
   preprocess and train with --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json"""
+# Bad documents that are shown with their place; the others are counted.
+SHOWN_BAD_DOCUMENTS = 10
 # Texts that are encoded at once when the result is measured.
 BATCH = 256
 
@@ -63,6 +68,7 @@ def build_parser() -> ToolParser:
         metavar="SHARE",
         help="share of the characters that sentencepiece makes pieces of (0.9995)",
     )
+    add_bad_input_arguments(parser)
     return parser
 
 
@@ -77,16 +83,18 @@ def share(text: str) -> float:
     return value
 
 
-@dataclass(frozen=True)
 class Input:
-    """Text files and the keys of their texts."""
+    """Text files and the keys of their texts. Attributes: `num_bad`, documents left out by `texts` so far."""
 
-    paths: list[Path]
-    keys: list[str]
+    def __init__(self, paths: list[Path], keys: list[str], skip_bad: bool, max_document_bytes: int) -> None:
+        self.paths = paths
+        self._keys, self._skip_bad, self._max_document_bytes = keys, skip_bad, max_document_bytes
+        self.num_bad = 0
 
     def documents(self) -> Iterator[RawDocument]:
         """All documents but the blank ones."""
-        return (document for document in read_documents(self.paths, keys=self.keys) if not document.is_blank)
+        documents = read_documents(self.paths, max_document_bytes=self._max_document_bytes, keys=self._keys)
+        return (document for document in documents if not document.is_blank)
 
     def sizes(self) -> list[int]:
         """Bytes of each document."""
@@ -98,11 +106,21 @@ class Input:
         return sizes
 
     def texts(self, first: int, last: int, progress: Callable[[int], None]) -> Iterator[str]:
-        """Texts of documents `first` to `last - 1`."""
+        """Texts of documents `first` to `last - 1`. Raises BadDocument, unless such are to be skipped."""
         for document in islice(self.documents(), first, last):
-            for texts in texts_of(document, self.keys):
-                yield from texts
+            try:
+                for texts in texts_of(document, self._keys):
+                    yield from texts
+            except BadDocument as error:
+                if not self._skip_bad:
+                    raise
+                self.num_bad += 1
+                if self.num_bad <= SHOWN_BAD_DOCUMENTS:
+                    print(f"Skipped: {error}", file=sys.stderr)
+                continue
             progress(len(document.content))
+        if self.num_bad == last:
+            raise ValueError(f"All {last} documents to train on are bad; nothing is written.")
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Iterator[str]) -> float:
@@ -139,7 +157,8 @@ def main(arguments: list[str] | None = None) -> None:
             byte_fallback=not options.no_byte_fallback,
             character_coverage=options.character_coverage,
         )
-        source, output = Input(find_inputs(options.input), options.json_keys), Path(options.output)
+        skip_bad, output = options.on_bad_document == "skip", Path(options.output)
+        source = Input(find_inputs(options.input), options.json_keys, skip_bad, options.max_document_bytes)
         check(settings, source, output)
         sizes = source.sizes()
         total = len(sizes)
@@ -148,13 +167,15 @@ def main(arguments: list[str] | None = None) -> None:
         held_out = min(max(1, round(total * options.held_out)), total - 1)
         with progress_of(sum(sizes[: total - held_out])) as progress:
             trained = train_tokenizer(settings, source.texts(0, total - held_out, progress), output)
+        num_trained = total - held_out - source.num_bad
         tokenizer = trained.tokenizer
         with progress_of(sum(sizes[total - held_out :])) as progress:
             measured = bytes_per_token(tokenizer, source.texts(total - held_out, total, progress))
         write(trained.content, output)
-        print(f"{output}: {tokenizer.vocab_size} tokens, from {total - held_out} documents")
+        skipped = f"; {source.num_bad} bad documents skipped" if source.num_bad else ""
+        print(f"{output}: {tokenizer.vocab_size} tokens, from {num_trained} documents{skipped}")
         print(state_special_tokens(tokenizer))
-        print(f"{measured:.3f} bytes per token on the {held_out} documents held out")
+        print(f"{measured:.3f} bytes per token on the {total - source.num_bad - num_trained} documents held out")
         if tokenizer.vocab_size < options.vocab_size:
             print(f"The text has no more than that to merge; {options.vocab_size} tokens need more text.")
 

@@ -142,9 +142,19 @@ def _train_sentencepiece(settings: TrainingSettings, texts: Iterable[str], outpu
     if settings.vocab_size < smallest:
         raise ValueError(f"--vocab-size {settings.vocab_size} is too small: {parts} need {smallest}.")
     model = io.BytesIO()
+    failures: list[Exception] = []
+
+    def sentences() -> Iterator[str]:
+        # The library would make an error of its own of a bad document, with the places in this code.
+        try:
+            yield from _sentences(texts)
+        except Exception as error:
+            failures.append(error)
+            raise
+
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
+            sentence_iterator=sentences(),
             model_writer=model,
             model_type=settings.kind.removeprefix("sentencepiece-"),
             vocab_size=settings.vocab_size,
@@ -160,6 +170,8 @@ def _train_sentencepiece(settings: TrainingSettings, texts: Iterable[str], outpu
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
+        if failures:
+            raise failures[0] from None
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"SentencePiece cannot train {settings.vocab_size} tokens on this text: {reason}.") from None
     return Trained(SentencePieceTokenizer(output, model.getvalue()), model.getvalue())

@@ -108,6 +108,32 @@ def test_it_measures_on_what_it_did_not_see(tool, tmp_path):
     assert "on the 10 documents held out" in tool("train_tokenizer", *command, "--held-out", "0.5")[1]
 
 
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece-bpe"])
+def test_bad_documents_are_skipped_shown_and_counted(tool, jsonl, tmp_path, kind):
+    """The tokenizer is that of the good documents alone."""
+    good = jsonl.read_text()
+    (tmp_path / "bad.jsonl").write_text('{"body": 1}\n{"text": "' + "long" * 1000 + '"}\n' + good + '{"text": 5}\n')
+    outputs = [tmp_path / f"{name}_{output_name(kind)}" for name in ("bad", "good")]
+    held_out = ["--type", kind, "--vocab-size", 400, "--held-out", 0.01, "--on-bad-document", "skip"]
+    command = ["--input", tmp_path / "bad.jsonl", *held_out, "--max-document-bytes", 2000, "--output", outputs[0]]
+    code, out, err = tool("train_tokenizer", *command)
+    assert code == 0
+    assert "from 298 documents; 3 bad documents skipped" in out
+    assert "on the 2 documents held out" in out
+    places = [line.split(":")[1].split(",")[1].strip() for line in err.splitlines() if line.startswith("Skipped")]
+    assert places == ["line 1", "line 2", "line 603"]
+    lines = [line for line in good.splitlines() if line.strip()]
+    (tmp_path / "good.jsonl").write_text("\n".join([*lines[:298], *lines[:3]]))
+    command = ["--input", tmp_path / "good.jsonl", *held_out, "--output", outputs[1]]
+    assert tool("train_tokenizer", *command)[0] == 0
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    (tmp_path / "all_bad.jsonl").write_text("{}\n{}\n")
+    command = ["--input", tmp_path / "all_bad.jsonl", *held_out, "--output", tmp_path / f"all_{output_name(kind)}"]
+    code, _, err = tool("train_tokenizer", *command)
+    assert (code, "All 1 documents to train on are bad" in err) == (2, True), err
+    assert not (tmp_path / f"all_{output_name(kind)}").exists()
+
+
 def test_mistakes(tool, jsonl, tmp_path):
     (tmp_path / "one.txt").write_text("x")
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n{"text": "c"}\n')
@@ -127,6 +153,7 @@ def test_mistakes(tool, jsonl, tmp_path):
         (["-", "--vocab-size", 300, *output], "not the standard input"),
         ([tmp_path / "one.txt", "--vocab-size", 300, *output], "needs 2 documents at least"),
         ([tmp_path / "broken.jsonl", "--vocab-size", 300, *output], "broken.jsonl, line 2: there is no key 'text'"),
+        ([tmp_path / "broken.jsonl", "--vocab-size", 300, *model], "'body' (--json-keys chooses).\n"),
     ]
     for words, message in cases:
         code, _, err = tool("train_tokenizer", "--input", *words)
