@@ -94,6 +94,9 @@ def _add_work_arguments(parser: ToolParser) -> None:
     )
     group.add_argument("--partitions", type=positive, metavar="N", help="accepted and not needed: input is one stream")
     group.add_argument("--keep-sequential-samples", action="store_true", help="accepted and not needed: always so")
+    group.add_argument("--tokenizer-metadata", metavar="PATH", help="accepted and not needed: the type says it")
+    for flag in ("--legacy-tokenizer", "--tokenizer-hf-use-fast", "--trust-remote-code"):
+        group.add_argument(flag, action="store_true", help="accepted without effect: a tokenizer is read in one way")
 
 
 def job_settings(options: argparse.Namespace) -> JobSettings:

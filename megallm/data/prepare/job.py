@@ -167,7 +167,7 @@ class Job:
             raise
         except OSError as error:
             keep = keep and (self.settings.keep or error.errno not in FULL_DISK)
-            raise ValueError(self._disk_sentence(error, folder, keep)) from None
+            raise ValueError(self._disk_sentence(error, folder, keep, progress)) from None
         finally:
             if keep:
                 folder.close()
@@ -374,10 +374,14 @@ class Job:
         )
         return f"{sentence.rstrip('.')}. {left}; --on-bad-document skip leaves such documents out and counts them."
 
-    def _disk_sentence(self, error: OSError, folder: WorkFolder, keep: bool) -> str:
+    def _disk_sentence(self, error: OSError, folder: WorkFolder, keep: bool, progress: Progress) -> str:
         if error.errno not in FULL_DISK:
             return f"{self.settings.job_prefix} cannot be written: {error.strerror or error}."
         written = folder.size()
+        need = "needs more"
+        if share := progress.share_done():
+            tokens = sum(progress.totals.tokens.values()) * self.encoder.dtype.itemsize
+            need = f"needs about {round(tokens / share, -3):,.0f} for the tokens of all input"
         free = shutil.disk_usage(folder.path).free
         left = (
             f"the same command goes on there once there is room (or remove {folder.path})"
@@ -386,7 +390,7 @@ class Job:
         )
         return (
             f"{self.settings.job_prefix} cannot be written: {os.strerror(error.errno or 0)}. The job had written "
-            f"{written:,} bytes and needs more; {free:,} bytes were free in {folder.path.parent}; {left}."
+            f"{written:,} bytes and {need}; {free:,} bytes were free in {folder.path.parent}; {left}."
         )
 
 

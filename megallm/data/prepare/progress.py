@@ -29,6 +29,7 @@ class Progress:
         self._began = time.monotonic()
         self.totals = Totals()
         self._told = self._documents_before = self._input_bytes_before = 0
+        self._position: Position | None = None
 
     def begin(self, source: Input, first: Position, position: Position, totals: Totals) -> None:
         """Work begins at `position`, where `totals` are done; the input begins at `first`."""
@@ -48,6 +49,7 @@ class Progress:
 
     def __call__(self, totals: Totals, position: Position) -> None:
         """A piece is done: `totals` of the job, up to `position`."""
+        self._position = position
         now = time.monotonic()
         if self._terminal:
             if now - self._told_at >= TERMINAL_SECONDS:
@@ -66,8 +68,17 @@ class Progress:
         if not self._knows_total or done <= 0:
             return f"{text}."
         seconds = round((time.monotonic() - self._began) / done * left)
-        percent = 100 * (here - self._first_byte) / max(1, self._last_byte - self._first_byte)
+        percent = 100 * self._share_before(here)
         return f"{text}, {percent:.1f} %, {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left."
+
+    def share_done(self) -> float | None:
+        """Which part of the input is done, between 0 and 1; None where nobody knows: at the start, or of a stream."""
+        if self._position is None or not self._knows_total:
+            return None
+        return self._share_before(self._bytes_before(self._position)) or None
+
+    def _share_before(self, here: int) -> float:
+        return (here - self._first_byte) / max(1, self._last_byte - self._first_byte)
 
     def rates(self, totals: Totals) -> str:
         """Speed since this start."""

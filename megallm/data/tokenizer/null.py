@@ -17,6 +17,8 @@ class NullTokenizer(Tokenizer):
     def __init__(self, vocab_size: int, eod_id: int | None = None) -> None:
         if vocab_size < 1:
             raise ValueError(f"The vocabulary of NullTokenizer has {vocab_size} entries, but must have 1 at least.")
+        if vocab_size >= 2**31:
+            raise ValueError(f"--vocab-size {vocab_size} is above {2**31 - 1}: ids are stored in 32 bits.")
         if eod_id is not None and not 0 <= eod_id < vocab_size:
             raise ValueError(f"--null-tokenizer-eod-id {eod_id} is none of the ids 0 to {vocab_size - 1}.")
         self.eod_id = vocab_size if eod_id is None else eod_id

@@ -5,6 +5,7 @@ import fcntl
 import gzip
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -127,11 +128,15 @@ def test_mistakes_on_the_command_line(tool, tokenizer_json, tmp_path):
         (command[:-4], "the following arguments are required: --tokenizer-type"),
         (command, "There is no document in"),
         ([*command, "--tokenizer-type", "HuggingfaceTokenizer"], "Did you mean HuggingFaceTokenizer?\n"),
+        ([*command, "--tokenizer-type", "NullTokenizer", "--vocab-size", 2**31], "is above 2147483647"),
         ([*command, "--workers", "0"], "'0' is not a whole number above 0"),
         ([*command, "--max-document-bytes", 2**31], "the longest that a token file can hold"),
         ([*command, "--json-keys", "a", "a"], "names a key twice"),
         ([*command, "--shard", "2/2"], "there is no shard 2/2"),
-        (arguments(tokenizer_json, tmp_path / "out", tmp_path / "hollow.jsonl"), "hollow.jsonl gives a token under the key 'text'"),
+        (
+            arguments(tokenizer_json, tmp_path / "out", tmp_path / "hollow.jsonl"),
+            "hollow.jsonl gives a token under the key 'text'",
+        ),
         (arguments(tokenizer_json, tmp_path / "out", tmp_path / "no.jsonl"), "no.jsonl is not there"),
         (arguments(tokenizer_json, tmp_path / "out", tmp_path / "in.csv"), "of an unknown kind; read are .jsonl"),
         (arguments(tokenizer_json, tmp_path / "out", tmp_path / "broken.jsonl.gz"), "broken.jsonl.gz"),
@@ -169,15 +174,19 @@ def test_a_full_disk(job, tmp_path, monkeypatch, place):
 
     def full(*arguments):
         calls.append(arguments)
-        if len(calls) >= 2:
+        if len(calls) >= (10 if place == "append" else 2):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return original(*arguments)
 
     for keep in (False, True):
         calls.clear()
         monkeypatch.setattr(Parts, place, full)
-        with pytest.raises(ValueError, match=r"No space left on device. The job had written .* bytes were free"):
+        with pytest.raises(ValueError, match=r"No space left on device. The job had written ") as refused:
             run_job(job(keep=keep), 1)
+        need = re.search(r"([\d,]+) bytes and needs about ([\d,]+) for .*; [\d,]+ bytes were free", str(refused.value))
+        assert need is not None
+        # Of all pieces but the first one, about as long; each document has some 17 tokens of 2 bytes.
+        assert int(need[2].replace(",", "")) == pytest.approx(2000 * 2 * 17, rel=0.5)
         assert [path.name for path in (tmp_path / "out").iterdir()] == (["x.preprocessing"] if keep else [])
     monkeypatch.setattr(Parts, place, original)
     assert run_job(job(), 1).totals.documents == 2000
