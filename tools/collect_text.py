@@ -6,6 +6,7 @@ import random
 import secrets
 import sysconfig
 import tokenize
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -13,11 +14,12 @@ from pydoc_data.topics import topics
 from megallm.data.command_line import ToolParser
 
 DESCRIPTION = """\
-Collects text that every machine has, as JSON lines with the keys "text" and "source": the modules of the running
-Python's standard library with their docstrings, without tests, and the topics of Python's help. Some ten megabytes.
+Collects text that every machine has, as JSON lines with the keys "text" and "source": the modules
+of the running Python's standard library with their docstrings, without tests, and the topics of
+Python's help. Some ten megabytes.
 
-The order is shuffled with a fixed seed, so that any split holds some of everything, and is the same on every run.
-Documents longer than 50 kB are cut at the end of a line."""
+The order is shuffled with a fixed seed, so that any split holds some of everything, and is the same
+on every run. Documents longer than 50 kB are cut at the end of a line."""
 EPILOG = """\
 example:
   python tools/collect_text.py --output data/python.jsonl"""
@@ -40,9 +42,12 @@ def build_parser() -> ToolParser:
 
 def megabytes(text: str) -> float:
     """An argparse type: a number above zero, at most a terabyte."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < 1e6:
-        raise ValueError("not a size")
+        raise ArgumentTypeError(f"{text!r} is not a number of megabytes above 0 and below 1000000")
     return value
 
 
@@ -84,7 +89,10 @@ def collect() -> Iterator[dict[str, str]]:
 
 
 def write(output: Path, limit: float) -> tuple[int, int]:
-    """Write documents until `limit` bytes of text; return how many, and their bytes. The file appears when whole."""
+    """Write documents until `limit` bytes of text; return how many, and their bytes. The file appears when whole.
+
+    Raises ValueError where not even one fits, or the file cannot be written.
+    """
     temporary = output.with_name(f"{output.name}.{secrets.token_hex(4)}.tmp")
     documents = size = 0
     try:
@@ -96,6 +104,8 @@ def write(output: Path, limit: float) -> tuple[int, int]:
                     break
                 file.write(json.dumps(document, ensure_ascii=False) + "\n")
                 documents, size = documents + 1, size + length
+        if documents == 0:
+            raise ValueError(f"The first document has {length:,} bytes, more than --max-megabytes allows.")
         os.replace(temporary, output)
     except OSError as error:
         raise ValueError(f"{output} cannot be written: {error.strerror}.") from None

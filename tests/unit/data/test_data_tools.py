@@ -18,8 +18,11 @@ def test_collect_text(tool, tmp_path):
     assert 200_000 < sum(sizes) <= 300_000
     assert max(sizes) <= 50_000
     assert not [record for record in records if "test/" in record["source"] or "site-packages" in record["source"]]
-    code, _, err = tool("collect_text", "--output", tmp_path / "c.jsonl", "--max-megabytes", "-1")
-    assert (code, err.count("\n")) == (2, 1)
+    for size, message in (("-1", "'-1' is not a number"), ("x", "'x' is not a number"), ("0.0001", "more than")):
+        code, _, err = tool("collect_text", "--output", tmp_path / "c.jsonl", "--max-megabytes", size)
+        assert (code, err.count("\n")) == (2, 1)
+        assert message in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
 
 
 def test_collect_text_cuts_at_lines():
@@ -43,3 +46,4 @@ def test_help_and_start(name):
     done = subprocess.run([sys.executable, "-c", code, str(TOOLS / f"{name}.py")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "example:" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
