@@ -13,9 +13,10 @@ from megallm.data.command_line import (
 )
 from megallm.data.prepare.encoding import EncodeSettings
 from megallm.data.prepare.interrupts import Interrupted, interrupts_raise
-from megallm.data.prepare.job import Job, JobSettings, Outcome
+from megallm.data.prepare.job import Job, Outcome
 from megallm.data.prepare.memory import state_memory
 from megallm.data.prepare.progress import Progress
+from megallm.data.prepare.settings import JobSettings
 from megallm.data.prepare.shards import merge_shards, parse_shard
 from megallm.data.prepare.worker_count import default_workers, measure_workers
 from megallm.data.text.inputs import KINDS, find_inputs

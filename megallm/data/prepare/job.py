@@ -1,69 +1,27 @@
 """Text files to token files: read, encode in several processes, write in order, and go on where a killed job was."""
 
 import errno
-import hashlib
-import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megallm.data.indexed.format import file_paths
-from megallm.data.prepare.encoding import TOLD_BAD_DOCUMENTS, Encoded, Encoder, EncodeSettings
+from megallm.data.prepare.conditions import Conditions
+from megallm.data.prepare.encoded_input import EncodedInput
+from megallm.data.prepare.encoding import TOLD_BAD_DOCUMENTS, Encoded, Encoder
 from megallm.data.prepare.journal import Journal, Totals, differences, read_json, write_json
-from megallm.data.prepare.pieces import Input, Piece, light_pieces, whole_pieces
-from megallm.data.prepare.pool import Pool
+from megallm.data.prepare.pieces import Input
 from megallm.data.prepare.progress import Progress
-from megallm.data.prepare.shards import Shard, dataset_prefix
+from megallm.data.prepare.settings import JobSettings
+from megallm.data.prepare.shards import Shard
 from megallm.data.prepare.work_folder import WorkFolder
 from megallm.data.prepare.worker import WorkerDied, out_of_memory
-from megallm.data.text.inputs import STANDARD_INPUT
-from megallm.data.text.raw import MAX_DOCUMENT_BYTES, Position
 from megallm.data.text.shards import cut
 from megallm.data.tokenizer.record import describe, read_record, record_path, write_record
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@dataclass(frozen=True)
-class JobSettings:
-    """What a job does.
-
-    Attributes:
-        paths: the input.
-        output_prefix: start of the paths of the output.
-        encode: how documents become tokens.
-        shard: share of the input that is done; None for all.
-        max_document_bytes: the longest document that is taken.
-        overwrite: an output or a work folder of other conditions is replaced.
-        keep: the work folder stays after an error that ends the job.
-        journal_seconds: time between two journals.
-    """
-
-    paths: tuple[Path, ...]
-    output_prefix: str
-    encode: EncodeSettings
-    shard: Shard | None = None
-    max_document_bytes: int = MAX_DOCUMENT_BYTES
-    overwrite: bool = False
-    keep: bool = False
-    journal_seconds: float = 5.0
-
-    @property
-    def job_prefix(self) -> str:
-        """Start of the paths of this shard's output."""
-        return self.output_prefix + (self.shard.suffix if self.shard else "")
-
-    def dataset_prefix(self, key: str) -> str:
-        """Megatron's name for the dataset of one key, without .bin or .idx."""
-        return dataset_prefix(self.job_prefix, key, self.encode.sentence_language is not None)
-
-    @property
-    def can_resume(self) -> bool:
-        return STANDARD_INPUT not in self.paths
 
 
 @dataclass(frozen=True)
@@ -72,39 +30,6 @@ class Outcome:
 
     totals: Totals
     done_before: bool = False
-
-
-class EncodedInput:
-    """Pieces of the input and what became of them, from this process or from several.
-
-    Used as a context manager: leaving it ends the processes. Memory of each process: the tokenizer, a piece of 1 MiB of
-    text (or one document, where that is longer) in the forms of its work; and here three pieces' tokens for each.
-    """
-
-    def __init__(self, encoder: Encoder, settings: EncodeSettings, source: Input, workers: int) -> None:
-        self._encoder, self._source = encoder, source
-        self._pool = Pool(settings, source, workers) if workers > 1 else None
-
-    def __enter__(self) -> "EncodedInput":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._pool is not None:
-            self._pool.__exit__(*error)
-
-    def wait_until_ready(self) -> None:
-        """Return when every process has its tokenizer."""
-        if self._pool is not None:
-            self._pool.wait_until_ready()
-
-    def read(self, start: Position) -> Iterator[tuple[Piece, Encoded]]:
-        """Everything from `start` on, in order."""
-        if self._pool is not None:
-            yield from self._pool.encode_all(light_pieces(self._source, start))
-            return
-        for piece in whole_pieces(self._source, start):
-            assert piece.documents is not None, "pieces that are read here hold their documents"
-            yield piece, self._encoder.encode(piece.documents)
 
 
 class Job:
@@ -120,10 +45,9 @@ class Job:
         self.settings = settings
         self.start, end = cut(settings.paths, *(settings.shard or Shard(0, 1)))
         self.source = Input(settings.paths, end, settings.max_document_bytes, settings.encode.keys)
-        self._files = [_file_state(path) for path in settings.paths]
         self.encoder = Encoder(settings.encode)
         self._record = describe(self.encoder.tokenizer)
-        self._conditions = self._describe_conditions()
+        self._conditions = Conditions(settings, self._record)
 
     def run(self, workers: int, progress: Progress) -> Outcome:
         """Write `.bin`, `.idx` and record of each key; the bytes do not depend on `workers`.
@@ -174,24 +98,6 @@ class Job:
             else:
                 folder.remove()
 
-    def _describe_conditions(self) -> dict[str, Any]:
-        """Everything that the output depends on; what to do with bad documents is looked at apart."""
-        settings = self.settings
-        encode = asdict(settings.encode)
-        del encode["tokenizer"], encode["skip_bad_documents"]
-        conditions = {
-            "input": dict(zip(map(str, settings.paths), self._files, strict=True)),
-            "order of input": list(map(str, settings.paths)),
-            "shard": str(settings.shard or "all"),
-            "max_document_bytes": settings.max_document_bytes,
-            "tokenizer checksum": self._record["checksum"],
-            "special tokens": self._record["special_tokens"],
-            **encode,
-        }
-        # As it comes back from a journal.
-        described: dict[str, Any] = json.loads(json.dumps(conditions))
-        return described
-
     def _find_journal(self, folder: WorkFolder) -> Journal | None:
         """The journal of an earlier start of this very job."""
         try:
@@ -204,7 +110,7 @@ class Job:
         if journal is None or before is None or None in before["input"].values():
             # Nothing was done yet, or from a standard input that is gone.
             return None
-        changes = differences(before, self._conditions)
+        changes = differences(before, self._conditions.described)
         if not self.settings.encode.skip_bad_documents and journal.totals.skipped:
             number = sum(journal.totals.skipped.values())
             changes.append(f"{number:,} bad documents were skipped and now the first stops the job")
@@ -228,7 +134,7 @@ class Job:
         if not there:
             return None
         records = [read_record(settings.dataset_prefix(key)) for key in settings.encode.keys]
-        wanted = self._conditions_checksum()
+        wanted = self._conditions.checksum()
         if len(there) == len(paths) and all(record and record.get("preparation") == wanted for record in records):
             first = records[0] or {}
             tokens = {key: (record or {})["tokens"] for key, record in zip(settings.encode.keys, records, strict=True)}
@@ -238,25 +144,11 @@ class Job:
             "or replace it with --overwrite."
         )
 
-    def _job_checksum(self) -> str:
-        """What all shards of one job have in common. Machines may see the input under other paths and times."""
-        common = {name: value for name, value in self._conditions.items() if name not in ("shard", "order of input")}
-        files = zip(self.settings.paths, self._files, strict=True)
-        common["input"] = [[path.name, state and state[0]] for path, state in files]
-        return _checksum(common)
-
-    def _conditions_checksum(self) -> str:
-        what = {**self._conditions, "skip_bad_documents": self.settings.encode.skip_bad_documents}
-        if not self.settings.can_resume:
-            # Nobody can know whether the same text would come again.
-            what["input"] = os.urandom(16).hex()
-        return _checksum(what)
-
     def _new_journal(self, folder: WorkFolder) -> Journal:
         folder.clear()
         keys = self.settings.encode.keys
         # The journal comes last: where there is one, there are its conditions.
-        write_json(folder.conditions_path, self._conditions)
+        write_json(folder.conditions_path, self._conditions.described)
         journal = Journal(self.start, [[0, 0, 0] for _ in keys], Totals(tokens=dict.fromkeys(keys, 0)))
         journal.write(folder.journal_path)
         return journal
@@ -281,7 +173,7 @@ class Job:
                     self._save(folder, journal)
                     written = time.monotonic()
                 progress(totals, piece.next)
-        self._check_unchanged()
+        self._conditions.check_unchanged()
         self._check_not_empty(totals)
         self._save(folder, journal)
         self._make_indices(folder, totals)
@@ -304,12 +196,6 @@ class Job:
     def _save(folder: WorkFolder, journal: Journal) -> None:
         journal.sizes = [parts.sync() for parts in folder.parts]
         journal.write(folder.journal_path)
-
-    def _check_unchanged(self) -> None:
-        """Whether the input is still what it was: a file that shrinks meanwhile would just seem to end early."""
-        for path, before in zip(self.settings.paths, self._files, strict=True):
-            if _file_state(path) != before:
-                raise ValueError(f"{path} was changed while it was read: start again when nobody writes it any more.")
 
     def _check_not_empty(self, totals: Totals) -> None:
         # A shard may well have nothing; the merged output is looked at when the shards are merged.
@@ -341,8 +227,8 @@ class Job:
                 **counts,
                 "tokens": totals.tokens[key],
                 **skipped,
-                "preparation": self._conditions_checksum(),
-                "job": self._job_checksum(),
+                "preparation": self._conditions.checksum(),
+                "job": self._conditions.job_checksum(),
             }
             write_record(parts.record_prefix, record)
 
@@ -396,21 +282,6 @@ class Job:
 
 class _Refused(ValueError):
     """What an earlier start left is of other conditions: it is not touched."""
-
-
-def _file_state(path: Path) -> list[int] | None:
-    """Size in bytes and time of the last change in nanoseconds; None for the standard input."""
-    if path == STANDARD_INPUT:
-        return None
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,7 +4,8 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
-from megallm.data.prepare.job import EncodedInput, Job
+from megallm.data.prepare.encoded_input import EncodedInput
+from megallm.data.prepare.job import Job
 from megallm.data.prepare.pieces import PIECE_BYTES
 from megallm.data.text.inputs import STANDARD_INPUT
 

@@ -16,7 +16,7 @@ from small_data import TEXTS
 from megallm.data.indexed.reader import IndexedDataset
 from megallm.data.prepare import pieces
 from megallm.data.prepare.encoding import EncodeSettings
-from megallm.data.prepare.job import JobSettings
+from megallm.data.prepare.settings import JobSettings
 from megallm.data.prepare.shards import Shard, merge_shards, parse_shard
 from megallm.data.tokenizer.base import TokenizerSettings
 from megallm.data.tokenizer.record import read_record

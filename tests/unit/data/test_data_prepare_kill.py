@@ -15,7 +15,7 @@ from prepare_tool import arguments, files_of, run_job, slow_reference
 from small_data import TEXTS, TOOLS
 
 from megallm.data.prepare.encoding import EncodeSettings
-from megallm.data.prepare.job import JobSettings
+from megallm.data.prepare.settings import JobSettings
 from megallm.data.tokenizer.base import TokenizerSettings
 
 # The tool with small pieces, so that there are many moments.

@@ -19,9 +19,9 @@ from small_data import TOOLS
 from megallm.data.indexed.reader import IndexedDataset
 from megallm.data.prepare import pieces
 from megallm.data.prepare.encoding import Encoder, EncodeSettings
-from megallm.data.prepare.job import JobSettings
 from megallm.data.prepare.parts import Parts
 from megallm.data.prepare.pool import Pool
+from megallm.data.prepare.settings import JobSettings
 from megallm.data.prepare.worker import WorkerDied
 from megallm.data.tokenizer.base import TokenizerSettings
 from megallm.data.tokenizer.fast import FastTokenizerDiffers
