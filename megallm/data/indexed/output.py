@@ -13,6 +13,8 @@ from typing import BinaryIO
 from megallm.data.indexed.format import file_paths
 
 BUFFER_BYTES = 1 << 20
+# What a system answers whose disk, quota or limit on files is used up.
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DatasetOutput:
@@ -97,7 +99,7 @@ class DatasetOutput:
             self.idx_path.unlink(missing_ok=True)
             os.replace(self._temporaries[0], self.bin_path)
             os.replace(self._temporaries[1], self.idx_path)
-            _sync_folder(self.bin_path.parent)
+            sync_folder(self.bin_path.parent)
 
     def discard(self) -> None:
         """Remove what was written."""
@@ -110,7 +112,7 @@ class DatasetOutput:
                 path.unlink(missing_ok=True)
 
     def _sentence(self, error: OSError, so_far: int, need: int | None) -> str:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL_DISK:
             return f"{self.bin_path} cannot be written: {error.strerror}."
         free = shutil.disk_usage(self.bin_path.parent).free
         want = f"{so_far:,} bytes so far" if need is None else f"{need:,} bytes"
@@ -127,7 +129,7 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Bring the names in a folder to the disk; some file systems cannot, and need not."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

@@ -5,9 +5,9 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from megallm.data.indexed.format import file_paths
+from megallm.data.indexed.output import FULL_DISK, sync_folder
 from megallm.data.prepare.conditions import Conditions
 from megallm.data.prepare.encoded_input import EncodedInput
 from megallm.data.prepare.encoding import TOLD_BAD_DOCUMENTS, Encoded, Encoder
@@ -20,8 +20,6 @@ from megallm.data.prepare.work_folder import WorkFolder
 from megallm.data.prepare.worker import WorkerDied, out_of_memory
 from megallm.data.text.shards import cut
 from megallm.data.tokenizer.record import describe, read_record, record_path, write_record
-
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -282,17 +280,3 @@ class Job:
 
 class _Refused(ValueError):
     """What an earlier start left is of other conditions: it is not touched."""
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk; some file systems cannot, and need not."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
