@@ -45,7 +45,8 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     # Imported late, so that --help is quick.
-    from megallm.checkpoint.load import find_checkpoint, read_manifest
+    from megallm.checkpoint.load import find_checkpoints
+    from megallm.checkpoint.manifest import read_manifest
     from megallm.config import from_dict
     from megallm.generate.sampling import SamplingSettings, generate_tokens
     from megallm.train.datasets import build_tokenizer_of
@@ -57,10 +58,10 @@ def run(arguments: argparse.Namespace) -> None:
     settings = SamplingSettings(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     if arguments.num_tokens < 1:
         raise ValueError(f"--num-tokens {arguments.num_tokens} leaves nothing to do; give at least 1")
-    folder = find_checkpoint(arguments.load)
+    folder = next(iter(find_checkpoints(arguments.load)), None)
     if folder is None:
         raise ValueError(f"--load {arguments.load} holds no complete checkpoint: a folder iter_... with a manifest")
-    config = from_dict(read_manifest(folder)["config"])
+    config = from_dict(read_manifest(folder).state["config"])
     if config.data.tokenizer_type in (None, "NullTokenizer"):
         raise ValueError("the model was trained on numbers, without a tokenizer of text: there is no text to continue")
     config = replace(

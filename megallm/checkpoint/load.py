@@ -2,149 +2,158 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from megallm.checkpoint.boxes import LocalBox
-from megallm.checkpoint.save import FORMAT, MANIFEST, MANIFEST_KEYS, TRACKER, checkpoint_folder
+from megallm.checkpoint.manifest import (
+    DTYPES,
+    MANIFEST,
+    DamagedError,
+    Manifest,
+    SavedBox,
+    SavedFile,
+    SavedTensor,
+    read_manifest,
+)
+from megallm.checkpoint.save import REPLACED, checkpoint_folder
+from megallm.checkpoint.shard_file import ShardReader
+
+# What one step of copying reads, rounded up to whole rows of a tensor.
+SLAB_BYTES = 2**26
+_FOLDER = re.compile(r"iter_(\d{7,})(" + re.escape(REPLACED) + ")?")
 
 
-@dataclass(frozen=True)
-class _SavedBox:
-    file: Path
-    key: str
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
+def find_checkpoints(root: str, iteration: int | None = None) -> list[Path]:
+    """The committed checkpoints under `root`, or that of one iteration, the newest first; none if nothing is there.
 
-
-def find_checkpoint(root: str) -> Path | None:
-    """The checkpoint to continue from under `root`, or None if nothing was ever saved there.
-
-    It is the one that the tracker file names, or the newest one where there is no tracker. `root` may also be a
-    checkpoint's own folder. Raises ValueError where something was saved but cannot be used: starting afresh would
-    overwrite it.
+    A folder with a manifest under its final name is committed; whether it is undamaged shows when it is read. `root`
+    may also be a checkpoint's own folder. Raises ValueError where something was saved but is not committed, or the
+    iteration is not there: starting afresh would overwrite it.
     """
-    if Path(root).exists() and not Path(root).is_dir():
+    top = Path(root)
+    if top.exists() and not top.is_dir():
         raise ValueError(f"--load {root} is not a folder")
-    if (Path(root) / MANIFEST).exists():
-        return Path(root)
-    # The pattern leaves out folders that are still being written.
-    folders = sorted(Path(root).glob("iter_*[0-9]"))
-    complete = [folder for folder in folders if (folder / MANIFEST).exists()]
-    known = f"complete here: {complete[-1].name}" if complete else "nothing here is complete"
-    tracker = Path(root) / TRACKER
-    if tracker.exists():
-        text = tracker.read_text().strip()
-        named = checkpoint_folder(root, int(text)) if text.isdigit() else None
-        if named is None or named not in complete:
-            raise ValueError(
-                f"{tracker} names {text!r}, which is no complete checkpoint ({known}). Write another iteration into "
-                "it, or give another folder to start afresh"
-            )
-        return named
-    if folders and not complete:
-        raise ValueError(f"{folders[-1]} has no {MANIFEST}: it is damaged. Give another folder to start afresh")
-    return complete[-1] if complete else None
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Iteration, counters and configuration of a checkpoint. Raises ValueError if the folder is not one."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is not a readable checkpoint: {error}") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"{folder / MANIFEST} has format {found!r}; this version reads {FORMAT!r}")
-    missing = [key for key in MANIFEST_KEYS if key not in manifest]
-    if missing:
-        raise ValueError(f"{folder / MANIFEST} lacks {', '.join(missing)}: it was changed after it was saved")
-    return manifest
+    if (top / MANIFEST).exists():
+        return [top]
+    found: dict[int, Path] = {}
+    broken = []
+    for folder in sorted(top.glob("iter_*")):
+        match = _FOLDER.fullmatch(folder.name)
+        if match and (folder / MANIFEST).exists():
+            # One that stepped aside counts as long as its successor is not there; it sorts behind it.
+            found.setdefault(int(match[1]), folder)
+        elif match:
+            broken.append(folder)
+    if iteration is not None:
+        if iteration not in found:
+            there = f"there are {', '.join(map(str, sorted(found)))}" if found else "there is none"
+            raise ValueError(f"{checkpoint_folder(root, iteration)} is not there, or has no {MANIFEST}: {there}")
+        return [found[iteration]]
+    if broken and not found:
+        raise ValueError(f"{broken[-1]} has no {MANIFEST}: it is damaged. Give another folder to start afresh")
+    return [found[number] for number in sorted(found, reverse=True)]
 
 
 @torch.no_grad()
-def load_boxes(folder: Path, boxes: Iterable[LocalBox]) -> None:
-    """Fills the boxes' tensors from a checkpoint.
+def load_boxes(folder: Path, manifest: Manifest, boxes: Iterable[LocalBox]) -> None:
+    """Fills the boxes' tensors from a checkpoint; elements are converted where the types differ.
 
-    Raises ValueError where the checkpoint lacks a tensor or has it in another shape.
+    Every byte that is read is compared with its checksum. Only files that hold a part of a box are opened, and only the
+    rows of a tensor that are needed are read, rounded to chunks that have a checksum.
+
+    Raises:
+        DamagedError: the checkpoint is not as it was written.
+        ValueError: it lacks a tensor or has it in another shape.
     """
-    saved = _read_index(folder, read_manifest(folder)["num_files"])
-    with ExitStack() as files:
-        _fill(folder, boxes, saved, files)
+    with ExitStack() as stack:
+        readers: dict[int, ShardReader] = {}
+        for box in boxes:
+            name = f"{box.kind}/{box.name}"
+            tensor = manifest.tensors.get(name)
+            if tensor is None:
+                raise ValueError(f"{folder} holds no {box.kind} of {box.name}: is it a checkpoint of another model?")
+            if tensor.shape != box.global_shape:
+                raise ValueError(
+                    f"{folder} holds {box.kind} of {box.name} with shape {tensor.shape}, but this model wants "
+                    f"{box.global_shape}: the model that was saved has another shape. "
+                    "Give the same model flags as the run that saved it."
+                )
+            filled = 0
+            for source in tensor.boxes:
+                for begin, end in _overlap(box, source):
+                    if source.file not in readers:
+                        readers[source.file] = stack.enter_context(ShardReader(folder, manifest.files[source.file]))
+                    _copy(readers[source.file], name, tensor, source, box, begin, end)
+                    filled += math.prod(b - a for a, b in zip(begin, end, strict=True))
+            if filled != box.tensor.numel():
+                raise DamagedError(
+                    f"{folder} holds {filled} of {box.tensor.numel()} elements of {name} at {box.offset}"
+                )
 
 
-def _fill(folder: Path, boxes: Iterable[LocalBox], saved: dict[str, list[_SavedBox]], files: ExitStack) -> None:
-    handles: dict[Path, Any] = {}
-    for box in boxes:
-        sources = saved.get(f"{box.kind}/{box.name}")
-        if sources is None:
-            raise ValueError(f"{folder} holds no {box.kind} of {box.name}: is it a checkpoint of another model?")
-        extent = _extent(sources)
-        if extent != box.global_shape:
-            raise ValueError(
-                f"{folder} holds {box.kind} of {box.name} with shape {extent}, but this model wants "
-                f"{box.global_shape}: the model that was saved has another shape. "
-                "Give the same model flags as the run that saved it."
-            )
-        filled = 0
-        for source in sources:
-            filled += _copy_overlap(box, source, handles, files)
-        if filled != box.tensor.numel():
-            raise ValueError(
-                f"{folder} holds {filled} of {box.tensor.numel()} elements of {box.kind} of {box.name} "
-                f"at {box.offset}: a part is missing"
-            )
-
-
-def _read_index(folder: Path, num_files: int) -> dict[str, list[_SavedBox]]:
-    files = sorted(folder.glob("rank_*.safetensors"))
-    if len(files) != num_files:
-        raise ValueError(f"{folder} holds {len(files)} of the {num_files} files that its manifest counts")
-    index: dict[str, list[_SavedBox]] = {}
+def check_files(folder: Path, files: Iterable[SavedFile]) -> None:
+    """Raises DamagedError where a file is missing, or of another size or header. Reads no tensors."""
     for file in files:
-        try:
-            saved = _boxes_in(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged: {error}") from error
-        for name, box in saved:
-            index.setdefault(name, []).append(box)
-    return index
+        with ShardReader(folder, file) as reader:
+            reader.check_header()
 
 
-def _boxes_in(file: Path) -> list[tuple[str, _SavedBox]]:
-    boxes = []
-    with safe_open(file, framework="pt") as handle:
-        for key in handle.keys():  # noqa: SIM118 (not a dict)
-            name, place = key.rsplit("@", 1)
-            offset = tuple(int(start) for start in place.split(","))
-            boxes.append((name, _SavedBox(file, key, offset, tuple(handle.get_slice(key).get_shape()))))
-    return boxes
+def verify(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Reads every byte of a checkpoint; gives each file that is whole, with its bytes.
+
+    Raises:
+        DamagedError: something is not as it was written, naming file and tensor.
+    """
+    manifest = read_manifest(folder)
+    known = {MANIFEST, *(file.name for file in manifest.files)}
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in known)
+    if foreign:
+        raise DamagedError(f"{folder} holds {foreign[0]}, which does not belong to it")
+    for number, file in enumerate(manifest.files):
+        with ShardReader(folder, file) as reader:
+            reader.check_header()
+            for name, tensor in manifest.tensors.items():
+                for box in tensor.boxes:
+                    if box.file == number:
+                        for at in range(0, box.num_bytes, SLAB_BYTES):
+                            reader.read(name, box, at, min(at + SLAB_BYTES, box.num_bytes))
+        yield folder / file.name, file.num_bytes
 
 
-def _extent(sources: list[_SavedBox]) -> tuple[int, ...]:
-    """The shape that the saved boxes of a tensor span together."""
-    ends = [[start + length for start, length in zip(box.offset, box.shape, strict=True)] for box in sources]
-    return tuple(max(dim) for dim in zip(*ends, strict=True))
-
-
-def _copy_overlap(box: LocalBox, source: _SavedBox, handles: dict[Path, Any], files: ExitStack) -> int:
-    """Copies what a saved box and a local box share; returns the number of elements."""
+def _overlap(box: LocalBox, source: SavedBox) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """First corner and the one behind the last of what a saved box and a local box share, if they do."""
     shape = tuple(box.tensor.shape)
-    begin = [max(a, b) for a, b in zip(box.offset, source.offset, strict=True)]
-    end = [min(a + n, b + m) for a, n, b, m in zip(box.offset, shape, source.offset, source.shape, strict=True)]
-    if any(first >= last for first, last in zip(begin, end, strict=True)):
-        return 0
-    if source.file not in handles:
-        handles[source.file] = files.enter_context(safe_open(source.file, framework="pt"))
-    there = tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, source.offset, strict=True))
-    here = tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, box.offset, strict=True))
-    box.tensor[here].copy_(handles[source.file].get_slice(source.key)[there])
-    return math.prod(b - a for a, b in zip(begin, end, strict=True))
+    begin = tuple(max(a, b) for a, b in zip(box.offset, source.offset, strict=True))
+    ends = zip(box.offset, shape, source.offset, source.shape, strict=True)
+    end = tuple(min(a + n, b + m) for a, n, b, m in ends)
+    if all(first < last for first, last in zip(begin, end, strict=True)):
+        yield begin, end
+
+
+def _copy(
+    reader: ShardReader,
+    name: str,
+    tensor: SavedTensor,
+    source: SavedBox,
+    box: LocalBox,
+    begin: tuple[int, ...],
+    end: tuple[int, ...],
+) -> None:
+    """Copy what lies between two corners from a saved box to a local one, some rows at a time."""
+    row_bytes = source.num_bytes // source.shape[0]
+    step = max(1, SLAB_BYTES // row_bytes)
+    there = tuple(slice(a - o, b - o) for a, b, o in zip(begin[1:], end[1:], source.offset[1:], strict=True))
+    here = tuple(slice(a - o, b - o) for a, b, o in zip(begin[1:], end[1:], box.offset[1:], strict=True))
+    for first in range(begin[0], end[0], step):
+        last = min(first + step, end[0])
+        row = first - source.offset[0]
+        data = reader.read(name, source, row * row_bytes, (last - source.offset[0]) * row_bytes)
+        # [rows, ...], as the source has them
+        values = torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).view(last - first, *source.shape[1:])
+        box.tensor[(slice(first - box.offset[0], last - box.offset[0]), *here)].copy_(values[(slice(None), *there)])

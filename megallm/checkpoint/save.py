@@ -1,34 +1,39 @@
-"""Saving: each rank writes its boxes, then one rank commits the folder by renaming it."""
+"""Saving: each rank writes its boxes, then one rank commits the folder by renaming it.
+
+The order of the steps is what keeps a checkpoint whole or absent, whenever a process or a machine ends:
+
+1. a folder of a name that no other save has (`iter_0000100.TOKEN.tmp`);
+2. each rank's file and the list of what is in it, flushed to the disk;
+3. the manifest, which has the lists of all ranks, and the names of the files, flushed to the disk;
+4. the rename to `iter_0000100`: the commit;
+5. the names in the folder above flushed to the disk; then the tracker file, which is only a hint.
+
+A checkpoint of the same iteration steps aside first, as `iter_0000100.replaced`, and counts until the new one is there.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
 
 from megallm.agreement import on_every_rank
 from megallm.checkpoint.boxes import LocalBox
+from megallm.checkpoint.manifest import MANIFEST, join_rows, rows_to_json, to_json
+from megallm.checkpoint.shard_file import size_of, write_shard
+from megallm.failpoint import passing
 from megallm.mesh import Mesh
 
-FORMAT = "megallm sharded checkpoint 0"
-MANIFEST = "manifest.json"
 TRACKER = "latest_checkpointed_iteration.txt"
-# What a run needs from the manifest to go on; the first three are written here, the others come with the state.
-MANIFEST_KEYS = (
-    "format",
-    "iteration",
-    "num_files",
-    "consumed_samples",
-    "consumed_valid_samples",
-    "position",
-    "num_updates",
-    "config",
-)
+REPLACED = ".replaced"
+_TEMPORARY = re.compile(r"iter_\d{7,}\.[0-9a-f]{16}\.tmp")
 
 
 def checkpoint_folder(root: str | Path, iteration: int) -> Path:
@@ -37,63 +42,132 @@ def checkpoint_folder(root: str | Path, iteration: int) -> Path:
 
 
 def save_checkpoint(root: str, iteration: int, boxes: Iterable[LocalBox], state: dict[str, Any], mesh: Mesh) -> Path:
-    """Writes a checkpoint. Called by all ranks; returns when it is committed.
+    """Writes a checkpoint. Called by all ranks; returns when it is committed and on the disk.
 
-    Raises ValueError on all ranks, naming the file, if one of them cannot write.
-
-    A folder with its final name is complete: files are written in a temporary folder beside it, which is renamed when
-    every rank is done.
+    Raises ValueError on all ranks, naming the file and what was needed, if one of them cannot write. Nothing of the
+    attempt is left then, and earlier checkpoints stay.
     """
-    final = checkpoint_folder(root, iteration)
-    temporary = final.with_name(final.name + ".tmp")
-    on_every_rank(mesh, lambda: _prepare(temporary) if mesh.rank == 0 else None)
-    on_every_rank(mesh, lambda: _write(temporary, boxes, mesh.rank))
-    manifest = {"format": FORMAT, "iteration": iteration, "num_files": mesh.shape.world_size, **state}
-    on_every_rank(mesh, lambda: _commit(temporary, final, manifest) if mesh.rank == 0 else None)
+    saved = [box for box in boxes if box.saves]
+    final, token = checkpoint_folder(root, iteration), _same_token(mesh)
+    temporary = final.with_name(f"{final.name}.{token}.tmp")
+    needed = _sum_over_ranks(size_of(saved), mesh)
+    try:
+        on_every_rank(mesh, lambda: _begin(temporary, needed) if mesh.rank == 0 else None)
+        on_every_rank(mesh, lambda: _write_rank(temporary, saved, mesh.rank))
+        on_every_rank(
+            mesh, lambda: _commit(temporary, final, iteration, token, state, mesh) if mesh.rank == 0 else None
+        )
+    except ValueError as error:
+        # What was renamed before a later step failed is a whole checkpoint and stays.
+        if mesh.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise ValueError(f"the checkpoint {final} cannot be saved: {error}") from None
     return final
 
 
-def _prepare(temporary: Path) -> None:
-    # A save that did not end may have left files of ranks that this job does not have.
-    if temporary.exists():
-        _remove(temporary)
-    temporary.mkdir(parents=True)
+def _same_token(mesh: Mesh) -> str:
+    """A name for this save, drawn by one rank."""
+    drawn = torch.tensor([secrets.randbits(62) if mesh.rank == 0 else 0], dtype=torch.int64, device=mesh.device)
+    mesh.world.broadcast(drawn, 0)
+    return f"{int(drawn):016x}"
 
 
-def _write(temporary: Path, boxes: Iterable[LocalBox], rank: int) -> None:
-    # Boxes are views of larger tensors, which the writer refuses; a copy stands alone.
-    tensors = {box.key: box.tensor.detach().cpu().clone() for box in boxes if box.saves}
-    file = temporary / f"rank_{rank:05d}.safetensors"
-    # Where machines share no folder, only the first one has made it.
+def _sum_over_ranks(number: int, mesh: Mesh) -> int:
+    total = torch.tensor([number], dtype=torch.int64, device=mesh.device)
+    mesh.world.all_reduce(total)
+    return int(total)
+
+
+def _begin(temporary: Path, needed: int) -> None:
+    """The first rank: clears what killed saves have left, sees that there is space, and makes the folder."""
+    root = temporary.parent
+    root.mkdir(parents=True, exist_ok=True)
+    with passing("checkpoint.leftovers.remove"):
+        _remove_leftovers(root)
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        raise ValueError(f"it takes {needed / 1e9:.3f} GB, and {root} has {free / 1e9:.3f} GB free")
+    with passing("checkpoint.folder.create"):
+        temporary.mkdir()
+
+
+def _remove_leftovers(root: Path) -> None:
+    for path in root.glob("iter_*"):
+        if _TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path)
+        elif path.name.endswith(REPLACED):
+            final = path.with_name(path.name.removesuffix(REPLACED))
+            if (final / MANIFEST).exists():
+                shutil.rmtree(path)
+            else:
+                # Its save ended between the two renames.
+                os.rename(path, final)
+
+
+def _write_rank(temporary: Path, boxes: Sequence[LocalBox], rank: int) -> None:
+    # Where machines share no folder, only the first one has made it; the committer will miss what is written here.
     temporary.mkdir(parents=True, exist_ok=True)
+    path = temporary / f"rank_{rank:05d}.safetensors"
     try:
-        save_file(tensors, file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} could not be written: {error}") from error
-    _flush(file)
-
-
-def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
-    written = len(list(temporary.glob("rank_*.safetensors")))
-    if written != manifest["num_files"]:
+        rows = rows_to_json(*write_shard(path, boxes, rank))
+        with passing("checkpoint.rows.write"):
+            path.with_suffix(".json").write_text(json.dumps(rows))
+    except OSError as error:
+        free = shutil.disk_usage(temporary).free
         raise ValueError(
-            f"{temporary} holds {written} of the {manifest['num_files']} ranks' files: --save must be a folder "
-            "that all machines share"
+            f"{path} could not be written: {error.strerror}; it takes {size_of(boxes) / 1e9:.3f} GB, and "
+            f"{free / 1e9:.3f} GB are free"
+        ) from None
+
+
+def _commit(temporary: Path, final: Path, iteration: int, token: str, state: dict[str, Any], mesh: Mesh) -> None:
+    lists = [temporary / f"rank_{rank:05d}.json" for rank in range(mesh.shape.world_size)]
+    missing = [path.stem for path in lists if not path.exists()]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(lists)} ranks' files are not in {temporary}, {missing[0]}'s for one: --save must "
+            "be a folder that all machines share"
         )
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _flush(temporary / MANIFEST)
-    _flush(temporary)
-    replaced = final.with_name(final.name + ".old")
+    rows = join_rows(json.loads(path.read_bytes()) for path in lists)
+    with passing("checkpoint.rows.remove"):
+        for path in lists:
+            path.unlink()
+    with passing("checkpoint.manifest.write"):
+        (temporary / MANIFEST).write_bytes(to_json(iteration, token, state, rows))
+    with passing("checkpoint.manifest.fsync"):
+        _flush(temporary / MANIFEST)
+    with passing("checkpoint.folder.fsync"):
+        _flush(temporary)
+    replaced = final.with_name(final.name + REPLACED)
     if final.exists():
-        os.replace(final, replaced)
-    os.replace(temporary, final)
+        with passing("checkpoint.folder.replace"):
+            os.rename(final, replaced)
+    try:
+        with passing("checkpoint.folder.rename"):
+            os.rename(temporary, final)
+    except OSError:
+        if replaced.exists() and not final.exists():
+            os.rename(replaced, final)
+        raise
+    with passing("checkpoint.parent.fsync"):
+        _flush(final.parent)
+    _write_tracker(final.parent, iteration)
     if replaced.exists():
-        _remove(replaced)
-    tracker = final.parent / (TRACKER + ".tmp")
-    tracker.write_text(str(manifest["iteration"]))
-    _flush(tracker)
-    os.replace(tracker, final.parent / TRACKER)
-    _flush(final.parent)
+        with passing("checkpoint.replaced.remove"):
+            shutil.rmtree(replaced)
+
+
+def _write_tracker(root: Path, iteration: int) -> None:
+    written = root / (TRACKER + ".tmp")
+    try:
+        with passing("checkpoint.tracker.write"):
+            written.write_text(str(iteration))
+            _flush(written)
+        with passing("checkpoint.tracker.rename"):
+            os.replace(written, root / TRACKER)
+            _flush(root)
+    finally:
+        written.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
@@ -102,9 +176,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _remove(folder: Path) -> None:
-    for file in folder.iterdir():
-        file.unlink()
-    folder.rmdir()

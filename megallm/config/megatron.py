@@ -190,7 +190,6 @@ REFUSED = (
     Refused("--no-save-optim", "a checkpoint always holds the optimizer; leave it out"),
     Refused("--no-load-optim", "a checkpoint is always loaded whole; leave it out"),
     Refused("--finetune", "a checkpoint is always resumed where it was; leave out --load to start afresh"),
-    Refused("--ckpt-step", "the newest checkpoint is loaded; leave it out"),
     Refused(
         "--use-checkpoint-args", "the model comes from the command line; use --config with the saved configuration"
     ),

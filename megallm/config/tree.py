@@ -361,6 +361,12 @@ class CheckpointConfig:
         "--allow-data-change",
         "resume although the order of the samples is no longer that of the run that saved the checkpoint",
     )
+    ckpt_step: int | None = option(
+        None, "--ckpt-step", "iteration whose checkpoint is loaded; default: the newest that is there"
+    )
+    allow_fallback: bool = option(
+        False, "--allow-fallback", "go back to the checkpoint before where the newest is damaged"
+    )
     save_interval: int | None = option(None, "--save-interval", "steps between checkpoints; default: only at the end")
 
 

@@ -99,6 +99,7 @@ RANGES = {
     "data.num_dataset_builder_threads": _COUNT,
     "data.mid_level_dataset_surplus": _NATURAL,
     "checkpoint.save_interval": _COUNT,
+    "checkpoint.ckpt_step": _COUNT,
     "logging.log_interval": _COUNT,
     "logging.timeline_step": _COUNT,
 }

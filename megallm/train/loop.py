@@ -57,12 +57,12 @@ def _run(config: Config, task: Task, mesh: Mesh, datasets: Datasets) -> None:
     if config.checkpoint.load:
         loaded = load_engine(engine, config.checkpoint.load, order)
         log(
-            f"continuing from {loaded[0]}"
+            f"continuing from {loaded.folder}"
             if loaded
             else f"{config.checkpoint.load} holds no checkpoint: starting afresh"
         )
-        for change in loaded[1] if loaded else []:
-            log(f"changed since it was saved: {change}")
+        for note in loaded.notes if loaded else []:
+            log(note)
     last_iteration = _last_iteration(engine)
     last_sample = engine.batch_sizes.after(last_iteration - engine.progress.iteration, engine.progress.consumed_samples)
     _check_data_lasts(engine, datasets, last_iteration, last_sample)
@@ -141,8 +141,14 @@ def _train(
             if checkpoint.save and (due or leaving or done == last_iteration):
                 reporter.flush()
                 resume = reporter.pause()
-                log(f"saved {save_engine(engine, checkpoint.save, order)}")
-                last_saved = done
+                try:
+                    log(f"saved {save_engine(engine, checkpoint.save, order)}")
+                    last_saved = done
+                except ValueError as error:
+                    # A full disk may have room again; a run that ends here has no other chance.
+                    if leaving or done == last_iteration:
+                        raise
+                    log(f"{error}; training goes on, and the next --save-interval tries again")
                 resume()
             if leaving and done < last_iteration:
                 reporter.flush()

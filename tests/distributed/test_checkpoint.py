@@ -5,7 +5,6 @@ if it had never stopped. What cannot be taken up is refused with the same senten
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from megallm.checkpoint.boxes import local_boxes
-from megallm.checkpoint.load import find_checkpoint, read_manifest
-from megallm.checkpoint.save import MANIFEST, TRACKER
+from megallm.checkpoint.load import find_checkpoints
+from megallm.checkpoint.manifest import MANIFEST, digest, read_manifest
+from megallm.checkpoint.save import TRACKER
 from megallm.train.engine import Engine
 from megallm.train.resume import load_engine, load_weights, save_engine
 from megallm.train.step import train_step
@@ -223,8 +223,7 @@ def test_the_same_layout_goes_on_bit_for_bit(pool: WorkerPool, saved_runs: Saved
 
 def test_vocabulary_is_saved_at_its_true_size(saved_runs: SavedRuns) -> None:
     root, _ = saved_runs.of("tied, data 2 sharded")
-    folder = find_checkpoint(root)
-    assert folder is not None
+    (folder,) = find_checkpoints(root)
     ends = [
         int(key.rsplit("@", 1)[1].split(",")[0]) + tensor.shape[0]
         for file in folder.glob("*.safetensors")
@@ -258,24 +257,46 @@ def _cut_a_file_short(folder: Path) -> None:
 
 
 def _fill_a_file_with_nonsense(folder: Path) -> None:
-    (folder / "rank_00001.safetensors").write_bytes(b"\xff" * 1000)
+    file = folder / "rank_00001.safetensors"
+    file.write_bytes(b"\xff" * file.stat().st_size)
 
 
-def _drop(name: str) -> Callable[[Path], None]:
-    def drop(folder: Path) -> None:
-        for file in folder.glob("*.safetensors"):
-            kept = {key: tensor for key, tensor in load_file(file).items() if not key.startswith(name)}
-            save_file(kept, file)
-
-    return drop
+def _flip_a_bit(folder: Path) -> None:
+    file = folder / "rank_00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 16
+    file.write_bytes(data)
 
 
 def _rewrite_manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Somebody changes the manifest and makes its checksum right."""
+
     def rewrite(folder: Path) -> None:
         manifest = json.loads((folder / MANIFEST).read_text())
-        (folder / MANIFEST).write_text(json.dumps(change(manifest)))
+        del manifest["digest"]
+        changed = change(manifest)
+        text = json.dumps(changed, sort_keys=True, separators=(",", ":"))
+        if isinstance(changed, dict):
+            changed["digest"] = digest(text.encode())
+        (folder / MANIFEST).write_text(json.dumps(changed))
 
     return rewrite
+
+
+def _without(*path: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def remove(manifest: dict[str, Any]) -> dict[str, Any]:
+        place = manifest
+        for key in path[:-1]:
+            place = place[key]
+        del place[path[-1]]
+        return manifest
+
+    return remove
+
+
+def _without_last_box(manifest: dict[str, Any]) -> dict[str, Any]:
+    manifest["tensors"]["first_moment/decoder.layers.3.mlp.down.weight"]["boxes"].pop()
+    return manifest
 
 
 def _break_manifest(folder: Path) -> None:
@@ -284,22 +305,26 @@ def _break_manifest(folder: Path) -> None:
 
 
 # A layer that only the second of two pipeline ranks holds: the first one finds nothing wrong.
-LATE_NORM = "weights/decoder.layers.3.attention_norm.weight"
+LATE_NORM = "decoder.layers.3.attention_norm.weight"
 
 DAMAGES = {
-    "missing file": (_remove_a_file, "1 of the 2 files"),
-    "short file": (_cut_a_file_short, "rank_00000.safetensors is damaged"),
-    "nonsense file": (_fill_a_file_with_nonsense, "rank_00001.safetensors is damaged"),
-    "missing tensor": (_drop(LATE_NORM), "holds no weights of decoder.layers.3.attention_norm.weight"),
-    "missing part": (_drop("first_moment/decoder.layers.3.mlp.down.weight@0,0"), "decoder.layers.3.mlp.down.weight"),
-    "missing moment": (_drop("second_moment/output.weight"), "holds no second_moment of output.weight"),
-    "half a manifest": (_break_manifest, "not a readable checkpoint"),
+    "missing file": (_remove_a_file, "rank_00001.safetensors cannot be opened: No such file"),
+    "short file": (_cut_a_file_short, "rank_00000.safetensors has "),
+    "nonsense file": (_fill_a_file_with_nonsense, "rank_00001.safetensors is damaged between bytes"),
+    "flipped bit": (_flip_a_bit, "rank_00001.safetensors is damaged between bytes"),
+    "missing tensor": (
+        _rewrite_manifest(_without("tensors", f"weights/{LATE_NORM}")),
+        f"holds no weights of {LATE_NORM}",
+    ),
+    "missing part": (_rewrite_manifest(_without_last_box), "elements of first_moment/decoder.layers.3.mlp.down.weight"),
+    "missing moment": (
+        _rewrite_manifest(_without("tensors", "second_moment/output.weight")),
+        "holds no second_moment of output.weight",
+    ),
+    "half a manifest": (_break_manifest, "manifest.json cannot be read"),
     "manifest of another format": (_rewrite_manifest(lambda it: it | {"format": "other"}), "has format 'other'"),
     "manifest that is a list": (_rewrite_manifest(lambda it: [it]), "has format None"),
-    "manifest without progress": (
-        _rewrite_manifest(lambda it: {key: value for key, value in it.items() if key != "position"}),
-        "lacks position",
-    ),
+    "manifest without progress": (_rewrite_manifest(_without("state", "position")), "lacks position"),
 }
 
 
@@ -310,8 +335,7 @@ def test_damage_is_refused_by_all_ranks_alike(
     root, _ = saved_runs.of("untied, tensor 2")
     shutil.copytree(root, tmp_path / "copy")
     spoil, wanted = DAMAGES[damage]
-    folder = find_checkpoint(str(tmp_path / "copy"))
-    assert folder is not None
+    (folder,) = find_checkpoints(str(tmp_path / "copy"))
     spoil(folder)
     first, second = pool.run(2, try_to_load, Case("", UNTIED, pp=2), str(tmp_path / "copy"))
     assert first == second
@@ -361,7 +385,7 @@ def _load_nothing(rank: int, case: Case, root: str) -> tuple[bool, int]:
 def test_weights_of_a_folder_that_is_no_checkpoint_are_refused(pool: WorkerPool, tmp_path: Path) -> None:
     first, second = pool.run(2, _load_weights_of, Case("", UNTIED, pp=2), tmp_path)
     assert first == second
-    assert "is not a readable checkpoint" in first
+    assert "manifest.json cannot be read" in first
 
 
 def _load_weights_of(rank: int, case: Case, folder: Path) -> str:
@@ -379,52 +403,90 @@ def _make_folder(root: Path, name: str) -> None:
     (root / name / MANIFEST).write_text("{}")
 
 
-def test_a_half_written_folder_is_never_picked(tmp_path: Path) -> None:
-    _make_folder(tmp_path, "iter_0000009.tmp")
-    assert find_checkpoint(str(tmp_path)) is None
+def test_the_newest_committed_folder_is_picked(tmp_path: Path) -> None:
+    _make_folder(tmp_path, "iter_0000009.0123456789abcdef.tmp")
+    assert find_checkpoints(str(tmp_path)) == []
     _make_folder(tmp_path, "iter_0000003")
-    _make_folder(tmp_path, "iter_0000005")
-    assert find_checkpoint(str(tmp_path)) == tmp_path / "iter_0000005"
+    _make_folder(tmp_path, "iter_10000000")
     (tmp_path / TRACKER).write_text("3\n")
-    assert find_checkpoint(str(tmp_path)) == tmp_path / "iter_0000003"
-    assert find_checkpoint(str(tmp_path / "iter_0000005")) == tmp_path / "iter_0000005"
+    newest_first = [tmp_path / "iter_10000000", tmp_path / "iter_0000003"]
+    assert find_checkpoints(str(tmp_path)) == newest_first
+    assert find_checkpoints(str(tmp_path), 3) == newest_first[1:]
+    assert find_checkpoints(str(tmp_path / "iter_0000003")) == newest_first[1:]
+    with pytest.raises(ValueError, match=r"iter_0000004 is not there.*there are 3, 10000000"):
+        find_checkpoints(str(tmp_path), 4)
+
+
+def test_one_that_stepped_aside_counts_until_its_successor_is_there(tmp_path: Path) -> None:
+    _make_folder(tmp_path, "iter_0000003.replaced")
+    assert find_checkpoints(str(tmp_path)) == [tmp_path / "iter_0000003.replaced"]
+    _make_folder(tmp_path, "iter_0000003")
+    assert find_checkpoints(str(tmp_path)) == [tmp_path / "iter_0000003"]
 
 
 def test_what_is_damaged_is_not_taken_for_nothing(tmp_path: Path) -> None:
     (tmp_path / "iter_0000008").mkdir()
     with pytest.raises(ValueError, match=r"iter_0000008 has no manifest\.json"):
-        find_checkpoint(str(tmp_path))
-    _make_folder(tmp_path, "iter_0000005")
-    for text in ("8", "77", "foo"):
-        (tmp_path / TRACKER).write_text(text)
-        with pytest.raises(ValueError, match=f"names '{text}', which is no complete.*complete here: iter_0000005"):
-            find_checkpoint(str(tmp_path))
+        find_checkpoints(str(tmp_path))
+    (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is not a folder"):
-        find_checkpoint(str(tmp_path / TRACKER))
+        find_checkpoints(str(tmp_path / "file"))
 
 
-def test_a_save_that_breaks_off_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tracker_is_a_hint(tmp_path: Path) -> None:
     engine = make_engine(0, Case("", UNTIED))
-    first = save_engine(engine, str(tmp_path))
+    for iteration in (2, 5):
+        engine.progress.iteration = iteration
+        save_engine(engine, str(tmp_path))
+    for text, is_noted in (("2", True), ("5", False), ("77", False), ("foo", False), ("", False)):
+        (tmp_path / TRACKER).write_text(text)
+        loaded = load_engine(engine, str(tmp_path))
+        assert loaded is not None
+        assert loaded.folder == tmp_path / "iter_0000005"
+        assert any("--ckpt-step 2" in note for note in loaded.notes) == is_noted, text
 
-    def full(*_: Any) -> None:
-        raise OSError("no space left on device")
 
-    engine.progress.iteration = 7
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", full)
-        with pytest.raises(ValueError, match="no space"):
-            save_engine(engine, str(tmp_path))
-    assert find_checkpoint(str(tmp_path)) == first
-    # What was left behind, here with a file of a rank that this job does not have, is no part of the next save.
-    (tmp_path / "iter_0000007.tmp" / "rank_00005.safetensors").write_bytes(b"")
-    second = save_engine(engine, str(tmp_path))
-    assert find_checkpoint(str(tmp_path)) == second
-    assert sorted(file.name for file in second.iterdir()) == [MANIFEST, "rank_00000.safetensors"]
+def test_an_earlier_checkpoint_is_loaded_when_asked_for(tmp_path: Path) -> None:
+    engine = make_engine(0, Case("", UNTIED))
+    for iteration in (2, 5):
+        engine.progress.iteration = iteration
+        save_engine(engine, str(tmp_path))
+    engine = make_engine(0, Case("", UNTIED | {"checkpoint.ckpt_step": 2}))
     loaded = load_engine(engine, str(tmp_path))
     assert loaded is not None
-    assert loaded[0] == second
-    assert read_manifest(second)["iteration"] == 7
+    assert loaded.folder == tmp_path / "iter_0000002"
+    assert engine.progress.iteration == 2
+
+
+def test_a_damaged_one_is_named_and_the_one_before_taken_when_allowed(pool: WorkerPool, tmp_path: Path) -> None:
+    case = Case("", UNTIED, dp=2, layout=SHARDED)
+    pool.run(2, _save_twice, case, str(tmp_path))
+    _flip_a_bit(tmp_path / "iter_0000005")
+    for said in pool.run(2, try_to_load, case, str(tmp_path)):
+        assert "rank_00001.safetensors is damaged" in said
+        assert "--allow-fallback continues from iter_0000002" in said
+    allowed = replace(case, features=UNTIED | {"checkpoint.allow_fallback": True})
+    for folder, iteration, notes in pool.run(2, _load_and_tell, allowed, str(tmp_path)):
+        assert (folder, iteration) == ("iter_0000002", 2)
+        assert "rank_00001.safetensors is damaged" in notes[0]
+        assert "Going back to iter_0000002" in notes[0]
+    _flip_a_bit(tmp_path / "iter_0000002")
+    for said in pool.run(2, try_to_load, allowed, str(tmp_path)):
+        assert "iter_0000002/rank_00001.safetensors is damaged" in said
+
+
+def _save_twice(rank: int, case: Case, root: str) -> None:
+    engine = make_engine(rank, case)
+    for iteration in (2, 5):
+        engine.progress.iteration = iteration
+        save_engine(engine, root)
+
+
+def _load_and_tell(rank: int, case: Case, root: str) -> tuple[str, int, list[str]]:
+    engine = make_engine(rank, case)
+    loaded = load_engine(engine, root)
+    assert loaded is not None
+    return loaded.folder.name, engine.progress.iteration, loaded.notes
 
 
 def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
@@ -432,5 +494,6 @@ def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
     save_engine(engine, str(tmp_path))
     engine.progress.consumed_valid_samples = 64
     folder = save_engine(engine, str(tmp_path))
-    assert read_manifest(folder)["consumed_valid_samples"] == 64
+    assert read_manifest(folder).state["consumed_valid_samples"] == 64
+    assert sorted(file.name for file in folder.iterdir()) == [MANIFEST, "rank_00000.safetensors"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["iter_0000000", TRACKER]

@@ -29,6 +29,7 @@ FLOORS = (
         "random",
         "ops",
         "info",
+        "failpoint",
     ),
     ("layers", "optimizer", "data"),
     ("model",),

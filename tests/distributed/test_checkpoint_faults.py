@@ -1,0 +1,362 @@
+"""Whatever happens to a save, to the disk or to a file: the checkpoint before or the new one, whole, or a sentence."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from megallm import failpoint
+from megallm.checkpoint.load import find_checkpoints, verify
+from megallm.checkpoint.manifest import CHUNK_BYTES, MANIFEST, DamagedError, digest, read_manifest
+from megallm.checkpoint.save import TRACKER
+from megallm.train.engine import Engine
+from megallm.train.resume import load_engine, save_engine
+from tests.distributed.parity import LLAMA, Case, make_engine
+from tests.distributed.parity_cases import SHARDED
+from tests.distributed.pool import WorkerPool
+
+CASE = Case("", LLAMA, dp=2, layout=SHARDED)
+OLD, NEW = 2.0, 3.0
+ONE_RANK_ONLY = "checkpoint.shard", "checkpoint.rows.write"
+SAME_ITERATION_ONLY = "checkpoint.folder.replace", "checkpoint.replaced.remove"
+COMMIT = list(failpoint.POINTS).index("checkpoint.folder.rename")
+
+
+@pytest.fixture(scope="module")
+def victims() -> Iterator[WorkerPool]:
+    """Workers of our own: killing one replaces all of them."""
+    workers = WorkerPool(2)
+    yield workers
+    workers.close()
+
+
+def fill(engine: Engine, value: float) -> None:
+    """Makes every saved number the same, so that a mixture shows."""
+    for shard in engine.optimizer.shards:
+        for tensor in (shard.master, shard.state.first_moment, shard.state.second_moment):
+            tensor.fill_(value)
+
+
+def save(rank: int, root: str, iteration: int, value: float, armed: str | None = None) -> str:
+    """Saves; gives the sentence with which that failed."""
+    os.environ["RANK"] = str(rank)
+    os.environ.pop(failpoint.VARIABLE, None)
+    engine = make_engine(rank, CASE)
+    fill(engine, value)
+    engine.progress.iteration = iteration
+    if armed:
+        os.environ[failpoint.VARIABLE] = armed
+    try:
+        save_engine(engine, root)
+    except ValueError as error:
+        return str(error)
+    finally:
+        os.environ.pop(failpoint.VARIABLE, None)
+    return ""
+
+
+def value_of(folder: Path) -> float:
+    """The one number that all tensors of a checkpoint hold."""
+    list(verify(folder))
+    found = {
+        value
+        for file in folder.glob("*.safetensors")
+        for tensor in load_file(file).values()
+        for value in np.unique(tensor)
+    }
+    assert len(found) == 1, f"{folder} mixes saves: {found}"
+    return found.pop()
+
+
+def prepare(victims: WorkerPool, root: Path, iteration: int) -> None:
+    """A folder with a checkpoint, and with what a killed save has left."""
+    victims.run(2, save, str(root), iteration, OLD)
+    shutil.copytree(root / f"iter_{iteration:07d}", root / f"iter_{iteration:07d}.00000000000000aa.tmp")
+
+
+def assert_next_save_is_clean(victims: WorkerPool, root: Path, iterations: set[int]) -> None:
+    """Another save goes through and leaves nothing but checkpoints."""
+    assert victims.run(2, save, str(root), 9, NEW) == ["", ""]
+    names = {f"iter_{iteration:07d}" for iteration in iterations | {9}}
+    assert {path.name for path in root.iterdir()} == names | {TRACKER}
+    assert (root / TRACKER).read_text() == "9"
+    assert value_of(root / "iter_0000009") == NEW
+
+
+def places(point: str) -> list[str]:
+    """The failpoint before and after, on each rank that comes by; of several writes also a late one."""
+    ranks = (0, 1) if point.startswith(ONE_RANK_ONLY) else (0,)
+    counts = ("", "#7") if point == "checkpoint.shard.write" else ("",)
+    return [f"{point}.{when}@{rank}{count}" for when in ("before", "after") for rank in ranks for count in counts]
+
+
+PLACES = [(point, place) for point in failpoint.POINTS for place in places(point)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [False, True], ids=["next iteration", "same iteration"])
+@pytest.mark.parametrize(("point", "place"), PLACES, ids=[place for _, place in PLACES])
+def test_killed_there_the_old_or_the_new_one_is_whole(
+    victims: WorkerPool, tmp_path: Path, point: str, place: str, again: bool
+) -> None:
+    if point in SAME_ITERATION_ONLY and not again:
+        pytest.skip("nothing steps aside for another iteration")
+    root, iteration = tmp_path / "checkpoints", 5 if again else 6
+    prepare(victims, root, 5)
+    with pytest.raises(RuntimeError, match=rf"rank {place.split('@')[1][0]} failed|process died"):
+        victims.run(2, save, str(root), iteration, NEW, f"{place}=kill")
+    newest = find_checkpoints(str(root))[0]
+    position = list(failpoint.POINTS).index(point)
+    is_committed = COMMIT < position < list(failpoint.POINTS).index("checkpoint.leftovers.remove")
+    is_committed |= place.startswith("checkpoint.folder.rename.after")
+    assert value_of(newest) == (NEW if is_committed else OLD)
+    assert_next_save_is_clean(victims, root, {5, 6} if is_committed and not again else {5})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", ["EIO", "ENOSPC", "EDQUOT"])
+@pytest.mark.parametrize(("point", "place"), [pair for pair in PLACES if ".before@" in pair[1]])
+def test_an_error_there_is_a_sentence_and_the_run_goes_on(
+    victims: WorkerPool, tmp_path: Path, point: str, place: str, error: str
+) -> None:
+    root = tmp_path / "checkpoints"
+    prepare(victims, root, 5)
+    said = victims.run(2, save, str(root), 5, NEW, f"{place}={error}")
+    assert said[0] == said[1]
+    assert "iter_0000005 cannot be saved" in said[0]
+    assert os.strerror(getattr(errno, error)) in said[0]
+    assert not [path for path in root.glob("*.tmp") if path.name != "iter_0000005.00000000000000aa.tmp"]
+    newest = find_checkpoints(str(root))[0]
+    assert value_of(newest) in (OLD, NEW)
+    assert_next_save_is_clean(victims, root, {5})
+
+
+def test_the_failpoints_are_listed_and_nonsense_is_refused() -> None:
+    listed = subprocess.run([sys.executable, "-m", "megallm.failpoint"], capture_output=True, text=True, check=True)
+    assert [line.split(".before")[0] for line in listed.stdout.splitlines()] == list(failpoint.POINTS)
+    for wrong in ("checkpoint.shard.write=kill", "checkpoint.nothing.before=kill", "kill"):
+        with pytest.raises(ValueError, match=r"names no failpoint"):
+            failpoint._Armed(wrong)
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(0, Case("", LLAMA))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(
+        ValueError, match=r"iter_0000000 cannot be saved: it takes 0\.\d+ GB, and .* has 0\.000 GB free"
+    ):
+        save_engine(engine, str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+# Damage
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Path]:
+    """An engine, and two checkpoints of it with other numbers."""
+    root = tmp_path_factory.mktemp("clean")
+    engine = make_engine(0, Case("", LLAMA))
+    for iteration in (1, 2):
+        engine.progress.iteration = iteration
+        for shard in engine.optimizer.shards:
+            for tensor in (shard.master, shard.state.first_moment, shard.state.second_moment):
+                tensor.uniform_()
+        save_engine(engine, str(root))
+    return engine, root
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(DamagedError) as caught:
+        list(verify(folder))
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_every_flipped_bit_is_refused_by_name_and_no_clean_load(clean: tuple[Engine, Path], tmp_path: Path) -> None:
+    engine, root = clean
+    folder = tmp_path / "iter_0000002"
+    shutil.copytree(root / "iter_0000002", folder)
+    chance = random.Random(1)
+    for name, count in (("rank_00000.safetensors", 1500), (MANIFEST, 600)):
+        path = folder / name
+        original = path.read_bytes()
+        for _ in range(count):
+            bit = chance.randrange(8 * len(original))
+            with open(path, "r+b") as file:
+                file.seek(bit // 8)
+                file.write(bytes([original[bit // 8] ^ 1 << bit % 8]))
+            assert name in refusal(folder), f"bit {bit} of {name}"
+            # The loading that a run does refuses it, too.
+            assert name in _refusal_of_load(engine, folder)
+            with open(path, "r+b") as file:
+                file.seek(bit // 8)
+                file.write(original[bit // 8 : bit // 8 + 1])
+        assert path.read_bytes() == original
+    for _ in range(2000):
+        list(verify(folder))
+
+
+def _refusal_of_load(engine: Engine, folder: Path) -> str:
+    try:
+        load_engine(engine, str(folder))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda file, other: file.write_bytes(file.read_bytes()[:-1]),
+        lambda file, other: file.write_bytes(file.read_bytes() + b"\0"),
+        lambda file, other: file.write_bytes(b""),
+        lambda file, other: file.write_bytes(bytes(file.stat().st_size)),
+        lambda file, other: shutil.copy(other, file),
+        lambda file, other: file.unlink(),
+        lambda file, other: (file.unlink(), file.symlink_to(other)),
+        lambda file, other: (file.unlink(), os.mkfifo(file)),
+        lambda file, other: (file.unlink(), file.mkdir()),
+    ],
+    ids=["shorter", "longer", "empty", "zeros", "of another step", "missing", "link", "pipe", "folder"],
+)
+def test_a_foreign_or_broken_file_is_refused_by_name(
+    clean: tuple[Engine, Path], tmp_path: Path, spoil: Callable[[Path, Path], object]
+) -> None:
+    engine, root = clean
+    folder = tmp_path / "iter_0000002"
+    shutil.copytree(root / "iter_0000002", folder)
+    spoil(folder / "rank_00000.safetensors", root / "iter_0000001" / "rank_00000.safetensors")
+    assert "rank_00000.safetensors" in refusal(folder)
+    assert "rank_00000.safetensors" in _refusal_of_load(engine, folder)
+
+
+def test_a_file_too_many_is_noticed(clean: tuple[Engine, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "iter_0000002"
+    shutil.copytree(clean[1] / "iter_0000002", folder)
+    (folder / "rank_00001.safetensors").write_bytes(b"")
+    assert "rank_00001.safetensors, which does not belong to it" in refusal(folder)
+
+
+def test_truncation_anywhere_is_refused(clean: tuple[Engine, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "iter_0000002"
+    shutil.copytree(clean[1] / "iter_0000002", folder)
+    chance = random.Random(2)
+    for name in (MANIFEST, "rank_00000.safetensors"):
+        original = (folder / name).read_bytes()
+        for _ in range(60):
+            (folder / name).write_bytes(original[: chance.randrange(len(original))])
+            assert name in refusal(folder)
+        (folder / name).write_bytes(original)
+
+
+def first_box(manifest: dict[str, Any]) -> list[Any]:
+    return next(iter(manifest["tensors"].values()))["boxes"][0]
+
+
+def put(place: int, value: object) -> Callable[[dict[str, Any]], None]:
+    def change(manifest: dict[str, Any]) -> None:
+        first_box(manifest)[place] = value
+
+    return change
+
+
+def rename_file(name: object) -> Callable[[dict[str, Any]], None]:
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["files"][0][0] = name
+
+    return change
+
+
+HOSTILE = {
+    "path upwards": rename_file("../../secret"),
+    "absolute path": rename_file("/etc/passwd"),
+    "no name": rename_file(7),
+    "file number": put(0, 5),
+    "negative file number": put(0, -1),
+    "begin before the data": put(1, 0),
+    "begin behind the end": put(1, 2**40),
+    "fractional begin": put(1, 1.5),
+    "true for a number": put(1, True),
+    "size": put(2, 2**50),
+    "offset outside": put(3, [10**6, 0]),
+    "negative offset": put(3, [-1, 0]),
+    "huge shape": put(4, [2**61, 2**61]),
+    "other dims": put(4, [1]),
+    "no checksums": put(5, []),
+    "nonsense checksum": put(5, ["x"]),
+    "number for a list": put(5, 3),
+    "unknown type": lambda manifest: next(iter(manifest["tensors"].values())).update(dtype="O8"),
+    "huge tensor": lambda manifest: next(iter(manifest["tensors"].values())).update(shape=[2**40, 2**20]),
+    "file twice": lambda manifest: manifest["files"].append(manifest["files"][0]),
+    "tensors are a list": lambda manifest: manifest.update(tensors=[]),
+    "state is a number": lambda manifest: manifest.update(state=1),
+    "iteration is text": lambda manifest: manifest.update(iteration="9"),
+    "other chunks": lambda manifest: manifest.update(chunk_bytes=1),
+    "file of no size": lambda manifest: manifest["files"][0].__setitem__(1, -5),
+    "row of files": lambda manifest: manifest.update(files=[[1]]),
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_manifest_is_refused(
+    clean: tuple[Engine, Path], tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    folder = tmp_path / "iter_0000002"
+    shutil.copytree(clean[1] / "iter_0000002", folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["digest"]
+    change(manifest)
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"digest": digest(text.encode())}))
+    assert MANIFEST in refusal(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 10**6, '{"a":' * 10**5, "", "null", "7", '"x"', "\xff", '{"format": NaN}'])
+def test_nonsense_for_a_manifest_is_refused(clean: tuple[Engine, Path], tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "iter_0000002"
+    shutil.copytree(clean[1] / "iter_0000002", folder)
+    (folder / MANIFEST).write_text(text, "latin-1")
+    assert MANIFEST in refusal(folder)
+
+
+# The format
+
+
+def test_numpy_and_safetensors_are_enough_to_read_it(clean: tuple[Engine, Path]) -> None:
+    """As `docs/checkpoint-format.md` says."""
+    engine, root = clean
+    folder = root / "iter_0000002"
+    manifest = json.loads((folder / MANIFEST).read_text())
+    names = [row[0] for row in manifest["files"]]
+    tensors = {}
+    for name, tensor in manifest["tensors"].items():
+        tensors[name] = np.zeros(tensor["shape"], np.float64)
+        for file, begin, num_bytes, offset, shape, chunks in tensor["boxes"]:
+            with safe_open(folder / names[file], framework="numpy") as opened:
+                values = opened.get_tensor(f"{name}@{','.join(map(str, offset))}")
+            place = tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))
+            tensors[name][place] = values
+            stored = (folder / names[file]).read_bytes()[begin : begin + num_bytes]
+            assert stored == values.tobytes()
+            assert chunks == [digest(stored[at : at + CHUNK_BYTES]) for at in range(0, num_bytes, CHUNK_BYTES)]
+    assert manifest["iteration"] == 2
+    assert manifest["state"]["config"]["model"]["num_layers"] == 4
+    total = sum(float(np.sum(values)) for name, values in tensors.items() if name.startswith("first_moment/"))
+    wanted = sum(float(shard.state.first_moment.double().sum()) for shard in engine.optimizer.shards)
+    assert total == pytest.approx(wanted, rel=1e-3)
+    assert read_manifest(folder).files[0].num_bytes == (folder / names[0]).stat().st_size
