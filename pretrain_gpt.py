@@ -26,17 +26,23 @@ def main(arguments: list[str] | None = None) -> None:
         stop(program, [str(problem) for problem in problems])
     # Imported late: a mistake on the command line is answered before torch is loaded.
     from megallm.train.loop import pretrain
+    from megallm.train.saving import SaveError
+    from megallm.train.stopping import ExitCode
     from megallm.train.tasks.gpt import GPTTask
 
     try:
-        pretrain(config, GPTTask.from_config)
+        code = pretrain(config, GPTTask.from_config)
+    except SaveError as error:
+        fail(program, error, ExitCode.NOT_SAVED)
     except ValueError as error:
         fail(program, error)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print(f"{program}: interrupted; --load continues from the last checkpoint", file=sys.stderr, flush=True)
         # Other ranks may be gone: leaving in an orderly way would wait for them.
-        os._exit(130)
+        os._exit(ExitCode.INTERRUPTED)
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

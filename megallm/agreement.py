@@ -10,14 +10,14 @@ from typing import TypeVar
 
 import torch
 
-from megallm.mesh import Mesh
+from megallm.mesh import Hosts, Mesh
 
 Result = TypeVar("Result")
 
 _MESSAGE_BYTES = 4096
 
 
-def on_every_rank(mesh: Mesh, function: Callable[[], Result]) -> Result:
+def on_every_rank(mesh: Mesh | Hosts, function: Callable[[], Result]) -> Result:
     """Calls `function` on all ranks and returns its result where it succeeded everywhere.
 
     Raises ValueError on all ranks, with the message of the lowest rank that failed with a ValueError or OSError.

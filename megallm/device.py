@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,6 +68,26 @@ class Readback:
         if self._done is not None:
             self._done.synchronize()
         return self._host.tolist()
+
+
+class HostCopies:
+    """Copies of tensors in the host's memory (pinned, of a GPU's tensors), taken again and again into the same places.
+
+    The tensors are the same ones each time, or others of their shapes and types.
+    """
+
+    def __init__(self) -> None:
+        self._copies: list[torch.Tensor] = []
+
+    def take(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Copies of `tensors`; returns when these may change. The copies hold until the next call."""
+        if not self._copies:
+            self._copies = [torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for tensor in tensors]
+        for copy, tensor in zip(self._copies, tensors, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+        if any(tensor.is_cuda for tensor in tensors):
+            torch.cuda.current_stream().synchronize()
+        return self._copies
 
 
 class Stopwatch:

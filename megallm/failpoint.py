@@ -33,6 +33,8 @@ POINTS = {
     "checkpoint.tracker.write": "the file that names the latest iteration, under another name",
     "checkpoint.tracker.rename": "that file gets its name",
     "checkpoint.replaced.remove": "the checkpoint that stepped aside goes",
+    "checkpoint.prune.rename": "an old checkpoint that is surplus loses its name",
+    "checkpoint.prune.remove": "its files go",
     "checkpoint.leftovers.remove": "what killed saves have left goes",
 }
 """What is about to be done (`NAME.before`) or has been done (`NAME.after`)."""

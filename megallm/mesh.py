@@ -66,6 +66,18 @@ class MeshShape:
         return groups
 
 
+@dataclass(frozen=True)
+class Hosts:
+    """All processes, joined by a group of their own that never touches a GPU.
+
+    Its messages cross none of the training's: a thread beside the training may use it. It stands in for a mesh where
+    only `world` and `device` are needed.
+    """
+
+    world: Group
+    device: torch.device
+
+
 class Mesh:
     """This process's place in the mesh and its groups.
 
@@ -118,6 +130,15 @@ class Mesh:
             transports = self._edge_communicators()
             return {edge: Channel(*edge, tag=0, transport=transports[edge]) for edge in mine}
         return {edge: Channel(*edge, tag=1, transport=self._transport(dist.group.WORLD)) for edge in mine}
+
+    def new_hosts(self) -> Hosts:
+        """A group of all processes beside those of the mesh. Called by all ranks, in the same order."""
+        process_group = None
+        if self.shape.world_size > 1:
+            process_group = dist.new_group(backend="gloo", timeout=self._timeout)
+        transport = Transport(process_group)
+        self._transports.append(transport)
+        return Hosts(Group(tuple(range(self.shape.world_size)), self.rank, transport), torch.device("cpu"))
 
     def close(self) -> None:
         """Lets go of the process groups, so that they end with the default group. To be called when nothing is under

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megallm.checkpoint.boxes import LocalBox
+from megallm.checkpoint.commit import REPLACED, checkpoint_folder
 from megallm.checkpoint.manifest import (
     DTYPES,
     MANIFEST,
@@ -21,7 +22,6 @@ from megallm.checkpoint.manifest import (
     SavedTensor,
     read_manifest,
 )
-from megallm.checkpoint.save import REPLACED, checkpoint_folder
 from megallm.checkpoint.shard_file import ShardReader
 
 # What one step of copying reads, rounded up to whole rows of a tensor.

@@ -1,24 +1,11 @@
-"""Saving: each rank writes its boxes, then one rank commits the folder by renaming it.
-
-The order of the steps is what keeps a checkpoint whole or absent, whenever a process or a machine ends:
-
-1. a folder of a name that no other save has (`iter_0000100.TOKEN.tmp`);
-2. each rank's file and the list of what is in it, flushed to the disk;
-3. the manifest, which has the lists of all ranks, and the names of the files, flushed to the disk;
-4. the rename to `iter_0000100`: the commit;
-5. the names in the folder above flushed to the disk; then the tracker file, which is only a hint.
-
-A checkpoint of the same iteration steps aside first, as `iter_0000100.replaced`, and counts until the new one is there.
-"""
+"""Saving: each rank writes its boxes, then one rank commits the folder by renaming it and removes what is surplus."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import secrets
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,153 +13,71 @@ import torch
 
 from megallm.agreement import on_every_rank
 from megallm.checkpoint.boxes import LocalBox
-from megallm.checkpoint.manifest import MANIFEST, join_rows, rows_to_json, to_json
-from megallm.checkpoint.shard_file import size_of, write_shard
-from megallm.failpoint import passing
-from megallm.mesh import Mesh
+from megallm.checkpoint.commit import begin, checkpoint_folder, commit, temporary_folder, write_rank
+from megallm.checkpoint.retention import Retention, prune
+from megallm.checkpoint.shard_file import size_of
+from megallm.mesh import Hosts, Mesh
 
-TRACKER = "latest_checkpointed_iteration.txt"
-REPLACED = ".replaced"
-_TEMPORARY = re.compile(r"iter_\d{7,}\.[0-9a-f]{16}\.tmp")
+_KEEP_ALL = Retention()
 
 
-def checkpoint_folder(root: str | Path, iteration: int) -> Path:
-    """Where the checkpoint of an iteration lives."""
-    return Path(root) / f"iter_{iteration:07d}"
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is on the disk: its folder, the bytes of all ranks' files, and what went wrong besides."""
+
+    folder: Path
+    num_bytes: int
+    notes: tuple[str, ...] = ()
 
 
-def save_checkpoint(root: str, iteration: int, boxes: Iterable[LocalBox], state: dict[str, Any], mesh: Mesh) -> Path:
-    """Writes a checkpoint. Called by all ranks; returns when it is committed and on the disk.
+def save_checkpoint(
+    root: str,
+    iteration: int,
+    boxes: Sequence[LocalBox],
+    state: dict[str, Any],
+    mesh: Mesh | Hosts,
+    retention: Retention = _KEEP_ALL,
+) -> Saved:
+    """Writes a checkpoint of the boxes that this rank saves.
+
+    Called by all ranks; returns when it is committed and on the disk, and older ones that `retention` gives up are
+    gone.
 
     Raises ValueError on all ranks, naming the file and what was needed, if one of them cannot write. Nothing of the
     attempt is left then, and earlier checkpoints stay.
     """
-    saved = [box for box in boxes if box.saves]
+    world = mesh.world
     final, token = checkpoint_folder(root, iteration), _same_token(mesh)
-    temporary = final.with_name(f"{final.name}.{token}.tmp")
-    needed = _sum_over_ranks(size_of(saved), mesh)
+    temporary = temporary_folder(final, token)
+    needed = _sum_over_ranks(size_of(boxes), mesh)
+    notes: tuple[str, ...] = ()
     try:
-        on_every_rank(mesh, lambda: _begin(temporary, needed) if mesh.rank == 0 else None)
-        on_every_rank(mesh, lambda: _write_rank(temporary, saved, mesh.rank))
+        on_every_rank(mesh, lambda: begin(temporary, needed) if world.rank == 0 else None)
+        on_every_rank(mesh, lambda: write_rank(temporary, boxes, world.rank))
         on_every_rank(
-            mesh, lambda: _commit(temporary, final, iteration, token, state, mesh) if mesh.rank == 0 else None
+            mesh, lambda: commit(temporary, final, iteration, token, state, world.size) if world.rank == 0 else None
         )
     except ValueError as error:
         # What was renamed before a later step failed is a whole checkpoint and stays.
-        if mesh.rank == 0:
+        if world.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise ValueError(f"the checkpoint {final} cannot be saved: {error}") from None
-    return final
+    if world.rank == 0:
+        try:
+            prune(root, retention, iteration, token)
+        except OSError as error:
+            notes = (f"an old checkpoint could not be removed from {root}: {error}",)
+    return Saved(final, needed, notes)
 
 
-def _same_token(mesh: Mesh) -> str:
+def _same_token(mesh: Mesh | Hosts) -> str:
     """A name for this save, drawn by one rank."""
-    drawn = torch.tensor([secrets.randbits(62) if mesh.rank == 0 else 0], dtype=torch.int64, device=mesh.device)
+    drawn = torch.tensor([secrets.randbits(62) if mesh.world.rank == 0 else 0], dtype=torch.int64, device=mesh.device)
     mesh.world.broadcast(drawn, 0)
     return f"{int(drawn):016x}"
 
 
-def _sum_over_ranks(number: int, mesh: Mesh) -> int:
+def _sum_over_ranks(number: int, mesh: Mesh | Hosts) -> int:
     total = torch.tensor([number], dtype=torch.int64, device=mesh.device)
     mesh.world.all_reduce(total)
     return int(total)
-
-
-def _begin(temporary: Path, needed: int) -> None:
-    """The first rank: clears what killed saves have left, sees that there is space, and makes the folder."""
-    root = temporary.parent
-    root.mkdir(parents=True, exist_ok=True)
-    with passing("checkpoint.leftovers.remove"):
-        _remove_leftovers(root)
-    free = shutil.disk_usage(root).free
-    if needed > free:
-        raise ValueError(f"it takes {needed / 1e9:.3f} GB, and {root} has {free / 1e9:.3f} GB free")
-    with passing("checkpoint.folder.create"):
-        temporary.mkdir()
-
-
-def _remove_leftovers(root: Path) -> None:
-    for path in root.glob("iter_*"):
-        if _TEMPORARY.fullmatch(path.name):
-            shutil.rmtree(path)
-        elif path.name.endswith(REPLACED):
-            final = path.with_name(path.name.removesuffix(REPLACED))
-            if (final / MANIFEST).exists():
-                shutil.rmtree(path)
-            else:
-                # Its save ended between the two renames.
-                os.rename(path, final)
-
-
-def _write_rank(temporary: Path, boxes: Sequence[LocalBox], rank: int) -> None:
-    # Where machines share no folder, only the first one has made it; the committer will miss what is written here.
-    temporary.mkdir(parents=True, exist_ok=True)
-    path = temporary / f"rank_{rank:05d}.safetensors"
-    try:
-        rows = rows_to_json(*write_shard(path, boxes, rank))
-        with passing("checkpoint.rows.write"):
-            path.with_suffix(".json").write_text(json.dumps(rows))
-    except OSError as error:
-        free = shutil.disk_usage(temporary).free
-        raise ValueError(
-            f"{path} could not be written: {error.strerror}; it takes {size_of(boxes) / 1e9:.3f} GB, and "
-            f"{free / 1e9:.3f} GB are free"
-        ) from None
-
-
-def _commit(temporary: Path, final: Path, iteration: int, token: str, state: dict[str, Any], mesh: Mesh) -> None:
-    lists = [temporary / f"rank_{rank:05d}.json" for rank in range(mesh.shape.world_size)]
-    missing = [path.stem for path in lists if not path.exists()]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(lists)} ranks' files are not in {temporary}, {missing[0]}'s for one: --save must "
-            "be a folder that all machines share"
-        )
-    rows = join_rows(json.loads(path.read_bytes()) for path in lists)
-    with passing("checkpoint.rows.remove"):
-        for path in lists:
-            path.unlink()
-    with passing("checkpoint.manifest.write"):
-        (temporary / MANIFEST).write_bytes(to_json(iteration, token, state, rows))
-    with passing("checkpoint.manifest.fsync"):
-        _flush(temporary / MANIFEST)
-    with passing("checkpoint.folder.fsync"):
-        _flush(temporary)
-    replaced = final.with_name(final.name + REPLACED)
-    if final.exists():
-        with passing("checkpoint.folder.replace"):
-            os.rename(final, replaced)
-    try:
-        with passing("checkpoint.folder.rename"):
-            os.rename(temporary, final)
-    except OSError:
-        if replaced.exists() and not final.exists():
-            os.rename(replaced, final)
-        raise
-    with passing("checkpoint.parent.fsync"):
-        _flush(final.parent)
-    _write_tracker(final.parent, iteration)
-    if replaced.exists():
-        with passing("checkpoint.replaced.remove"):
-            shutil.rmtree(replaced)
-
-
-def _write_tracker(root: Path, iteration: int) -> None:
-    written = root / (TRACKER + ".tmp")
-    try:
-        with passing("checkpoint.tracker.write"):
-            written.write_text(str(iteration))
-            _flush(written)
-        with passing("checkpoint.tracker.rename"):
-            os.replace(written, root / TRACKER)
-            _flush(root)
-    finally:
-        written.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

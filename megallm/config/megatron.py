@@ -56,7 +56,9 @@ class Refused:
 
 IGNORED = (
     Ignored("--rope-scaling-factor", "it only acts with --use-rope-scaling"),
-    Ignored("--apply-query-key-layer-scaling", "scores are scaled and their softmax taken in float32"),
+    Ignored(
+        "--apply-query-key-layer-scaling", "scores are scaled before they are rounded, and their softmax is float32"
+    ),
     Ignored("--attention-softmax-in-fp32", "the softmax is always taken in float32 at least"),
     Ignored("--transformer-impl", "there is one implementation"),
     Ignored("--attention-backend", "the fastest kernel that the mask allows is chosen"),
@@ -71,10 +73,6 @@ IGNORED = (
     Ignored("--cross-entropy-loss-fusion", "the fastest implementation is chosen"),
     Ignored("--cross-entropy-fusion-impl", "the fastest implementation is chosen"),
     Ignored("--no-check-for-nan-in-loss-and-grad", "a step with a non-finite gradient is always skipped"),
-    Ignored("--loss-scale*", "it only acts with --fp16"),
-    Ignored("--initial-loss-scale", "it only acts with --fp16"),
-    Ignored("--min-loss-scale", "it only acts with --fp16"),
-    Ignored("--hysteresis", "it only acts with --fp16"),
     Ignored("--accumulate-allreduce-grads-in-fp32", "gradients are always accumulated and reduced in float32 at least"),
     Ignored("--no-overlap-p2p-communication", "it changes no result"),
     Ignored("--tp-comm-overlap*", "it changes no result"),
@@ -112,7 +110,7 @@ IGNORED = (
     Ignored("--dist-ckpt-format", "there is one native format"),
     Ignored("--use-dist-ckpt", "there is one native format"),
     Ignored("--auto-detect-ckpt-format", "there is one native format"),
-    Ignored("--async-save", "it changes no result; saving waits for the disk"),
+    Ignored("--exit-signal-handler", "SIGTERM always saves and leaves; SIGUSR1 saves and goes on"),
     Ignored("--ckpt-fully-parallel-save", "every rank always writes its own share"),
     Ignored("--ckpt-fully-parallel-load", "every rank always reads its own share"),
     Ignored("--dist-ckpt-optim-fully-reshardable", "optimizer state loads under any layout"),
@@ -160,10 +158,7 @@ REFUSED = (
     Refused("--use-checkpoint-opt_param-scheduler", "the schedule always comes from the command line; leave it out"),
     Refused("--use-checkpoint-opt-param-scheduler", "the schedule always comes from the command line; leave it out"),
     Refused("--data-parallel-random-init", "initial weights are a function of the seed alone; use --seed"),
-    Refused("--exit-duration-in-mins", "time is not watched; use --save-interval, or --exit-interval with --save"),
-    Refused("--exit-signal-handler", "signals are not caught; use --save-interval to lose little work"),
     Refused("--deterministic-mode", "there is no such mode for GPUs; leave it out (CPU runs are deterministic)"),
-    Refused("--fp16", "float16 needs a loss scale that is not there; use --bf16, or nothing for float32"),
     Refused("--fp16-lm-cross-entropy", "the loss is computed in float32; leave it out"),
     Refused("--grad-reduce-in-bf16", "gradients are reduced in float32; leave it out"),
     Refused("--fp8-*", "there is no float8; use --bf16"),

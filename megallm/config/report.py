@@ -21,13 +21,13 @@ def stop(prog: str, problems: Sequence[str]) -> NoReturn:
     _leave(f"{text}\n`{prog} --help` lists every flag.")
 
 
-def fail(prog: str, error: ValueError) -> NoReturn:
-    """Leave because of what a file holds or lacks, with its sentence on the standard error stream and exit code 2."""
-    _leave(f"{prog}: {error}")
+def fail(prog: str, error: ValueError, code: int = 2) -> NoReturn:
+    """Leave because of what a file holds or lacks, with its sentence on the standard error stream."""
+    _leave(f"{prog}: {error}", code)
 
 
-def _leave(text: str) -> NoReturn:
-    """Prints and exits with code 2, without a traceback.
+def _leave(text: str, code: int = 2) -> NoReturn:
+    """Prints and exits without a traceback.
 
     Under a launcher (`LOCAL_RANK` is set) only the first process of each machine prints. The others wait, to be ended
     by the launcher: it ends all processes as soon as one fails, and would cut the first one short if they left before.
@@ -36,7 +36,7 @@ def _leave(text: str) -> NoReturn:
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         time.sleep(10.0)
     print(text, file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def warn_once(prog: str, sentences: Sequence[str]) -> None:

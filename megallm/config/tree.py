@@ -185,8 +185,32 @@ class TrainingConfig:
         "--exit-interval",
         "save and leave after the first step that this divides; the run's length and schedules stay as given",
     )
+    exit_duration_in_mins: float | None = option(
+        None,
+        "--exit-duration-in-mins",
+        "save and leave so that the run has ended, its checkpoint on the disk, after this many minutes",
+    )
     seed: int = option(1234, "--seed", "seeds initial weights, dropout and the order of the data")
     bf16: bool = option(False, "--bf16", "bfloat16 weights and activations, float32 master weights and gradients")
+    fp16: bool = option(
+        False,
+        "--fp16",
+        "float16 weights and activations, float32 master weights and gradients, the loss scaled before its backward "
+        "pass",
+    )
+    loss_scale: float | None = option(
+        None, "--loss-scale", "with --fp16: a scale that stays as it is; default: one that moves, as follows"
+    )
+    initial_loss_scale: float = option(2.0**32, "--initial-loss-scale", "with --fp16: scale of the first step")
+    min_loss_scale: float = option(1.0, "--min-loss-scale", "with --fp16: the scale never goes below")
+    loss_scale_window: int = option(
+        1000, "--loss-scale-window", "with --fp16: steps in a row with finite gradients after which the scale doubles"
+    )
+    hysteresis: int = option(
+        2,
+        "--hysteresis",
+        "with --fp16: the scale halves at this skipped step since it last doubled, and at each one after it",
+    )
     fp64: bool = option(
         False, "--fp64", "everything in float64: the oracle against which other precisions and layouts are checked"
     )
@@ -368,6 +392,24 @@ class CheckpointConfig:
         False, "--allow-fallback", "go back to the checkpoint before where the newest is damaged"
     )
     save_interval: int | None = option(None, "--save-interval", "steps between checkpoints; default: only at the end")
+    non_persistent_save_interval: int | None = option(
+        None,
+        "--non-persistent-save-interval",
+        "steps between further checkpoints, which go once two newer ones are there",
+    )
+    save_retain_interval: int | None = option(
+        None,
+        "--save-retain-interval",
+        "keep checkpoints whose step this divides; others go once two newer ones are there",
+    )
+    save_keep_last: int | None = option(
+        None, "--save-keep-last", "keep this many of the newest checkpoints, besides those of --save-retain-interval"
+    )
+    async_save: bool = option(
+        False,
+        "--async-save",
+        "copy what is saved to the host's memory and write it in the background while training goes on",
+    )
 
 
 @dataclass(frozen=True)

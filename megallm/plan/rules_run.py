@@ -13,12 +13,28 @@ from megallm.plan.rules_batches import BATCH_SIZE_FIELDS, batch_sizes_or_none
 @rule()
 def one_precision(config: Config, world_size: int) -> Iterator[Problem]:
     """A run has one precision."""
-    if config.training.bf16 and config.training.fp64:
+    training = config.training
+    choices = {"--bf16": training.bf16, "--fp16": training.fp16, "--fp64": training.fp64}
+    flags = tuple(flag for flag, is_given in choices.items() if is_given)
+    if len(flags) > 1:
         yield Problem(
-            ("--bf16", "--fp64"),
-            "both bfloat16 and float64 are asked for",
+            flags,
+            f"{len(flags)} precisions are asked for",
             "",
-            "leave out --bf16 or --fp64; without both the run is in float32",
+            "keep one; without any of them the run is in float32",
+        )
+
+
+@rule("training.initial_loss_scale", "training.min_loss_scale")
+def loss_scale_starts_above_its_minimum(config: Config, world_size: int) -> Iterator[Problem]:
+    """The loss scale goes down from its start to its minimum."""
+    start, minimum = config.training.initial_loss_scale, config.training.min_loss_scale
+    if minimum > start:
+        yield Problem(
+            ("--min-loss-scale", "--initial-loss-scale"),
+            "the loss scale would start below its minimum",
+            f"{minimum} > {start}",
+            f"use --min-loss-scale {start} or less, or --initial-loss-scale {minimum} or more",
         )
 
 
@@ -143,16 +159,42 @@ def evaluation_has_batches(config: Config, world_size: int) -> Iterator[Problem]
         )
 
 
-@rule("checkpoint.save_interval")
+_SAVING = ("save_interval", "non_persistent_save_interval", "save_retain_interval", "save_keep_last", "async_save")
+
+
+@rule(*(f"checkpoint.{name}" for name in _SAVING))
 def saving_has_a_folder(config: Config, world_size: int) -> Iterator[Problem]:
     """Checkpoints go somewhere."""
-    interval = config.checkpoint.save_interval
-    if interval is not None and not config.checkpoint.save:
+    given = [f"--{name.replace('_', '-')}" for name in _SAVING if getattr(config.checkpoint, name)]
+    if given and not config.checkpoint.save:
         yield Problem(
-            ("--save-interval", "--save"),
-            f"a checkpoint every {interval} steps is asked for, but no folder for it is given",
+            (*given, "--save"),
+            f"{' and '.join(given)} speak{'s' if len(given) == 1 else ''} of checkpoints, but no folder is given",
             "",
-            "add --save FOLDER, or leave out --save-interval",
+            f"add --save FOLDER, or leave out {', '.join(given)}",
+        )
+
+
+@rule("checkpoint.save_interval", "checkpoint.save_retain_interval")
+def retained_checkpoints_are_saved(config: Config, world_size: int) -> Iterator[Problem]:
+    """What is to be kept for good is saved."""
+    interval, retained = config.checkpoint.save_interval, config.checkpoint.save_retain_interval
+    if not retained or not config.checkpoint.save:
+        return
+    if not interval:
+        yield Problem(
+            ("--save-retain-interval",),
+            f"every checkpoint that {retained} divides is to be kept, but no --save-interval says when to save",
+            "",
+            f"add --save-interval {retained}, or leave out --save-retain-interval",
+        )
+    elif retained % interval:
+        near = max(interval, round(retained / interval) * interval)
+        yield Problem(
+            ("--save-retain-interval", "--save-interval"),
+            f"a checkpoint is saved every {interval} steps, and those that {retained} divides are to be kept",
+            f"{retained} % {interval} = {retained % interval}",
+            f"use --save-retain-interval {near}",
         )
 
 

@@ -77,6 +77,12 @@ RANGES = {
     "training.eval_interval": _COUNT,
     "training.eval_iters": _NATURAL,
     "training.exit_interval": _COUNT,
+    "training.exit_duration_in_mins": _POSITIVE,
+    "training.loss_scale": _POSITIVE,
+    "training.initial_loss_scale": _POSITIVE,
+    "training.min_loss_scale": _POSITIVE,
+    "training.loss_scale_window": _COUNT,
+    "training.hysteresis": _COUNT,
     # numpy's generator, which orders the data, takes seeds of 32 bits.
     "training.seed": Range(0, 2**32 - 1),
     "optimizer.lr": _POSITIVE,
@@ -100,6 +106,10 @@ RANGES = {
     "data.mid_level_dataset_surplus": _NATURAL,
     "checkpoint.save_interval": _COUNT,
     "checkpoint.ckpt_step": _COUNT,
+    "checkpoint.non_persistent_save_interval": _COUNT,
+    "checkpoint.save_retain_interval": _COUNT,
+    # One of them may turn out to be damaged.
+    "checkpoint.save_keep_last": Range(2),
     "logging.log_interval": _COUNT,
     "logging.timeline_step": _COUNT,
 }

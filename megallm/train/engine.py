@@ -11,7 +11,7 @@ from torch import nn
 
 from megallm.config.batch_sizes import BatchSizes, batch_sizes_of
 from megallm.config.resolve import learning_rate_decay_samples, learning_rate_warmup_samples
-from megallm.config.tree import Config
+from megallm.config.tree import Config, TrainingConfig
 from megallm.data.feeding.orders import DataShare
 from megallm.data_parallel.optimizer import BucketOptimizer
 from megallm.data_parallel.reducer import GradientReducer
@@ -19,6 +19,7 @@ from megallm.layers.context import LayoutContext
 from megallm.mesh import Mesh
 from megallm.optimizer.adamw import AdamWSettings
 from megallm.optimizer.learning_rate import LearningRateSchedule
+from megallm.optimizer.loss_scale import DynamicLossScale, DynamicLossScaleSettings, LossScale
 from megallm.pipeline.executor import PipelineExecutor
 from megallm.plan.split import head_cost_in_layers, split_layers
 from megallm.schedule import LoweredSchedule, build_schedule, lower, verify
@@ -30,7 +31,7 @@ class Progress:
     """Where a run stands.
 
     `position` (float64 scalar on the device) counts the samples of the steps that were not skipped: the learning rate
-    follows it.
+    follows it. `evaluation_due`: the evaluation after this step is still to come.
     """
 
     position: torch.Tensor
@@ -38,6 +39,7 @@ class Progress:
     iteration: int = 0
     consumed_samples: int = 0
     consumed_valid_samples: int = 0
+    evaluation_due: bool = False
 
 
 @dataclass
@@ -117,7 +119,7 @@ def build_model(config: Config, task: Task, mesh: Mesh) -> Model:
     Called by all ranks with a resolved and validated configuration.
     """
     training = config.training
-    dtype = torch.float64 if training.fp64 else torch.bfloat16 if training.bf16 else torch.float32
+    dtype = _dtype(training)
     context = LayoutContext(
         tp=mesh.tp,
         sequence_parallel=config.parallel.sequence_parallel and mesh.tp.size > 1,
@@ -157,6 +159,7 @@ def build_engine(config: Config, task: Task, mesh: Mesh) -> Engine:
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.clip_grad,
         overlap_gather=parallel.overlap_param_gather,
+        loss_scale=_loss_scale(config.training, mesh.device),
     )
     progress = Progress(
         torch.zeros((), dtype=torch.float64, device=mesh.device),
@@ -171,6 +174,29 @@ def build_engine(config: Config, task: Task, mesh: Mesh) -> Engine:
         batch_sizes=batch_sizes,
         progress=progress,
     )
+
+
+def _dtype(training: TrainingConfig) -> torch.dtype:
+    """What weights and activations are kept in."""
+    if training.fp64:
+        return torch.float64
+    if training.bf16:
+        return torch.bfloat16
+    return torch.float16 if training.fp16 else torch.float32
+
+
+def _loss_scale(training: TrainingConfig, device: torch.device) -> LossScale:
+    if not training.fp16:
+        return LossScale(1.0, device)
+    if training.loss_scale is not None:
+        return LossScale(training.loss_scale, device)
+    settings = DynamicLossScaleSettings(
+        initial=training.initial_loss_scale,
+        minimum=training.min_loss_scale,
+        window=training.loss_scale_window,
+        hysteresis=training.hysteresis,
+    )
+    return DynamicLossScale(settings, device)
 
 
 def _own_layers(config: Config, mesh: Mesh) -> dict[int, range]:

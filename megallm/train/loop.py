@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -16,6 +17,7 @@ from megallm.data.feeding.loader import SampleSource, build_loader
 from megallm.data.feeding.orders import SampleOrder, build_order
 from megallm.data.feeding.sampler import GlobalBatchSampler
 from megallm.device import Stopwatch
+from megallm.file_lock import own_folder
 from megallm.mesh import Mesh
 from megallm.plan.flops import parameter_count
 from megallm.schedule import Event, Timeline, simulate
@@ -25,19 +27,32 @@ from megallm.train.engine import Engine, build_engine, check_schedules
 from megallm.train.metrics import Reporter, log_on_rank_zero, mean_losses
 from megallm.train.outputs import try_outputs
 from megallm.train.processes import joined_processes
-from megallm.train.resume import load_engine, save_engine
+from megallm.train.resume import load_engine
+from megallm.train.saving import Saving
 from megallm.train.step import Batch, evaluate_step, train_step
+from megallm.train.stopping import ExitCode, Stopping
 from megallm.train.tasks.task import Task
 
 
-def pretrain(config: Config, make_task: Callable[[Config], Task]) -> None:
+def pretrain(config: Config, make_task: Callable[[Config], Task]) -> ExitCode:
     """Trains as `config` says, in the processes that torchrun started or in this one alone.
+
+    Returns the code with which the program is to end.
 
     Raises ValueError, the same on every rank, for a mistake in the configuration or in a file it names.
     """
-    with joined_processes(config) as (resolved, mesh):
+    started = time.monotonic()
+    with joined_processes(config) as (resolved, mesh), ExitStack() as stack:
         config, datasets = on_every_rank(mesh, lambda: _read_files(resolved, mesh.shape.world_size))
-        _run(config, make_task(config), mesh, datasets)
+        on_every_rank(mesh, lambda: _take_outputs(config, stack) if mesh.rank == 0 else None)
+        return _run(config, make_task(config), mesh, datasets, started)
+
+
+def _take_outputs(config: Config, stack: ExitStack) -> None:
+    """The first rank sees that everything can be written, and has the folder of checkpoints for this job alone."""
+    try_outputs(config)
+    if config.checkpoint.save:
+        stack.enter_context(own_folder(Path(config.checkpoint.save), log_on_rank_zero(0)))
 
 
 def _read_files(config: Config, world_size: int) -> tuple[Config, Datasets]:
@@ -46,9 +61,8 @@ def _read_files(config: Config, world_size: int) -> tuple[Config, Datasets]:
     return config, build_datasets(config, tokenizer)
 
 
-def _run(config: Config, task: Task, mesh: Mesh, datasets: Datasets) -> None:
+def _run(config: Config, task: Task, mesh: Mesh, datasets: Datasets, started: float) -> ExitCode:
     log = log_on_rank_zero(mesh.rank)
-    on_every_rank(mesh, lambda: try_outputs(config) if mesh.rank == 0 else None)
     engine = build_engine(config, task, mesh)
     _describe(engine, log)
     for note in datasets.notes:
@@ -68,8 +82,10 @@ def _run(config: Config, task: Task, mesh: Mesh, datasets: Datasets) -> None:
     _check_data_lasts(engine, datasets, last_iteration, last_sample)
     _describe_batches(engine, check_schedules(engine, last_sample), last_sample, log)
     reporter = Reporter(config, mesh.shape.world_size, mesh.rank == 0, task.term_names, last_iteration)
+    stopping = Stopping(config, mesh.new_hosts(), started)
     try:
-        _train(engine, datasets, reporter, last_iteration, order, log)
+        with Saving(engine, order, reporter, log) as saving:
+            return _train(engine, datasets, reporter, last_iteration, saving, stopping, log)
     finally:
         reporter.close()
 
@@ -115,17 +131,19 @@ def _train(
     datasets: Datasets,
     reporter: Reporter,
     last_iteration: int,
-    order: dict[str, str],
+    saving: Saving,
+    stopping: Stopping,
     log: Callable[[str], None],
-) -> None:
-    config, progress = engine.config, engine.progress
-    training, checkpoint = config.training, config.checkpoint
-    last_saved = -1
+) -> ExitCode:
+    progress, eval_interval = engine.progress, engine.config.training.eval_interval
     with ExitStack() as stack:
         batches = stack.enter_context(
             closing(_global_batches(engine, datasets.train, progress.consumed_samples, engine.batch_sizes))
         )
         evaluation = _Evaluation(engine, datasets, stack)
+        if progress.evaluation_due:
+            evaluation.run(reporter)
+        stack.enter_context(stopping)
         reporter.start()
         while progress.iteration < last_iteration:
             stopwatch = _stopwatch(engine, progress.iteration + 1)
@@ -134,31 +152,29 @@ def _train(
                 _write_timeline(engine, stopwatch)
             reporter.step(progress.iteration, progress.consumed_samples, metrics)
             done = progress.iteration
-            if training.eval_interval and done % training.eval_interval == 0:
+            wish = stopping.after_step(done, saving.seconds)
+            is_last = done == last_iteration
+            leaving = wish.reason is not None and not is_last
+            progress.evaluation_due = bool(eval_interval and done % eval_interval == 0)
+            # Who is in a hurry cannot wait for an evaluation; it follows, in the run that goes on if need be.
+            if not wish.save and progress.evaluation_due:
                 evaluation.run(reporter)
-            leaving = training.exit_interval is not None and done % training.exit_interval == 0
-            due = checkpoint.save_interval is not None and done % checkpoint.save_interval == 0
-            if checkpoint.save and (due or leaving or done == last_iteration):
+            saving.after_step(now=wish.save, last=is_last or leaving)
+            if leaving:
                 reporter.flush()
-                resume = reporter.pause()
-                try:
-                    log(f"saved {save_engine(engine, checkpoint.save, order)}")
-                    last_saved = done
-                except ValueError as error:
-                    # A full disk may have room again; a run that ends here has no other chance.
-                    if leaving or done == last_iteration:
-                        raise
-                    log(f"{error}; training goes on, and the next --save-interval tries again")
-                resume()
-            if leaving and done < last_iteration:
-                reporter.flush()
-                log(f"left after iteration {done}, which --exit-interval {training.exit_interval} divides")
-                return
-            if done == last_iteration:
+                saving.finish()
+                log(f"left after iteration {done}: {wish.reason}")
+                return wish.exit_code
+            if progress.evaluation_due:
+                evaluation.run(reporter)
+            if is_last:
                 evaluation.run_test(reporter)
+            stopping.pause()
     reporter.flush()
-    if checkpoint.save and last_saved < 0:
+    saving.finish()
+    if engine.config.checkpoint.save and not saving.has_saved:
         log(f"nothing was trained and nothing saved: iteration {progress.iteration} is where the run ends")
+    return ExitCode.FINISHED
 
 
 class _Evaluation:
@@ -190,6 +206,7 @@ class _Evaluation:
                 self._publish(reporter, self._batches[name], training.eval_iters, name)
         if not self._is_full:
             progress.consumed_valid_samples += training.eval_iters * self._batch_sizes.at(0)
+        progress.evaluation_due = False
 
     def run_test(self, reporter: Reporter) -> None:
         """The same on the test data, if there is some; on less where there is less."""

@@ -10,10 +10,10 @@ import torch
 
 from megallm.agreement import on_every_rank
 from megallm.checkpoint.boxes import local_boxes, weight_boxes
+from megallm.checkpoint.commit import TRACKER
 from megallm.checkpoint.load import check_files, find_checkpoints, load_boxes
 from megallm.checkpoint.manifest import DamagedError, Manifest, digest, read_manifest
-from megallm.checkpoint.save import TRACKER, save_checkpoint
-from megallm.config import difference, from_dict, to_dict
+from megallm.config import difference, from_dict
 from megallm.config.tree import Config
 from megallm.mesh import Mesh
 from megallm.train.data_order import check_data_order
@@ -40,22 +40,6 @@ _MODEL_SHAPE = (
     "tie_embeddings",
     "vocab_size",
 )
-
-
-def save_engine(engine: Engine, root: str, order: dict[str, str] | None = None) -> Path:
-    """Saves weights, optimizer, progress and what the order of the data depends on. Called by all ranks."""
-    engine.reducer.finish_gather()
-    progress = engine.progress
-    state = {
-        "consumed_samples": progress.consumed_samples,
-        "consumed_valid_samples": progress.consumed_valid_samples,
-        "position": float(progress.position),
-        "num_updates": float(progress.num_updates),
-        "config": to_dict(engine.config),
-        "data_order": order or {},
-    }
-    boxes = local_boxes(engine.optimizer, engine.chunks, engine.mesh)
-    return save_checkpoint(root, progress.iteration, boxes, state, engine.mesh)
 
 
 class Loaded(NamedTuple):
@@ -140,6 +124,7 @@ def _take_up(engine: Engine, manifest: Manifest) -> None:
     progress.iteration = manifest.iteration
     progress.consumed_samples = state["consumed_samples"]
     progress.consumed_valid_samples = state["consumed_valid_samples"]
+    progress.evaluation_due = bool(state.get("evaluation_due"))
     progress.position.fill_(state["position"])
     progress.num_updates.fill_(state["num_updates"])
     for shard in engine.optimizer.shards:

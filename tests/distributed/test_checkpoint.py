@@ -16,11 +16,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from megallm.checkpoint.boxes import local_boxes
+from megallm.checkpoint.commit import TRACKER
 from megallm.checkpoint.load import find_checkpoints
 from megallm.checkpoint.manifest import MANIFEST, digest, read_manifest
-from megallm.checkpoint.save import TRACKER
 from megallm.train.engine import Engine
-from megallm.train.resume import load_engine, load_weights, save_engine
+from megallm.train.resume import load_engine, load_weights
+from megallm.train.saving import save_engine
 from megallm.train.step import train_step
 from tests.distributed.parity import GPT, LLAMA, Case, assemble, global_batch, make_engine, micro_batches
 from tests.distributed.parity_cases import (
@@ -493,7 +494,7 @@ def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
     engine = make_engine(0, Case("", UNTIED))
     save_engine(engine, str(tmp_path))
     engine.progress.consumed_valid_samples = 64
-    folder = save_engine(engine, str(tmp_path))
+    folder = save_engine(engine, str(tmp_path)).folder
     assert read_manifest(folder).state["consumed_valid_samples"] == 64
     assert sorted(file.name for file in folder.iterdir()) == [MANIFEST, "rank_00000.safetensors"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["iter_0000000", TRACKER]

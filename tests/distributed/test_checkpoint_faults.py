@@ -19,11 +19,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from megallm import failpoint
+from megallm.checkpoint.commit import TRACKER
 from megallm.checkpoint.load import find_checkpoints, verify
 from megallm.checkpoint.manifest import CHUNK_BYTES, MANIFEST, DamagedError, digest, read_manifest
-from megallm.checkpoint.save import TRACKER
 from megallm.train.engine import Engine
-from megallm.train.resume import load_engine, save_engine
+from megallm.train.resume import load_engine
+from megallm.train.saving import save_engine
 from tests.distributed.parity import LLAMA, Case, make_engine
 from tests.distributed.parity_cases import SHARDED
 from tests.distributed.pool import WorkerPool

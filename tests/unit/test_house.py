@@ -30,6 +30,7 @@ FLOORS = (
         "ops",
         "info",
         "failpoint",
+        "file_lock",
     ),
     ("layers", "optimizer", "data"),
     ("model",),

@@ -29,8 +29,8 @@ from typing import IO
 
 import numpy as np
 
-from megallm.data.samples.file_lock import try_lock
 from megallm.data.samples.node_memory import file_signature, once_per_node, status_signature
+from megallm.file_lock import try_lock
 
 Arrays = dict[str, np.ndarray]
 

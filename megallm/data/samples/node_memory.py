@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megallm.data.samples.file_lock import try_lock
+from megallm.file_lock import try_lock
 
 
 def once_per_node(name: str, signature: str, compute: Callable[[], str]) -> str:

@@ -212,7 +212,22 @@ CASES: dict[str, list[tuple[int, dict, dict]]] = {
     "evaluation_has_batches": [
         (1, {"training.eval_interval": 5, "training.eval_iters": 0}, {"training.eval_iters": 10}),
     ],
-    "saving_has_a_folder": [(1, {"checkpoint.save_interval": 5}, {"checkpoint.save": "FOLDER"})],
+    "saving_has_a_folder": [
+        (1, {"checkpoint.save_interval": 5}, {"checkpoint.save": "FOLDER"}),
+        (1, {"checkpoint.async_save": True}, {"checkpoint.save": "FOLDER"}),
+    ],
+    "retained_checkpoints_are_saved": [
+        (
+            1,
+            {"checkpoint.save": "FOLDER", "checkpoint.save_interval": 5, "checkpoint.save_retain_interval": 12},
+            {"checkpoint.save_retain_interval": 10},
+        ),
+        (
+            1,
+            {"checkpoint.save": "FOLDER", "checkpoint.save_retain_interval": 12},
+            {"checkpoint.save_interval": 12},
+        ),
+    ],
     "timeline_step_is_in_the_run": [
         (1, {"logging.timeline": "t", "logging.timeline_step": 101}, {"logging.timeline_step": 100}),
     ],

@@ -19,7 +19,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megallm.data.samples import file_lock, index_cache
+from megallm import file_lock
+from megallm.data.samples import index_cache
 from megallm.data.samples.index_cache import content_hash, load_or_build
 from megallm.data.samples.node_memory import file_signature, once_per_node
 

@@ -12,11 +12,14 @@ import contextlib
 import json
 import os
 import secrets
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+LOCK = "in-use.lock"
+"""The lock file of a folder that one job has for itself."""
 # An owner writes its name within moments of creating the file.
 SECONDS_WITHOUT_NAME = 5.0
 # An owner on another machine is alive as long as it touches the file, which it does every HEARTBEAT seconds. The limit
@@ -51,10 +54,48 @@ def try_lock(path: Path) -> Iterator[bool]:
             path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def own_folder(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Have a folder for oneself inside the block.
+
+    Waits where the owner is on another machine and may have ended, as long as it takes to know: a job that starts again
+    elsewhere after a crash finds the lock of the one before.
+
+    Raises:
+        OSError: the lock file cannot be created.
+        ValueError: another job has the folder; its host and process are named.
+    """
+    path = folder / LOCK
+    first_beat: float | None = None
+    while True:
+        with try_lock(path) as is_held:
+            if is_held:
+                yield
+                return
+        owner = _owner(path)
+        with contextlib.suppress(FileNotFoundError):
+            beat = path.stat().st_mtime
+            name = f"process {owner.get('process', '?')} on {owner.get('name', 'another machine')}"
+            if owner.get("host") == _host() or (first_beat is not None and beat > first_beat):
+                raise ValueError(
+                    f"{folder} is in use by another job, {name}: end that one, or give this one another --save"
+                )
+            if first_beat is None:
+                first_beat = beat
+                log(f"{folder} was last used by {name}; waiting to see whether it lives")
+        time.sleep(1.0)
+
+
 def _create(path: Path) -> str | None:
     """Create a lock file in our name; None if there is one."""
     token = secrets.token_hex(8)
-    owner = {"token": token, "host": _host(), "process": os.getpid(), "start": _start(os.getpid())}
+    owner = {
+        "token": token,
+        "host": _host(),
+        "name": socket.gethostname(),
+        "process": os.getpid(),
+        "start": _start(os.getpid()),
+    }
     text = json.dumps(owner).encode()
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)

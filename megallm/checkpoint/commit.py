@@ -1,0 +1,151 @@
+"""The steps of a save on the disk, in the order that keeps a checkpoint whole or absent whenever they end:
+
+1. a folder of a name that no other save has (`iter_0000100.TOKEN.tmp`);
+2. each rank's file and the list of what is in it, flushed to the disk;
+3. the manifest, which has the lists of all ranks, and the names of the files, flushed to the disk;
+4. the rename to `iter_0000100`: the commit;
+5. the names in the folder above flushed to the disk; then the tracker file, which is only a hint.
+
+A checkpoint of the same iteration steps aside first, as `iter_0000100.replaced`, and counts until the new one is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megallm.checkpoint.boxes import LocalBox
+from megallm.checkpoint.manifest import MANIFEST, join_rows, rows_to_json, to_json
+from megallm.checkpoint.shard_file import size_of, write_shard
+from megallm.failpoint import passing
+
+TRACKER = "latest_checkpointed_iteration.txt"
+REPLACED = ".replaced"
+_TEMPORARY = re.compile(r"iter_\d{7,}\.[0-9a-f]{16}\.tmp")
+
+
+def checkpoint_folder(root: str | Path, iteration: int) -> Path:
+    """Where the checkpoint of an iteration lives."""
+    return Path(root) / f"iter_{iteration:07d}"
+
+
+def temporary_folder(final: Path, token: str) -> Path:
+    """Where a checkpoint is written, or thrown away; what is left there is removed by the next save."""
+    return final.with_name(f"{final.name}.{token}.tmp")
+
+
+def begin(temporary: Path, needed: int) -> None:
+    """The first rank: clears what killed saves have left, sees that there is space, and makes the folder.
+
+    Raises:
+        OSError: that cannot be done.
+        ValueError: fewer than `needed` bytes are free.
+    """
+    root = temporary.parent
+    root.mkdir(parents=True, exist_ok=True)
+    with passing("checkpoint.leftovers.remove"):
+        _remove_leftovers(root)
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        raise ValueError(f"it takes {needed / 1e9:.3f} GB, and {root} has {free / 1e9:.3f} GB free")
+    with passing("checkpoint.folder.create"):
+        temporary.mkdir()
+
+
+def _remove_leftovers(root: Path) -> None:
+    for path in root.glob("iter_*"):
+        if _TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path)
+        elif path.name.endswith(REPLACED):
+            final = path.with_name(path.name.removesuffix(REPLACED))
+            if (final / MANIFEST).exists():
+                shutil.rmtree(path)
+            else:
+                # Its save ended between the two renames.
+                os.rename(path, final)
+
+
+def write_rank(temporary: Path, boxes: Sequence[LocalBox], rank: int) -> None:
+    """Each rank: its file, and the list of what is in it. Raises ValueError where the disk does not take them."""
+    # Where machines share no folder, only the first one has made it; the committer will miss what is written here.
+    temporary.mkdir(parents=True, exist_ok=True)
+    path = temporary / f"rank_{rank:05d}.safetensors"
+    try:
+        rows = rows_to_json(*write_shard(path, boxes, rank))
+        with passing("checkpoint.rows.write"):
+            path.with_suffix(".json").write_text(json.dumps(rows))
+    except OSError as error:
+        free = shutil.disk_usage(temporary).free
+        raise ValueError(
+            f"{path} could not be written: {error.strerror}; it takes {size_of(boxes) / 1e9:.3f} GB, and "
+            f"{free / 1e9:.3f} GB are free"
+        ) from None
+
+
+def commit(temporary: Path, final: Path, iteration: int, token: str, state: dict[str, Any], num_ranks: int) -> None:
+    """The first rank, once all have written: the manifest, the rename, the tracker.
+
+    Raises:
+        OSError: a step failed. Where that was the last ones, after the rename, the checkpoint is there.
+        ValueError: some ranks' files are not in the folder.
+    """
+    lists = [temporary / f"rank_{rank:05d}.json" for rank in range(num_ranks)]
+    missing = [path.stem for path in lists if not path.exists()]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(lists)} ranks' files are not in {temporary}, {missing[0]}'s for one: --save must "
+            "be a folder that all machines share"
+        )
+    rows = join_rows(json.loads(path.read_bytes()) for path in lists)
+    with passing("checkpoint.rows.remove"):
+        for path in lists:
+            path.unlink()
+    with passing("checkpoint.manifest.write"):
+        (temporary / MANIFEST).write_bytes(to_json(iteration, token, state, rows))
+    with passing("checkpoint.manifest.fsync"):
+        _flush(temporary / MANIFEST)
+    with passing("checkpoint.folder.fsync"):
+        _flush(temporary)
+    replaced = final.with_name(final.name + REPLACED)
+    if final.exists():
+        with passing("checkpoint.folder.replace"):
+            os.rename(final, replaced)
+    try:
+        with passing("checkpoint.folder.rename"):
+            os.rename(temporary, final)
+    except OSError:
+        if replaced.exists() and not final.exists():
+            os.rename(replaced, final)
+        raise
+    with passing("checkpoint.parent.fsync"):
+        _flush(final.parent)
+    _write_tracker(final.parent, iteration)
+    if replaced.exists():
+        with passing("checkpoint.replaced.remove"):
+            shutil.rmtree(replaced)
+
+
+def _write_tracker(root: Path, iteration: int) -> None:
+    written = root / (TRACKER + ".tmp")
+    try:
+        with passing("checkpoint.tracker.write"):
+            written.write_text(str(iteration))
+            _flush(written)
+        with passing("checkpoint.tracker.rename"):
+            os.replace(written, root / TRACKER)
+            _flush(root)
+    finally:
+        written.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

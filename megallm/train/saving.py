@@ -1,0 +1,184 @@
+"""When and how a run writes its checkpoints."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megallm
+from megallm.agreement import on_every_rank
+from megallm.checkpoint.background import BackgroundSaver
+from megallm.checkpoint.boxes import LocalBox, local_boxes
+from megallm.checkpoint.retention import Retention
+from megallm.checkpoint.save import Saved, save_checkpoint
+from megallm.config import to_dict
+from megallm.config.tree import CheckpointConfig
+from megallm.file_lock import LOCK
+from megallm.train.engine import Engine
+from megallm.train.metrics import Reporter
+
+
+class SaveError(ValueError):
+    """The last checkpoint of a run could not be written."""
+
+
+def save_engine(engine: Engine, root: str, order: dict[str, str] | None = None) -> Saved:
+    """Saves weights, optimizer, progress and what the order of the data depends on. Called by all ranks."""
+    boxes, state = _content(engine, order or {})
+    return save_checkpoint(
+        root, engine.progress.iteration, boxes, state, engine.mesh, _retention(engine.config.checkpoint)
+    )
+
+
+class Saving:
+    """Saves a run where its configuration says so, and when it is asked to: at once, or from a copy in the background.
+
+    To be used in a `with` block, which ends when everything is on the disk. Where the configuration names no folder,
+    nothing happens. Attribute `seconds`: the longest that a save has taken, from its beginning until it was on the
+    disk.
+    """
+
+    def __init__(self, engine: Engine, order: dict[str, str], reporter: Reporter, log: Callable[[str], None]) -> None:
+        self._engine, self._order, self._reporter, self._log = engine, order, reporter, log
+        self._settings = engine.config.checkpoint
+        self._retention = _retention(self._settings)
+        self._last_saved = -1
+        self.seconds = 0.0
+        self._file_system = _file_system(self._settings.save)
+        self._background: BackgroundSaver | None = None
+        if self._settings.save and self._settings.async_save:
+            self._background = BackgroundSaver(engine.mesh.new_hosts(), self._written)
+
+    def __enter__(self) -> Saving:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._background is not None:
+            self._background.close()
+
+    def after_step(self, *, now: bool, last: bool) -> None:
+        """Saves where an interval, or `now`, says so; always after the `last` step before the run ends or leaves.
+
+        Called by all ranks with the same arguments.
+
+        Raises:
+            SaveError: nothing can be written, and there will be no other chance. Else that is logged only.
+        """
+        if not self._settings.save:
+            return
+        done = self._engine.progress.iteration
+        intervals = (self._settings.save_interval, self._settings.non_persistent_save_interval)
+        if now or last or any(interval and done % interval == 0 for interval in intervals):
+            self._reporter.flush()
+            resume = self._reporter.pause()
+            self._save(last)
+            resume()
+
+    def finish(self) -> None:
+        """Returns when everything is on the disk. Raises SaveError where the last save failed."""
+        if self._background is not None:
+            outcome = self._background.wait()
+            if isinstance(outcome, ValueError):
+                raise SaveError(str(outcome))
+
+    @property
+    def has_saved(self) -> bool:
+        """Whether this run has begun to save a checkpoint."""
+        return self._last_saved >= 0
+
+    def _save(self, last: bool) -> None:
+        engine, root = self._engine, self._settings.save
+        assert root is not None, "there is a folder"
+        begin = time.perf_counter()
+        try:
+            on_every_rank(engine.mesh, self._check_file_system)
+            if self._background is None:
+                saved = save_engine(engine, root, self._order)
+                self._written(saved, time.perf_counter() - begin)
+            else:
+                boxes, state = _content(engine, self._order)
+                iteration = engine.progress.iteration
+                self._background.start(root, iteration, boxes, state, self._retention)
+                stall = time.perf_counter() - begin
+                self._log(f"saving iteration {iteration} in the background; training waited {stall:.3f} s for the copy")
+            self._last_saved = engine.progress.iteration
+        except ValueError as error:
+            # A full disk may have room again; a run that ends here has no other chance.
+            if last:
+                raise SaveError(str(error)) from None
+            self._written(error, time.perf_counter() - begin)
+
+    def _written(self, outcome: Saved | ValueError, seconds: float) -> None:
+        """Logs how a save went; with background saving, called by its thread once that is known."""
+        if isinstance(outcome, ValueError):
+            self._log(f"{outcome}; training goes on, and the next save tries again")
+            return
+        self.seconds = max(self.seconds, seconds)
+        gigabytes = outcome.num_bytes / 1e9
+        self._log(f"saved {outcome.folder} ({gigabytes:.3f} GB, on the disk after {seconds:.2f} s)")
+        for note in outcome.notes:
+            self._log(note)
+
+    def _check_file_system(self) -> None:
+        """A folder whose mount is gone looks empty, and would fill the disk below."""
+        root = self._settings.save
+        if root is None or self._file_system is None or _file_system(root) == self._file_system:
+            return
+        # A file system that was mounted again may have another number; what this run left in it is still there then.
+        if not (Path(root) / LOCK).exists():
+            raise ValueError(
+                f"--save {root} is not the folder that it was when the run began: is its file system still mounted?"
+            )
+
+
+def _content(engine: Engine, order: dict[str, str]) -> tuple[list[LocalBox], dict[str, Any]]:
+    """What this rank writes, and what goes into the manifest."""
+    engine.reducer.finish_gather()
+    progress, shape = engine.progress, engine.mesh.shape
+    layout = {
+        "tp": shape.tp,
+        "pp": shape.pp,
+        "virtual": engine.config.parallel.num_virtual_stages_per_pipeline_rank,
+        "dp": shape.dp,
+    }
+    state = {
+        "consumed_samples": progress.consumed_samples,
+        "consumed_valid_samples": progress.consumed_valid_samples,
+        "evaluation_due": progress.evaluation_due,
+        "position": float(progress.position),
+        "num_updates": float(progress.num_updates),
+        "config": to_dict(engine.config),
+        "data_order": order,
+        "saved": {
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "megallm": megallm.__version__,
+            "torch": torch.__version__,
+            "world_size": shape.world_size,
+            "layout": layout,
+        },
+    }
+    boxes = local_boxes(engine.optimizer, engine.chunks, engine.mesh)
+    return [box for box in boxes if box.saves], state
+
+
+def _retention(settings: CheckpointConfig) -> Retention:
+    return Retention(
+        keep_last=settings.save_keep_last,
+        retain_interval=settings.save_retain_interval,
+        save_interval=settings.save_interval,
+        non_persistent_interval=settings.non_persistent_save_interval,
+    )
+
+
+def _file_system(folder: str | None) -> int | None:
+    """The number of the file system that holds a folder; None where there is no folder."""
+    try:
+        return None if folder is None else os.stat(folder).st_dev
+    except OSError:
+        return None
