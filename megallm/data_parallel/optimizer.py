@@ -11,6 +11,7 @@ from megallm.data_parallel.reducer import GradientReducer
 from megallm.mesh import Mesh
 from megallm.optimizer.adamw import AdamWSettings, AdamWState, adamw_step, new_state
 from megallm.optimizer.clipping import clip_coefficient, squared_norm
+from megallm.optimizer.loss_scale import LossScale
 
 
 @dataclass
@@ -30,19 +31,21 @@ class Shard:
 class StepOutcome:
     """Scalars of one step, on the device.
 
-    The norm before clipping, whether the step was skipped (0 or 1), and sums that rode along.
+    The norm before clipping, whether the step was skipped (0 or 1), the loss scale of the next step, and sums that rode
+    along.
     """
 
     grad_norm: torch.Tensor
     skipped: torch.Tensor
+    loss_scale: torch.Tensor
     sums: torch.Tensor
 
 
 class BucketOptimizer:
     """AdamW over the buckets of a reducer.
 
-    Where weights are float32 or float64 they are their own master copy; for bfloat16 ones a float32 copy is kept for
-    this rank's ranges.
+    Where weights are float32 or float64 they are their own master copy; for 16-bit ones a float32 copy is kept for this
+    rank's ranges. Gradients come multiplied by the `loss_scale`, which moves on with each step.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class BucketOptimizer:
         weight_decay: float,
         max_grad_norm: float,
         overlap_gather: bool,
+        loss_scale: LossScale,
     ) -> None:
         self.reducer = reducer
         self.mesh = mesh
@@ -61,6 +65,7 @@ class BucketOptimizer:
         self.weight_decay = weight_decay
         self.max_grad_norm = max_grad_norm
         self.overlap_gather = overlap_gather
+        self.loss_scale = loss_scale
         self.shards: list[Shard] = []
         for bucket in reducer.buckets:
             own = bucket.weights[bucket.shard]
@@ -71,7 +76,8 @@ class BucketOptimizer:
         """Updates the weights from the reduced gradients.
 
         `learning_rate` is a float64 scalar. `sums`, float64 [n], is summed over all ranks in the message that carries
-        the norm. A norm that is not finite skips the step on every rank alike. Waits for nothing on a GPU.
+        the norm. A norm that is not finite skips the step on every rank alike, and is what the loss scale goes down by.
+        Waits for nothing on a GPU.
         """
         squares = squared_norm(
             [shard.gradient for shard in self.shards if self._counts(shard.bucket)], self.mesh.device
@@ -80,9 +86,11 @@ class BucketOptimizer:
         copies = squared_norm([s.gradient for s in self.shards if not s.bucket.key.counts], self.mesh.device)
         totals = torch.cat(((squares + 0.0 * copies).reshape(1), sums))
         self.mesh.world.all_reduce(totals)
-        norm = totals[0].sqrt()
+        scale = self.loss_scale.value
+        norm = totals[0].sqrt() / scale
         skipped = (~torch.isfinite(norm)).double()
-        coefficient = clip_coefficient(norm, self.max_grad_norm)
+        # One factor takes the loss scale out of the gradients and clips them.
+        coefficient = clip_coefficient(norm, self.max_grad_norm) / scale
         for shard in self.shards:
             adamw_step(
                 shard.master,
@@ -94,10 +102,11 @@ class BucketOptimizer:
                 clip_coefficient=coefficient,
                 skip=skipped,
             )
+        self.loss_scale.update(skipped)
         self.publish_weights()
         if not self.overlap_gather:
             self.reducer.finish_gather()
-        return StepOutcome(norm, skipped, totals[1:])
+        return StepOutcome(norm, skipped, self.loss_scale.value.clone(), totals[1:])
 
     def publish_weights(self) -> None:
         """Copies master weights into the model's and starts collecting the other ranks' ranges."""

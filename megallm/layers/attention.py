@@ -36,9 +36,14 @@ def attend(
         )
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    scores = query.matmul(key.transpose(-2, -1))
+    # Scaled inside the product, before it is rounded: unscaled scores of wide heads overflow in float16.
+    # [batch, heads, sequence, head_dim] -> [batch x heads, sequence, head_dim]
+    scores = torch.baddbmm(
+        query.new_empty(()), query.flatten(0, 1), key.flatten(0, 1).transpose(-2, -1), beta=0, alpha=scale
+    )
+    scores = scores.unflatten(0, query.shape[:2])  # [batch, heads, sequence, sequence]
     masked = None if allowed is None else ~allowed
-    weights = scaled_masked_softmax(scores, masked, scale, causal=allowed is None)
+    weights = scaled_masked_softmax(scores, masked, 1.0, causal=allowed is None)
     probability, stream, step, rows = dropout
     return apply_dropout(weights, stream, step, rows, probability).matmul(value)
 

@@ -21,7 +21,7 @@ def one_precision(config: Config, world_size: int) -> Iterator[Problem]:
             flags,
             f"{len(flags)} precisions are asked for",
             "",
-            "keep one; without any of them the run is in float32",
+            f"leave out {' or '.join(flags)}; without any of them the run is in float32",
         )
 
 

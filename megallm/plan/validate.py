@@ -39,6 +39,7 @@ RULES = (
     rules_parallel.param_gather_overlap_needs_distributed_optimizer,
     rules_parallel.backend_runs_on_device,
     rules_run.one_precision,
+    rules_run.loss_scale_starts_above_its_minimum,
     rules_run.minimum_is_below_peak,
     rules_run.warmup_starts_below_peak,
     rules_run.warmup_ends_before_decay,

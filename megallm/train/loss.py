@@ -8,9 +8,11 @@ and its count N_t:
 S_t and N_t run over the whole global batch: all micro-batches of all data parallel ranks. N_t is known before the
 first backward pass, since it depends on the data alone. Each micro-batch on each rank therefore differentiates
 
-    sum over t of  w_t * (its share of S_t) / N_t
+    scale * sum over t of  w_t * (its share of S_t) / N_t
 
-and gradients are plain sums over micro-batches and ranks. A batch in which nothing counts has loss 0.
+and gradients are plain sums over micro-batches and ranks. `scale` is the loss scale of float16 and 1 in every other
+precision; the optimizer divides the sums by it, in float32, before it does anything else with them. A batch in which
+nothing counts has loss 0.
 """
 
 from __future__ import annotations
@@ -38,11 +40,13 @@ class LossScaler:
         local_counts: float64 [terms], this rank's share of N_t.
         group: the data parallel ranks. The sum is started here and waited for where it is needed, so that a gather
             of weights that is still under way in the same group holds up nobody.
+        scale: scalar on the device.
 
-    `sums` is float64 [terms], this rank's S_t so far.
+    `sums` is float64 [terms], this rank's S_t so far, without the scale.
     """
 
-    def __init__(self, local_counts: torch.Tensor, group: Group) -> None:
+    def __init__(self, local_counts: torch.Tensor, group: Group, scale: torch.Tensor) -> None:
+        self._scale = scale
         self._counts = local_counts
         self._summing = group.all_reduce(self._counts, asynchronous=True)
         self.sums = torch.zeros_like(local_counts)
@@ -54,10 +58,12 @@ class LossScaler:
         return self._counts
 
     def __call__(self, terms: list[LossTerm]) -> torch.Tensor:
-        """The scalar to differentiate. `terms` come in the order of the counts."""
+        """The scalar to differentiate, in the terms' dtype: float32 or wider. `terms` come in the order of the
+        counts.
+        """
         counts = self.counts.clamp(min=1.0)
         total = terms[0].sum.new_zeros(())
         for number, term in enumerate(terms):
             self.sums[number] += term.sum.detach()
             total = total + term.sum * (term.weight / counts[number]).to(term.sum.dtype)
-        return total
+        return total * self._scale.to(total.dtype)

@@ -28,6 +28,7 @@ class StepRecord:
     iteration: int
     consumed_samples: int
     losses: dict[str, float]
+    loss_scale: float
     grad_norm: float
     learning_rate: float
     global_batch_size: int
@@ -107,7 +108,7 @@ class Reporter:
         seconds, self._last = now - self._last, now
         if not self.report:
             return
-        scalars = torch.stack((metrics.grad_norm, metrics.learning_rate, metrics.skipped))
+        scalars = torch.stack((metrics.loss_scale, metrics.grad_norm, metrics.learning_rate, metrics.skipped))
         readback = Readback(torch.cat((scalars, metrics.losses)))
         batch_size = metrics.global_batch_size
         previous, self._pending = self._pending, (iteration, consumed_samples, batch_size, readback, seconds)
@@ -157,11 +158,12 @@ class Reporter:
     def _publish(
         self, iteration: int, consumed_samples: int, batch_size: int, readback: Readback, seconds: float
     ) -> None:
-        grad_norm, learning_rate, skipped, *losses = readback.values()
+        loss_scale, grad_norm, learning_rate, skipped, *losses = readback.values()
         record = StepRecord(
             iteration=iteration,
             consumed_samples=consumed_samples,
             losses=dict(zip(self.term_names, losses, strict=True)),
+            loss_scale=loss_scale,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             global_batch_size=batch_size,
@@ -206,7 +208,7 @@ class Reporter:
             f" throughput per GPU (TFLOP/s/GPU): {teraflops:.4g} |"
             f" learning rate: {last.learning_rate:.6E} |"
             f" global batch size: {last.global_batch_size:5d} |"
-            f" {losses} | loss scale: 1.0 | grad norm: {last.grad_norm:.3f} |"
+            f" {losses} | loss scale: {last.loss_scale:.1f} | grad norm: {last.grad_norm:.3f} |"
             f" number of skipped iterations: {skipped:3d} | number of nan iterations: {nan:3d} |"
             f" tokens per second per process: {tokens / (milliseconds / 1e3) / self.world_size:.0f} |"
         )

@@ -127,6 +127,8 @@ def _take_up(engine: Engine, manifest: Manifest) -> None:
     progress.evaluation_due = bool(state.get("evaluation_due"))
     progress.position.fill_(state["position"])
     progress.num_updates.fill_(state["num_updates"])
+    # Checkpoints of older versions do not have it.
+    engine.optimizer.loss_scale.load_state(state.get("loss_scale", {}))
     for shard in engine.optimizer.shards:
         shard.state.num_updates.fill_(state["num_updates"])
 

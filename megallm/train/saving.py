@@ -153,6 +153,7 @@ def _content(engine: Engine, order: dict[str, str]) -> tuple[list[LocalBox], dic
         "evaluation_due": progress.evaluation_due,
         "position": float(progress.position),
         "num_updates": float(progress.num_updates),
+        "loss_scale": engine.optimizer.loss_scale.state(),
         "config": to_dict(engine.config),
         "data_order": order,
         "saved": {

@@ -17,13 +17,15 @@ Batch = dict[str, torch.Tensor]
 class StepMetrics:
     """Scalars of a step, still on the device. `losses` is float64 [terms], each term's mean over the global batch.
 
-    `global_batch_size` counts the samples of the step over all ranks.
+    `loss_scale` is that of the next step, as in Megatron's log. `global_batch_size` counts the samples of the step over
+    all ranks.
     """
 
     losses: torch.Tensor
     grad_norm: torch.Tensor
     learning_rate: torch.Tensor
     skipped: torch.Tensor
+    loss_scale: torch.Tensor
     global_batch_size: int
 
 
@@ -32,7 +34,7 @@ def train_step(engine: Engine, micro_batches: list[Batch], stopwatch: Stopwatch 
 
     Waits for nothing on a GPU: every scalar stays on the device.
     """
-    scaler = LossScaler(_local_counts(engine, micro_batches), engine.mesh.dp)
+    scaler = _loss_scaler(engine, micro_batches)
     dropout_step = torch.full((), engine.progress.iteration, dtype=torch.int64, device=engine.mesh.device)
     engine.reducer.start_step(len(micro_batches))
     engine.executor.run(
@@ -52,13 +54,13 @@ def train_step(engine: Engine, micro_batches: list[Batch], stopwatch: Stopwatch 
     engine.progress.iteration += 1
     engine.progress.consumed_samples += batch_size
     losses = outcome.sums / scaler.counts.clamp(min=1.0)
-    return StepMetrics(losses, outcome.grad_norm, rate, outcome.skipped, batch_size)
+    return StepMetrics(losses, outcome.grad_norm, rate, outcome.skipped, outcome.loss_scale, batch_size)
 
 
 def evaluate_step(engine: Engine, micro_batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums and counts of every loss term over one global batch, without dropout or gradients: two float64 [terms]."""
     engine.reducer.finish_gather()
-    scaler = LossScaler(_local_counts(engine, micro_batches), engine.mesh.dp)
+    scaler = _loss_scaler(engine, micro_batches)
     engine.executor.run(
         engine.schedule(len(micro_batches), forward_only=True),
         micro_batches,
@@ -67,6 +69,10 @@ def evaluate_step(engine: Engine, micro_batches: list[Batch]) -> tuple[torch.Ten
     sums = _own_sums(engine, scaler)
     engine.mesh.world.all_reduce(sums)
     return sums, scaler.counts
+
+
+def _loss_scaler(engine: Engine, micro_batches: list[Batch]) -> LossScaler:
+    return LossScaler(_local_counts(engine, micro_batches), engine.mesh.dp, engine.optimizer.loss_scale.value)
 
 
 def _local_counts(engine: Engine, micro_batches: list[Batch]) -> torch.Tensor:

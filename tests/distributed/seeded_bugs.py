@@ -135,7 +135,9 @@ def skip_decided_by_each_shard_alone(patch: pytest.MonkeyPatch) -> None:
 
 def mean_of_the_means_of_ranks(patch: pytest.MonkeyPatch) -> None:
     alone = Group((0,), 0, Transport(None))
-    patch.setattr(megallm.train.step, "LossScaler", lambda local, group: LossScaler(local * group.size, alone))
+    patch.setattr(
+        megallm.train.step, "LossScaler", lambda local, group, scale: LossScaler(local * group.size, alone, scale)
+    )
 
 
 def mean_of_the_means_of_micro_batches(patch: pytest.MonkeyPatch) -> Prepare:
@@ -170,7 +172,9 @@ def gradient_divided_by_the_number_of_micro_batches_once_more(patch: pytest.Monk
 
 def counts_summed_over_the_world(patch: pytest.MonkeyPatch) -> Prepare:
     def prepare(engine: Engine) -> None:
-        patch.setattr(megallm.train.step, "LossScaler", lambda local, group: LossScaler(local, engine.mesh.world))
+        patch.setattr(
+            megallm.train.step, "LossScaler", lambda local, group, scale: LossScaler(local, engine.mesh.world, scale)
+        )
 
     return prepare
 

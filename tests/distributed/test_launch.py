@@ -29,6 +29,7 @@ FIELDS = {
     "iteration",
     "consumed_samples",
     "lm_loss",
+    "loss_scale",
     "grad_norm",
     "learning_rate",
     "global_batch_size",

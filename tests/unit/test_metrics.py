@@ -36,12 +36,13 @@ def config(tmp_path: Path) -> Config:
     return resolve(build(settings), 1)
 
 
-def metrics(loss: float, *, norm: float = 1.0, skipped: float = 0.0) -> StepMetrics:
+def metrics(loss: float, *, norm: float = 1.0, skipped: float = 0.0, scale: float = 1.0) -> StepMetrics:
     return StepMetrics(
         torch.tensor([loss], dtype=torch.float64),
         torch.tensor(norm, dtype=torch.float64),
         torch.tensor(0.1, dtype=torch.float64),
         torch.tensor(skipped, dtype=torch.float64),
+        torch.tensor(scale, dtype=torch.float64),
         4,
     )
 
@@ -93,6 +94,15 @@ def test_log_line_means_over_its_steps(config: Config, capsys: pytest.CaptureFix
     ]
     assert "iteration        2/       5 |" in lines[0]
     assert "consumed samples:           20 |" in lines[2]
+
+
+def test_the_loss_scale_is_the_last_one(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = reporter_of(config)
+    reporter.step(1, 4, metrics(4.0, scale=2.0**32))
+    reporter.step(2, 8, metrics(2.0, scale=2.0**31, skipped=1.0, norm=math.inf))
+    reporter.close()
+    assert " | loss scale: 2147483648.0 | grad norm: inf |" in capsys.readouterr().out
+    assert [line["loss_scale"] for line in written(config)] == [2.0**32, 2.0**31]
 
 
 def test_skipped_and_undefined_steps_are_counted(config: Config, capsys: pytest.CaptureFixture[str]) -> None:

@@ -155,7 +155,9 @@ def test_each_mistake_is_a_sentence(words: str, sentence: str, capsys: pytest.Ca
 
 
 def test_all_mistakes_come_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    message = refused(capsys, *"--num-layer 4 --lr fast --fp16 --context-parallel-size 2 --activation x".split())
+    message = refused(
+        capsys, *"--num-layer 4 --lr fast --fp8-format e4m3 --context-parallel-size 2 --activation x".split()
+    )
     assert "5 problems in the configuration" in message
     assert [f"  {number}. --" in message for number in range(1, 7)] == [True] * 5 + [False]
 
@@ -223,7 +225,7 @@ def test_flags_without_effect_are_listed_in_one_warning(
 @pytest.mark.parametrize(
     ("words", "way_out"),
     [
-        ("--fp16", "use --bf16"),
+        ("--fp8-format e4m3", "use --bf16"),
         ("--context-parallel-size 2", "--tensor-model-parallel-size"),
         ("--num-experts 8", "leave it out"),
         ("--moe-router-topk 2", "leave it out"),
@@ -343,10 +345,13 @@ def test_flags_of_a_llama_script_parse() -> None:
     assert not config.model.add_bias_linear
 
 
-def test_flags_of_an_old_script_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    old = "--fp16 --rampup-batch-size 16 16 5859375 --lr-warmup-fraction .001".split()
-    message = refused(capsys, *old, *(word for word in GPT_3 if word != "--bf16"))
-    assert "2 problems" in message
+def test_flags_of_an_old_script_parse_but_for_one(capsys: pytest.CaptureFixture[str]) -> None:
+    float16 = "--fp16 --initial-loss-scale 65536 --min-loss-scale 1.0 --loss-scale-window 500 --hysteresis 2".split()
+    old = [*float16, *"--rampup-batch-size 16 16 5859375".split(), *(word for word in GPT_3 if word != "--bf16")]
+    training = parse(*old).training
+    assert training.fp16
+    assert (training.loss_scale, training.initial_loss_scale, training.loss_scale_window) == (None, 2**16, 500)
+    assert "1 problem" in refused(capsys, *old, "--lr-warmup-fraction", ".001")
 
 
 def test_help_is_grouped_and_readable(capsys: pytest.CaptureFixture[str]) -> None:

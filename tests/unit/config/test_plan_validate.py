@@ -185,7 +185,13 @@ CASES: dict[str, list[tuple[int, dict, dict]]] = {
             {"parallel.distributed_backend": "gloo"},
         ),
     ],
-    "one_precision": [(1, {"training.bf16": True, "training.fp64": True}, {"training.bf16": False})],
+    "one_precision": [
+        (1, {"training.bf16": True, "training.fp64": True}, {"training.bf16": False}),
+        (1, {"training.bf16": True, "training.fp16": True}, {"training.bf16": False}),
+    ],
+    "loss_scale_starts_above_its_minimum": [
+        (1, {"training.initial_loss_scale": 0.5}, {"training.min_loss_scale": 0.5}),
+    ],
     "minimum_is_below_peak": [(1, {"optimizer.min_lr": 0.1}, {"optimizer.min_lr": 0.0001})],
     "warmup_starts_below_peak": [(1, {"optimizer.lr_warmup_init": 0.1}, {"optimizer.lr_warmup_init": 0.0})],
     "warmup_ends_before_decay": [
