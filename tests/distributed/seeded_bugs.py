@@ -179,6 +179,50 @@ def counts_summed_over_the_world(patch: pytest.MonkeyPatch) -> Prepare:
     return prepare
 
 
+# The loss scale
+
+
+def loss_scale_not_taken_out_on_the_last_rank(patch: pytest.MonkeyPatch) -> Prepare:
+    def prepare(engine: Engine) -> None:
+        if engine.mesh.rank != engine.mesh.shape.world_size - 1:
+            return
+
+        def step(weights: torch.Tensor, gradient: torch.Tensor, *others: Any, **named: Any) -> None:
+            gradient *= engine.optimizer.loss_scale.value
+            adamw_step(weights, gradient, *others, **named)
+
+        patch.setattr(megallm.data_parallel.optimizer, "adamw_step", step)
+
+    return prepare
+
+
+def clipped_by_the_norm_of_scaled_gradients(patch: pytest.MonkeyPatch) -> Prepare:
+    def prepare(engine: Engine) -> None:
+        patch.setattr(
+            megallm.data_parallel.optimizer,
+            "clip_coefficient",
+            lambda norm, limit: clip_coefficient(norm * engine.optimizer.loss_scale.value, limit),
+        )
+
+    return prepare
+
+
+def loss_scale_moved_by_each_rank_alone(patch: pytest.MonkeyPatch) -> Prepare:
+    def prepare(engine: Engine) -> None:
+        step, scale = engine.optimizer.step, engine.optimizer.loss_scale
+        update = scale.update
+
+        def step_with_own_scale(*arguments: Any) -> Any:
+            finite = [torch.isfinite(shard.gradient).all() for shard in engine.optimizer.shards]
+            own = (~torch.stack(finite).all()).double()
+            patch.setattr(scale, "update", lambda skipped: update(own))
+            return step(*arguments)
+
+        patch.setattr(engine.optimizer, "step", step_with_own_scale)
+
+    return prepare
+
+
 # Dropout and positions
 
 
