@@ -42,10 +42,16 @@ def pretrain(config: Config, make_task: Callable[[Config], Task]) -> ExitCode:
     Raises ValueError, the same on every rank, for a mistake in the configuration or in a file it names.
     """
     started = time.monotonic()
-    with joined_processes(config) as (resolved, mesh), ExitStack() as stack:
-        config, datasets = on_every_rank(mesh, lambda: _read_files(resolved, mesh.shape.world_size))
+    with joined_processes(config) as (resolved, mesh):
+        return pretrain_on(mesh, resolved, make_task, started)
+
+
+def pretrain_on(mesh: Mesh, config: Config, make_task: Callable[[Config], Task], started: float) -> ExitCode:
+    """The same for processes that have joined, with a resolved configuration, since `started` (`time.monotonic()`)."""
+    with ExitStack() as stack:
+        with_tokenizer, datasets = on_every_rank(mesh, lambda: _read_files(config, mesh.shape.world_size))
         on_every_rank(mesh, lambda: _take_outputs(config, stack) if mesh.rank == 0 else None)
-        return _run(config, make_task(config), mesh, datasets, started)
+        return _run(with_tokenizer, make_task(with_tokenizer), mesh, datasets, started)
 
 
 def _take_outputs(config: Config, stack: ExitStack) -> None:
