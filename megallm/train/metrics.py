@@ -91,6 +91,10 @@ class Reporter:
         self._window: list[StepRecord] = []
         self.last_iteration = config.training.train_iters if last_iteration is None else last_iteration
         logging = config.logging
+        training = config.training
+        moves = training.fp16 and training.loss_scale is None
+        # Below this, overflows no longer come from the scale; None once that has been said.
+        self._loss_scale_floor = training.min_loss_scale if moves else None
         self._json = JsonLines(logging.metrics_jsonl) if report and logging.metrics_jsonl else None
         self._tensorboard: Any = None
         if report and logging.tensorboard_dir:
@@ -171,6 +175,7 @@ class Reporter:
             step_time_ms=seconds * 1e3,
             tokens_per_second=batch_size * self.config.data.seq_length / seconds,
         )
+        self._warn_at_the_floor(record)
         self._window.append(record)
         if self._json is not None:
             self._json.write(record.to_dict())
@@ -181,6 +186,17 @@ class Reporter:
         if iteration % self.config.logging.log_interval == 0 or iteration == self.last_iteration:
             print(self._log_line(), flush=True)
             self._window.clear()
+
+    def _warn_at_the_floor(self, record: StepRecord) -> None:
+        floor = self._loss_scale_floor
+        if floor is not None and record.skipped and record.loss_scale <= floor:
+            self._loss_scale_floor = None
+            print(
+                f"> iteration {record.iteration} was skipped with the loss scale at --min-loss-scale {floor:g}: what "
+                "overflows is not the scaled gradient but the model itself. Go back to an earlier checkpoint with a "
+                "lower --lr, or with --bf16",
+                flush=True,
+            )
 
     def _log_line(self) -> str:
         """Megatron's fields in Megatron's order; times, losses and counts are those since the last line.

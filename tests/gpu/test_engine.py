@@ -39,14 +39,18 @@ def test_losses_equal_those_of_the_cpu(features):
     assert losses(case, "cuda") == pytest.approx(losses(case, "cpu"), rel=1e-10)
 
 
-def test_bfloat16_trains():
-    case = Case("one GPU", LLAMA)
-    found = losses(case, "cuda", num_steps=20, fp64=False, bf16=True)
+@pytest.mark.parametrize("features", [LLAMA, GPT | DROPOUT], ids=["llama", "gpt with dropout"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sixteen_bits_train(precision, features):
+    case = Case("one GPU", features | {"training.initial_loss_scale": 2.0**20})
+    found = losses(case, "cuda", num_steps=20, fp64=False, **{precision: True})
     assert found[-1] < found[0]
 
 
-def test_a_step_waits_for_nothing():
-    config = resolve(build(Case("one GPU", LLAMA).settings()), 1)
+@pytest.mark.parametrize("precision", ["fp64", "bf16", "fp16"])
+def test_a_step_waits_for_nothing(precision):
+    settings = Case("one GPU", LLAMA).settings() | {"training.fp64": False, f"training.{precision}": True}
+    config = resolve(build(settings), 1)
     assert config.model.vocab_size
     engine = build_engine(config, GPTTask(config.model.vocab_size), Mesh(MeshShape(), 0, torch.device("cuda")))
     batch = {name: tensor.cuda() for name, tensor in global_batch(0, 8, 16, config.model.vocab_size, "full").items()}

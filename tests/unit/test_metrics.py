@@ -105,6 +105,19 @@ def test_the_loss_scale_is_the_last_one(config: Config, capsys: pytest.CaptureFi
     assert [line["loss_scale"] for line in written(config)] == [2.0**32, 2.0**31]
 
 
+def test_overflows_at_the_lowest_loss_scale_are_told_once(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    for fp16, told in ((True, 1), (False, 0)):
+        reporter = reporter_of(replace(config, training=replace(config.training, fp16=fp16)))
+        reporter.step(1, 4, metrics(1.0, scale=2.0, skipped=1.0, norm=math.nan))
+        reporter.step(2, 8, metrics(1.0, scale=1.0, norm=1.0))
+        for number in (3, 4):
+            reporter.step(number, 4 * number, metrics(1.0, scale=1.0, skipped=1.0, norm=math.nan))
+        reporter.close()
+        output = capsys.readouterr().out
+        assert output.count("> iteration 3 was skipped with the loss scale at --min-loss-scale 1:") == told
+        assert output.count("was skipped with") == told
+
+
 def test_skipped_and_undefined_steps_are_counted(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     reporter = reporter_of(config)
     reporter.step(1, 4, metrics(math.nan, norm=math.nan, skipped=1.0))
