@@ -30,9 +30,9 @@ class SaveError(ValueError):
 
 def save_engine(engine: Engine, root: str, order: dict[str, str] | None = None) -> Saved:
     """Saves weights, optimizer, progress and what the order of the data depends on. Called by all ranks."""
-    boxes, state = _content(engine, order or {})
+    boxes, state = content_of(engine, order or {})
     return save_checkpoint(
-        root, engine.progress.iteration, boxes, state, engine.mesh, _retention(engine.config.checkpoint)
+        root, engine.progress.iteration, boxes, state, engine.mesh, retention_of(engine.config.checkpoint)
     )
 
 
@@ -47,7 +47,7 @@ class Saving:
     def __init__(self, engine: Engine, order: dict[str, str], reporter: Reporter, log: Callable[[str], None]) -> None:
         self._engine, self._order, self._reporter, self._log = engine, order, reporter, log
         self._settings = engine.config.checkpoint
-        self._retention = _retention(self._settings)
+        self._retention = retention_of(self._settings)
         self._last_saved = -1
         self.seconds = 0.0
         self._file_system = _file_system(self._settings.save)
@@ -102,7 +102,7 @@ class Saving:
                 saved = save_engine(engine, root, self._order)
                 self._written(saved, time.perf_counter() - begin)
             else:
-                boxes, state = _content(engine, self._order)
+                boxes, state = content_of(engine, self._order)
                 iteration = engine.progress.iteration
                 self._background.start(root, iteration, boxes, state, self._retention)
                 stall = time.perf_counter() - begin
@@ -137,8 +137,8 @@ class Saving:
             )
 
 
-def _content(engine: Engine, order: dict[str, str]) -> tuple[list[LocalBox], dict[str, Any]]:
-    """What this rank writes, and what goes into the manifest."""
+def content_of(engine: Engine, order: dict[str, str]) -> tuple[list[LocalBox], dict[str, Any]]:
+    """What this rank writes, and what goes into the manifest. Called by all ranks."""
     engine.reducer.finish_gather()
     progress, shape = engine.progress, engine.mesh.shape
     layout = {
@@ -168,7 +168,8 @@ def _content(engine: Engine, order: dict[str, str]) -> tuple[list[LocalBox], dic
     return [box for box in boxes if box.saves], state
 
 
-def _retention(settings: CheckpointConfig) -> Retention:
+def retention_of(settings: CheckpointConfig) -> Retention:
+    """Which checkpoints a configuration keeps."""
     return Retention(
         keep_last=settings.save_keep_last,
         retain_interval=settings.save_retain_interval,

@@ -19,20 +19,23 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from megallm import failpoint
+from megallm.checkpoint.background import BackgroundSaver
 from megallm.checkpoint.commit import TRACKER
 from megallm.checkpoint.load import find_checkpoints, verify
 from megallm.checkpoint.manifest import CHUNK_BYTES, MANIFEST, DamagedError, digest, read_manifest
+from megallm.checkpoint.save import Saved
 from megallm.train.engine import Engine
 from megallm.train.resume import load_engine
-from megallm.train.saving import save_engine
+from megallm.train.saving import content_of, retention_of, save_engine
 from tests.distributed.parity import LLAMA, Case, make_engine
 from tests.distributed.parity_cases import SHARDED
 from tests.distributed.pool import WorkerPool
 
-CASE = Case("", LLAMA, dp=2, layout=SHARDED)
+CASE = Case("", LLAMA | {"checkpoint.save_keep_last": 2}, dp=2, layout=SHARDED)
 OLD, NEW = 2.0, 3.0
 ONE_RANK_ONLY = "checkpoint.shard", "checkpoint.rows.write"
 SAME_ITERATION_ONLY = "checkpoint.folder.replace", "checkpoint.replaced.remove"
+NEXT_ITERATION_ONLY = "checkpoint.prune.rename", "checkpoint.prune.remove"
 COMMIT = list(failpoint.POINTS).index("checkpoint.folder.rename")
 
 
@@ -51,8 +54,8 @@ def fill(engine: Engine, value: float) -> None:
             tensor.fill_(value)
 
 
-def save(rank: int, root: str, iteration: int, value: float, armed: str | None = None) -> str:
-    """Saves; gives the sentence with which that failed."""
+def save(rank: int, root: str, iteration: int, value: float, armed: str | None = None, background: bool = False) -> str:
+    """Saves; gives the sentence with which that, or a part of it, failed."""
     os.environ["RANK"] = str(rank)
     os.environ.pop(failpoint.VARIABLE, None)
     engine = make_engine(rank, CASE)
@@ -61,12 +64,27 @@ def save(rank: int, root: str, iteration: int, value: float, armed: str | None =
     if armed:
         os.environ[failpoint.VARIABLE] = armed
     try:
-        save_engine(engine, root)
+        saved = save_in_background(engine, root) if background else save_engine(engine, root)
+        return " ".join(saved.notes)
     except ValueError as error:
         return str(error)
     finally:
         os.environ.pop(failpoint.VARIABLE, None)
-    return ""
+
+
+def save_in_background(engine: Engine, root: str) -> Saved:
+    """While the tensors are already other ones."""
+    saver = BackgroundSaver(engine.mesh.new_hosts(), lambda outcome, seconds: None)
+    boxes, state = content_of(engine, {})
+    saver.start(root, engine.progress.iteration, boxes, state, retention_of(engine.config.checkpoint))
+    fill(engine, -1.0)
+    outcome = saver.wait()
+    saver.close()
+    engine.mesh.close()
+    if isinstance(outcome, ValueError):
+        raise outcome
+    assert outcome is not None
+    return outcome
 
 
 def value_of(folder: Path) -> float:
@@ -83,15 +101,16 @@ def value_of(folder: Path) -> float:
 
 
 def prepare(victims: WorkerPool, root: Path, iteration: int) -> None:
-    """A folder with a checkpoint, and with what a killed save has left."""
-    victims.run(2, save, str(root), iteration, OLD)
+    """A folder with an old checkpoint, one before it that goes next, and what a killed save has left."""
+    for number in (iteration - 2, iteration):
+        victims.run(2, save, str(root), number, OLD)
     shutil.copytree(root / f"iter_{iteration:07d}", root / f"iter_{iteration:07d}.00000000000000aa.tmp")
 
 
-def assert_next_save_is_clean(victims: WorkerPool, root: Path, iterations: set[int]) -> None:
-    """Another save goes through and leaves nothing but checkpoints."""
+def assert_next_save_is_clean(victims: WorkerPool, root: Path, before: int) -> None:
+    """Another save goes through and leaves nothing but the two newest checkpoints."""
     assert victims.run(2, save, str(root), 9, NEW) == ["", ""]
-    names = {f"iter_{iteration:07d}" for iteration in iterations | {9}}
+    names = {f"iter_{iteration:07d}" for iteration in (before, 9)}
     assert {path.name for path in root.iterdir()} == names | {TRACKER}
     assert (root / TRACKER).read_text() == "9"
     assert value_of(root / "iter_0000009") == NEW
@@ -107,29 +126,45 @@ def places(point: str) -> list[str]:
 PLACES = [(point, place) for point in failpoint.POINTS for place in places(point)]
 
 
+HOW = ("next iteration", "same iteration", "in the background")
+
+
+def reachable(point: str, how: str) -> bool:
+    """Nothing steps aside for another iteration, and nothing goes where the number of checkpoints stays the same."""
+    return point not in (NEXT_ITERATION_ONLY if how == "same iteration" else SAME_ITERATION_ONLY)
+
+
+KILLS = [(point, place, how) for point, place in PLACES for how in HOW if reachable(point, how)]
+
+
+def test_every_failpoint_is_reached_by_some_kill() -> None:
+    assert {point for point, _, _ in KILLS} == set(failpoint.POINTS)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("again", [False, True], ids=["next iteration", "same iteration"])
-@pytest.mark.parametrize(("point", "place"), PLACES, ids=[place for _, place in PLACES])
+@pytest.mark.parametrize(("point", "place", "how"), KILLS, ids=[f"{place} {how}" for _, place, how in KILLS])
 def test_killed_there_the_old_or_the_new_one_is_whole(
-    victims: WorkerPool, tmp_path: Path, point: str, place: str, again: bool
+    victims: WorkerPool, tmp_path: Path, point: str, place: str, how: str
 ) -> None:
-    if point in SAME_ITERATION_ONLY and not again:
-        pytest.skip("nothing steps aside for another iteration")
-    root, iteration = tmp_path / "checkpoints", 5 if again else 6
+    root, iteration = tmp_path / "checkpoints", 5 if how == "same iteration" else 6
     prepare(victims, root, 5)
+    # That the process dies there is what shows that the place is reached.
     with pytest.raises(RuntimeError, match=rf"rank {place.split('@')[1][0]} failed|process died"):
-        victims.run(2, save, str(root), iteration, NEW, f"{place}=kill")
+        victims.run(2, save, str(root), iteration, NEW, f"{place}=kill", how == "in the background")
     newest = find_checkpoints(str(root))[0]
     position = list(failpoint.POINTS).index(point)
     is_committed = COMMIT < position < list(failpoint.POINTS).index("checkpoint.leftovers.remove")
     is_committed |= place.startswith("checkpoint.folder.rename.after")
     assert value_of(newest) == (NEW if is_committed else OLD)
-    assert_next_save_is_clean(victims, root, {5, 6} if is_committed and not again else {5})
+    assert_next_save_is_clean(victims, root, iteration if is_committed else 5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("error", ["EIO", "ENOSPC", "EDQUOT"])
-@pytest.mark.parametrize(("point", "place"), [pair for pair in PLACES if ".before@" in pair[1]])
+@pytest.mark.parametrize(
+    ("point", "place"),
+    [pair for pair in PLACES if ".before@" in pair[1] and reachable(pair[0], "same iteration")],
+)
 def test_an_error_there_is_a_sentence_and_the_run_goes_on(
     victims: WorkerPool, tmp_path: Path, point: str, place: str, error: str
 ) -> None:
@@ -142,7 +177,19 @@ def test_an_error_there_is_a_sentence_and_the_run_goes_on(
     assert not [path for path in root.glob("*.tmp") if path.name != "iter_0000005.00000000000000aa.tmp"]
     newest = find_checkpoints(str(root))[0]
     assert value_of(newest) in (OLD, NEW)
-    assert_next_save_is_clean(victims, root, {5})
+    assert_next_save_is_clean(victims, root, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", NEXT_ITERATION_ONLY)
+def test_an_old_checkpoint_that_cannot_be_removed_is_named_and_the_new_one_counts(
+    victims: WorkerPool, tmp_path: Path, point: str
+) -> None:
+    prepare(victims, tmp_path, 5)
+    said = victims.run(2, save, str(tmp_path), 6, NEW, f"{point}.before=EIO")
+    assert said == [f"an old checkpoint could not be removed from {tmp_path}: [Errno 5] Input/output error", ""]
+    assert value_of(find_checkpoints(str(tmp_path))[0]) == NEW
+    assert_next_save_is_clean(victims, tmp_path, 6)
 
 
 def test_the_failpoints_are_listed_and_nonsense_is_refused() -> None:
