@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def _train(rank: int, settings: dict[str, Any], world_size: int) -> None:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     mesh = Mesh(MeshShape(tp=tp, pp=pp, dp=world_size // (tp * pp)), rank, torch.device("cpu"))
     try:
-        _run(config, GPTTask.from_config(config), mesh, build_datasets(config, None))
+        _run(config, GPTTask.from_config(config), mesh, build_datasets(config, None), time.monotonic())
     finally:
         mesh.close()
 
