@@ -77,6 +77,11 @@ class Hosts:
     world: Group
     device: torch.device
 
+    @staticmethod
+    def alone() -> Hosts:
+        """This process by itself."""
+        return Hosts(Group((0,), 0, Transport(None)), torch.device("cpu"))
+
 
 class Mesh:
     """This process's place in the mesh and its groups.

@@ -36,6 +36,19 @@ class LocalBox:
         return f"{self.kind}/{self.name}@{','.join(str(start) for start in self.offset)}"
 
 
+def declared_box(
+    kind: str,
+    name: str,
+    dtype: torch.dtype,
+    global_shape: tuple[int, ...],
+    offset: tuple[int, ...] | None = None,
+    shape: tuple[int, ...] | None = None,
+) -> LocalBox:
+    """A box that this process will save, without its values: the whole tensor, or [offset, offset + shape) of it."""
+    tensor = torch.empty(global_shape if shape is None else shape, dtype=dtype, device="meta")
+    return LocalBox(kind, name, global_shape, offset or (0,) * len(global_shape), tensor, saves=True)
+
+
 def local_boxes(optimizer: BucketOptimizer, chunks: dict[int, nn.Module], mesh: Mesh) -> Iterator[LocalBox]:
     """Weights and moments of this rank's ranges, and the frozen parameters of its chunks."""
     for shard in optimizer.shards:

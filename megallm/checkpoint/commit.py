@@ -15,9 +15,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megallm.checkpoint.boxes import LocalBox
 from megallm.checkpoint.manifest import MANIFEST, join_rows, rows_to_json, to_json
@@ -70,13 +72,18 @@ def _remove_leftovers(root: Path) -> None:
                 os.rename(path, final)
 
 
-def write_rank(temporary: Path, boxes: Sequence[LocalBox], rank: int) -> None:
-    """Each rank: its file, and the list of what is in it. Raises ValueError where the disk does not take them."""
+def write_rank(
+    temporary: Path, boxes: Sequence[LocalBox], rank: int, tensors: Iterable[torch.Tensor] | None = None
+) -> None:
+    """Each rank: its file, as `write_shard` makes it, and the list of what is in it.
+
+    Raises ValueError where the disk does not take them.
+    """
     # Where machines share no folder, only the first one has made it; the committer will miss what is written here.
     temporary.mkdir(parents=True, exist_ok=True)
     path = temporary / f"rank_{rank:05d}.safetensors"
     try:
-        rows = rows_to_json(*write_shard(path, boxes, rank))
+        rows = rows_to_json(*write_shard(path, boxes, rank, tensors))
         with passing("checkpoint.rows.write"):
             path.with_suffix(".json").write_text(json.dumps(rows))
     except OSError as error:

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
-
-import torch
 
 from megallm.checkpoint.boxes import LocalBox
 from megallm.checkpoint.commit import REPLACED, checkpoint_folder
-from megallm.checkpoint.manifest import (
-    DTYPES,
-    MANIFEST,
-    DamagedError,
-    Manifest,
-    SavedBox,
-    SavedFile,
-    SavedTensor,
-    read_manifest,
-)
+from megallm.checkpoint.manifest import MANIFEST, DamagedError, Manifest, SavedFile, read_manifest
+from megallm.checkpoint.reading import SLAB_BYTES, OpenCheckpoint
 from megallm.checkpoint.shard_file import ShardReader
 
-# What one step of copying reads, rounded up to whole rows of a tensor.
-SLAB_BYTES = 2**26
 _FOLDER = re.compile(r"iter_(\d{7,})(" + re.escape(REPLACED) + ")?")
 
 
@@ -60,41 +46,23 @@ def find_checkpoints(root: str, iteration: int | None = None) -> list[Path]:
     return [found[number] for number in sorted(found, reverse=True)]
 
 
-@torch.no_grad()
 def load_boxes(folder: Path, manifest: Manifest, boxes: Iterable[LocalBox]) -> None:
-    """Fills the boxes' tensors from a checkpoint; elements are converted where the types differ.
-
-    Every byte that is read is compared with its checksum. Only files that hold a part of a box are opened, and only the
-    rows of a tensor that are needed are read, rounded to chunks that have a checksum.
+    """Fills the boxes' tensors from a checkpoint, as `OpenCheckpoint.fill` does.
 
     Raises:
         DamagedError: the checkpoint is not as it was written.
         ValueError: it lacks a tensor or has it in another shape.
     """
-    with ExitStack() as stack:
-        readers: dict[int, ShardReader] = {}
+    with OpenCheckpoint(folder, manifest) as checkpoint:
         for box in boxes:
-            name = f"{box.kind}/{box.name}"
-            tensor = manifest.tensors.get(name)
-            if tensor is None:
-                raise ValueError(f"{folder} holds no {box.kind} of {box.name}: is it a checkpoint of another model?")
-            if tensor.shape != box.global_shape:
+            saved = checkpoint.saved(box.kind, box.name)
+            if saved.shape != box.global_shape:
                 raise ValueError(
-                    f"{folder} holds {box.kind} of {box.name} with shape {tensor.shape}, but this model wants "
+                    f"{folder} holds {box.kind} of {box.name} with shape {saved.shape}, but this model wants "
                     f"{box.global_shape}: the model that was saved has another shape. "
                     "Give the same model flags as the run that saved it."
                 )
-            filled = 0
-            for source in tensor.boxes:
-                for begin, end in _overlap(box, source):
-                    if source.file not in readers:
-                        readers[source.file] = stack.enter_context(ShardReader(folder, manifest.files[source.file]))
-                    _copy(readers[source.file], name, tensor, source, box, begin, end)
-                    filled += math.prod(b - a for a, b in zip(begin, end, strict=True))
-            if filled != box.tensor.numel():
-                raise DamagedError(
-                    f"{folder} holds {filled} of {box.tensor.numel()} elements of {name} at {box.offset}"
-                )
+            checkpoint.fill(box.kind, box.name, box.offset, box.tensor)
 
 
 def check_files(folder: Path, files: Iterable[SavedFile]) -> None:
@@ -124,36 +92,3 @@ def verify(folder: Path) -> Iterator[tuple[Path, int]]:
                         for at in range(0, box.num_bytes, SLAB_BYTES):
                             reader.read(name, box, at, min(at + SLAB_BYTES, box.num_bytes))
         yield folder / file.name, file.num_bytes
-
-
-def _overlap(box: LocalBox, source: SavedBox) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """First corner and the one behind the last of what a saved box and a local box share, if they do."""
-    shape = tuple(box.tensor.shape)
-    begin = tuple(max(a, b) for a, b in zip(box.offset, source.offset, strict=True))
-    ends = zip(box.offset, shape, source.offset, source.shape, strict=True)
-    end = tuple(min(a + n, b + m) for a, n, b, m in ends)
-    if all(first < last for first, last in zip(begin, end, strict=True)):
-        yield begin, end
-
-
-def _copy(
-    reader: ShardReader,
-    name: str,
-    tensor: SavedTensor,
-    source: SavedBox,
-    box: LocalBox,
-    begin: tuple[int, ...],
-    end: tuple[int, ...],
-) -> None:
-    """Copy what lies between two corners from a saved box to a local one, some rows at a time."""
-    row_bytes = source.num_bytes // source.shape[0]
-    step = max(1, SLAB_BYTES // row_bytes)
-    there = tuple(slice(a - o, b - o) for a, b, o in zip(begin[1:], end[1:], source.offset[1:], strict=True))
-    here = tuple(slice(a - o, b - o) for a, b, o in zip(begin[1:], end[1:], box.offset[1:], strict=True))
-    for first in range(begin[0], end[0], step):
-        last = min(first + step, end[0])
-        row = first - source.offset[0]
-        data = reader.read(name, source, row * row_bytes, (last - source.offset[0]) * row_bytes)
-        # [rows, ...], as the source has them
-        values = torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).view(last - first, *source.shape[1:])
-        box.tensor[(slice(first - box.offset[0], last - box.offset[0]), *here)].copy_(values[(slice(None), *there)])

@@ -173,7 +173,7 @@ def _parse(content: dict[str, Any]) -> Manifest:
 
 def _parse_tensor(name: str, row: dict[str, Any], files: tuple[SavedFile, ...]) -> SavedTensor:
     shape, item_size = tuple(row["shape"]), DTYPES[row["dtype"]].itemsize
-    _require(all(_is_count(size) for size in shape), f"{name} has the shape {shape}")
+    _require(bool(shape) and all(_is_count(size) for size in shape), f"{name} has the shape {shape}")
     boxes = tuple(
         SavedBox(file, begin, num_bytes, tuple(offset), tuple(sizes), tuple(chunks))
         for file, begin, num_bytes, offset, sizes, chunks in row["boxes"]
@@ -192,7 +192,22 @@ def _parse_tensor(name: str, row: dict[str, Any], files: tuple[SavedFile, ...]) 
         _require(all(_is_digest(chunk) for chunk in box.chunks), f"a box of {name} has a broken checksum")
     held = sum(math.prod(box.shape) for box in boxes)
     _require(held == math.prod(shape), f"{held} of {math.prod(shape)} elements of {name} are there")
+    _require(not _overlap_somewhere(boxes), f"boxes of {name} overlap")
     return SavedTensor(row["dtype"], shape, boxes)
+
+
+def _overlap_somewhere(boxes: tuple[SavedBox, ...]) -> bool:
+    """Whether an element is in two boxes: another one would then be in none, and keep what was in memory before."""
+    # Down the rows, with the boxes that the current row goes through: few, since ranks hold flat ranges.
+    current: list[SavedBox] = []
+    for box in sorted((box for box in boxes if math.prod(box.shape)), key=lambda box: box.offset[0]):
+        current = [other for other in current if other.offset[0] + other.shape[0] > box.offset[0]]
+        for other in current:
+            sides = zip(box.offset, box.shape, other.offset, other.shape, strict=True)
+            if all(a < b + m and b < a + n for a, n, b, m in sides):
+                return True
+        current.append(box)
+    return False
 
 
 def _require(condition: bool, otherwise: str) -> None:

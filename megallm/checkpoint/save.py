@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,9 @@ def save_checkpoint(
     state: dict[str, Any],
     mesh: Mesh | Hosts,
     retention: Retention = _KEEP_ALL,
+    tensors: Iterable[torch.Tensor] | None = None,
 ) -> Saved:
-    """Writes a checkpoint of the boxes that this rank saves.
+    """Writes a checkpoint of the boxes that this rank saves: of their tensors, or of `tensors` in their stead.
 
     Called by all ranks; returns when it is committed and on the disk, and older ones that `retention` gives up are
     gone.
@@ -53,7 +54,7 @@ def save_checkpoint(
     notes: tuple[str, ...] = ()
     try:
         on_every_rank(mesh, lambda: begin(temporary, needed) if world.rank == 0 else None)
-        on_every_rank(mesh, lambda: write_rank(temporary, boxes, world.rank))
+        on_every_rank(mesh, lambda: write_rank(temporary, boxes, world.rank, tensors))
         on_every_rank(
             mesh, lambda: commit(temporary, final, iteration, token, state, world.size) if world.rank == 0 else None
         )
@@ -68,6 +69,20 @@ def save_checkpoint(
         except OSError as error:
             notes = (f"an old checkpoint could not be removed from {root}: {error}",)
     return Saved(final, needed, notes)
+
+
+def save_stream(
+    root: str, iteration: int, boxes: Sequence[LocalBox], tensors: Iterable[torch.Tensor], state: dict[str, Any]
+) -> Saved:
+    """Writes a checkpoint in this process alone, of tensors that are made one after another while it is written.
+
+    `boxes`, made by `declared_box`, say what will come, in the order in which it comes: each is a whole tensor or a
+    part of one, and together they are all of each. `state` needs the configuration under `config`; without moments
+    of the optimizer nothing else is needed, and a run starts from the weights.
+
+    Raises ValueError if it cannot be written, or if `tensors` raises one. Nothing is left then.
+    """
+    return save_checkpoint(root, iteration, boxes, state, Hosts.alone(), tensors=tensors)
 
 
 def _same_token(mesh: Mesh | Hosts) -> str:

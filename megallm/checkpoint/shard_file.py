@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,8 +24,12 @@ def size_of(boxes: Sequence[LocalBox]) -> int:
     return len(_header(boxes)) + sum(box.tensor.nbytes for box in boxes)
 
 
-def write_shard(path: Path, boxes: Sequence[LocalBox], number: int) -> tuple[SavedFile, dict[str, SavedTensor]]:
+def write_shard(
+    path: Path, boxes: Sequence[LocalBox], number: int, tensors: Iterable[torch.Tensor] | None = None
+) -> tuple[SavedFile, dict[str, SavedTensor]]:
     """Write boxes to a new file and flush it to the disk; gives its rows for the manifest, as file `number`.
+
+    What is written are the boxes' tensors, or in their stead `tensors` of the same shapes and types, one after another.
 
     The checksums are those of the tensors in memory: what a disk or a bus does to the bytes on their way is noticed
     when they are read. Beside the tensors no more memory is taken than the largest box has, where it is not on the CPU.
@@ -34,26 +38,29 @@ def write_shard(path: Path, boxes: Sequence[LocalBox], number: int) -> tuple[Sav
         OSError: the file cannot be written.
     """
     header = _header(boxes)
-    tensors: dict[str, SavedTensor] = {}
+    rows: dict[str, SavedTensor] = {}
     begin = len(header)
     with passing("checkpoint.shard.open"):
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     try:
         _write(descriptor, memoryview(header))
-        for box in boxes:
-            data = _bytes_of(box.tensor)
+        contents = (box.tensor for box in boxes) if tensors is None else tensors
+        for box, tensor in zip(boxes, contents, strict=True):
+            wanted = tuple(box.tensor.shape), box.tensor.dtype
+            assert (tuple(tensor.shape), tensor.dtype) == wanted, f"{box.key} was declared as {wanted}"
+            data = _bytes_of(tensor)
             chunks = tuple(digest(data[at : at + CHUNK_BYTES]) for at in range(0, len(data), CHUNK_BYTES))
             _write(descriptor, data)
             name = f"{box.kind}/{box.name}"
             saved = SavedBox(number, begin, len(data), box.offset, tuple(box.tensor.shape), chunks)
-            known = tensors.get(name, SavedTensor(_NAMES[box.tensor.dtype], box.global_shape, ()))
-            tensors[name] = SavedTensor(known.dtype, known.shape, (*known.boxes, saved))
+            known = rows.get(name, SavedTensor(_NAMES[box.tensor.dtype], box.global_shape, ()))
+            rows[name] = SavedTensor(known.dtype, known.shape, (*known.boxes, saved))
             begin += len(data)
         with passing("checkpoint.shard.fsync"):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return SavedFile(path.name, begin, len(header), digest(header)), tensors
+    return SavedFile(path.name, begin, len(header), digest(header)), rows
 
 
 def _header(boxes: Sequence[LocalBox]) -> bytes:
@@ -110,6 +117,10 @@ class ShardReader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file; nothing is read after that."""
         os.close(self._descriptor)
 
     def check_header(self) -> None:

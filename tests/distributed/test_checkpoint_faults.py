@@ -350,6 +350,12 @@ HOSTILE = {
     "number for a list": put(5, 3),
     "unknown type": lambda manifest: next(iter(manifest["tensors"].values())).update(dtype="O8"),
     "huge tensor": lambda manifest: next(iter(manifest["tensors"].values())).update(shape=[2**40, 2**20]),
+    "no dims": lambda manifest: next(iter(manifest["tensors"].values())).update(
+        shape=[], boxes=[[0, manifest["files"][0][2], 8, [], [], ["0" * 16]]]
+    ),
+    "a box twice, another missing": lambda manifest: next(iter(manifest["tensors"].values())).update(
+        shape=[2, 1], boxes=[[0, manifest["files"][0][2], 8, [0, 0], [1, 1], ["0" * 16]]] * 2
+    ),
     "file twice": lambda manifest: manifest["files"].append(manifest["files"][0]),
     "tensors are a list": lambda manifest: manifest.update(tensors=[]),
     "state is a number": lambda manifest: manifest.update(state=1),
