@@ -55,7 +55,6 @@ class Refused:
 
 
 IGNORED = (
-    Ignored("--rope-scaling-factor", "it only acts with --use-rope-scaling"),
     Ignored(
         "--apply-query-key-layer-scaling", "scores are scaled before they are rounded, and their softmax is float32"
     ),
@@ -128,10 +127,6 @@ IGNORED = (
 )
 
 REFUSED = (
-    Refused("--rotary-percent", "all channels of a head are rotated; leave it out", ("1", "1.0")),
-    Refused("--rotary-interleaved", "channels are paired by halves; leave it out, or permute the weights"),
-    Refused("--rotary-seq-len-interpolation-factor", "positions are not scaled; use --rotary-base", ("1",)),
-    Refused("--use-rope-scaling", "rotary frequencies are not scaled; use --rotary-base"),
     Refused("--apply-layernorm-1p", "norm weights are stored as they are, around 1; leave it out"),
     Refused("--qk-layernorm", "queries and keys are not normalised; leave it out"),
     Refused("--init-method-xavier-uniform", "weights are drawn from a normal distribution; use --init-method-std"),

@@ -131,6 +131,11 @@ def kv_channels(model: ModelConfig) -> int:
     return model.hidden_size // model.num_attention_heads
 
 
+def rotary_width(model: ModelConfig) -> int:
+    """Channels of a head that rotary positions turn. Raises ValueError where the width of a head is not whole."""
+    return int(kv_channels(model) * model.rotary_percent)
+
+
 def pipeline_schedule(parallel: ParallelConfig) -> str:
     """The schedule by name; "auto" becomes "interleaved" with virtual stages and "1f1b" without."""
     if parallel.pipeline_schedule != "auto":

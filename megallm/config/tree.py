@@ -61,6 +61,38 @@ class ModelConfig:
         choices=("learned_absolute", "sinusoidal", "rope", "none"),
     )
     rotary_base: float = option(10000.0, "--rotary-base", "base of the rotary frequencies")
+    rotary_percent: float = option(
+        1.0, "--rotary-percent", "share of each head's channels that rotary positions turn, the first ones"
+    )
+    rotary_interleaved: bool = option(
+        False,
+        "--rotary-interleaved",
+        "rotary positions turn channels 2i and 2i+1 as a pair (GPT-J), not i and i + half (GPT-NeoX, Llama)",
+    )
+    rotary_seq_len_interpolation_factor: float | None = option(
+        None, "--rotary-seq-len-interpolation-factor", "rotary positions are divided by this; default: they are not"
+    )
+    use_rope_scaling: bool = option(
+        False,
+        "--use-rope-scaling",
+        "slow down the low rotary frequencies as Llama 3.1 and later do, for texts longer than they were trained on",
+    )
+    rope_scaling_factor: float = option(
+        8.0, "--rope-scaling-factor", "with --use-rope-scaling: the lowest frequencies are divided by this"
+    )
+    rope_scaling_low_freq_factor: float = option(
+        1.0,
+        "--rope-scaling-low-freq-factor",
+        "with --use-rope-scaling: frequencies that turn fewer times within the original length are fully divided",
+    )
+    rope_scaling_high_freq_factor: float = option(
+        4.0,
+        "--rope-scaling-high-freq-factor",
+        "with --use-rope-scaling: frequencies that turn more times within the original length stay as they are",
+    )
+    rope_scaling_original_length: int = option(
+        8192, "--rope-scaling-original-length", "with --use-rope-scaling: tokens in a sequence before the scaling"
+    )
     normalization: str = option("LayerNorm", "--normalization", "kind of norm", choices=("LayerNorm", "RMSNorm"))
     norm_epsilon: float = option(1e-5, "--norm-epsilon", "added to the variance inside the norm")
     activation: str = option(

@@ -11,7 +11,7 @@ from megallm.layers.context import LayoutContext, SequenceContext
 from megallm.layers.dropout import apply_dropout
 from megallm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megallm.layers.regions import gather_features
-from megallm.ops import apply_rotary, scaled_masked_softmax
+from megallm.ops import scaled_masked_softmax
 from megallm.random import stream_key
 
 
@@ -109,9 +109,8 @@ class SelfAttention(nn.Module):
         query, key, value = self.input(hidden).split(self.input.local_sizes, dim=-1)
         query = query.unflatten(-1, (self.local_heads, self.head_dim))  # [s, b, heads, head_dim]
         key, value = self._groups(key), self._groups(value)  # [s, b, groups, head_dim]
-        if sequence.rotary is not None:
-            query = apply_rotary(query, *sequence.rotary)
-            key = apply_rotary(key, *sequence.rotary)
+        if sequence.rotation is not None:
+            query, key = sequence.rotation.apply(query), sequence.rotation.apply(key)
         # [s, b, heads, head_dim] -> [b, heads, s, head_dim]
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         dropout = self._dropout(sequence)

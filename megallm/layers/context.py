@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megallm.communication import Group
+from megallm.layers.positions import Rotation
 
 # (weight, gradient of the output [tokens, out], input [tokens, in]) -> None: adds their product to where the weight's
 # gradient is kept.
@@ -80,7 +81,7 @@ class SequenceContext:
         sequence_length: tokens in a sequence, over all tensor ranks.
         local_positions: int64 [local sequence], places within the sequence of the tokens this rank holds between
             linear layers.
-        rotary: cosines and sines [sequence, batch or 1, 1, head_dim], or None.
+        rotation: turns queries and keys by their positions; None in a model without rotary positions.
         allowed: bool [batch, 1, sequence, sequence], True where attention may look, or None for plain causal attention.
         step: int64 scalar tensor, the training step, keys dropout; None where dropout is off.
     """
@@ -88,7 +89,7 @@ class SequenceContext:
     sample_ids: torch.Tensor
     sequence_length: int
     local_positions: torch.Tensor
-    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    rotation: Rotation | None = None
     allowed: torch.Tensor | None = None
     step: torch.Tensor | None = None
 

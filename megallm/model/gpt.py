@@ -12,8 +12,9 @@ from megallm.layers.dropout import HiddenDropout
 from megallm.layers.embedding import embed_tokens, padded_vocab_size, vocabulary_parameter
 from megallm.layers.linear import column_parallel_linear
 from megallm.layers.norm import Norm
-from megallm.layers.positions import rotary_table, sinusoidal_table
+from megallm.layers.positions import sinusoidal_table
 from megallm.model.block import TransformerLayer
+from megallm.model.positions import rotary_positions
 from megallm.parameter import Description, initialize, make_parameter, whole
 
 Batch = dict[str, torch.Tensor]
@@ -102,13 +103,10 @@ class GPTStage(nn.Module):
     hidden states, or logits from the last stage.
     """
 
-    cosines: torch.Tensor | None
-    sines: torch.Tensor | None
-
     def __init__(self, config: Config, layers: range, context: LayoutContext, *, is_first: bool, is_last: bool) -> None:
         super().__init__()
         model, training = config.model, config.training
-        assert model.vocab_size and model.kv_channels and model.max_position_embeddings, "the configuration is resolved"
+        assert model.vocab_size, "the configuration is resolved"
         self.config = config
         self.context = context
         self.recompute_layers = training.recompute_granularity == "full"
@@ -123,14 +121,7 @@ class GPTStage(nn.Module):
         if is_last:
             shared = self.embedding.word if self.embedding is not None and model.tie_embeddings else None
             self.head = GPTHead(config, context, padded, shared)
-        cosines = sines = None
-        if model.position_embedding_type == "rope":
-            # Angles of late positions need more digits than 16 bits have.
-            dtype = torch.float64 if context.dtype == torch.float64 else torch.float32
-            positions = torch.arange(model.max_position_embeddings, device=context.device).unsqueeze(1)
-            cosines, sines = rotary_table(positions, model.kv_channels, model.rotary_base, dtype)
-        self.register_buffer("cosines", cosines, persistent=False)
-        self.register_buffer("sines", sines, persistent=False)
+        self.rotary = rotary_positions(model, context)
 
     def forward(
         self, inputs: tuple[torch.Tensor, ...], batch: Batch, step: torch.Tensor | None
@@ -153,12 +144,9 @@ class GPTStage(nn.Module):
         length = tokens.shape[1]
         local = length // context.tp.size if context.sequence_parallel else length
         start = context.tp.rank * local if context.sequence_parallel else 0
-        rotary = None
-        if self.cosines is not None and self.sines is not None:
-            rotary = self.cosines[:length], self.sines[:length]
-            if self.config.data.reset_position_ids:
-                positions = batch["position_ids"].t()  # [batch, sequence] -> [sequence, batch]
-                rotary = self.cosines[positions, 0], self.sines[positions, 0]  # [sequence, batch, 1, head_dim]
+        rotation = None
+        if self.rotary is not None:
+            rotation = self.rotary(length, batch["position_ids"] if self.config.data.reset_position_ids else None)
         allowed = None
         if "document_ids" in batch:
             documents = batch["document_ids"]
@@ -168,7 +156,7 @@ class GPTStage(nn.Module):
             sample_ids=batch["sample_ids"],
             sequence_length=length,
             local_positions=torch.arange(start, start + local, device=tokens.device),
-            rotary=rotary,
+            rotation=rotation,
             allowed=allowed,
             step=step,
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
-from megallm.config.resolve import ffn_hidden_size, kv_channels, num_query_groups
+from megallm.config.resolve import ffn_hidden_size, kv_channels, num_query_groups, rotary_width
 from megallm.config.tree import Config, ModelConfig
 from megallm.plan.problem import Problem, divisors_near, multiples_near, rule
 
@@ -138,16 +139,72 @@ def positions_reach_sequence_length(config: Config, world_size: int) -> Iterator
         )
 
 
-@rule("model.hidden_size", "model.num_attention_heads", "model.kv_channels", "model.position_embedding_type")
+@rule(
+    "model.hidden_size",
+    "model.num_attention_heads",
+    "model.kv_channels",
+    "model.position_embedding_type",
+    "model.rotary_percent",
+)
 def rotary_width_is_even(config: Config, world_size: int) -> Iterator[Problem]:
-    """Rotary positions turn pairs of channels."""
-    width = _head_width(config.model)
-    if config.model.position_embedding_type == "rope" and width is not None and width % 2:
+    """Rotary positions turn pairs of channels, at least one."""
+    model, width = config.model, _head_width(config.model)
+    if model.position_embedding_type != "rope" or width is None:
+        return
+    turned = rotary_width(model)
+    if turned % 2 == 0 and turned > 0:
+        return
+    if width % 2:
+        way_out = f"--kv-channels {multiples_near(width, 2)}"
+    else:
+        # Rounded up, since the product is cut off to a whole number.
+        way_out = f"--rotary-percent {math.ceil(1e4 * (turned + 2 - turned % 2) / width) / 1e4:g}"
+    yield Problem(
+        ("--position-embedding-type", "--kv-channels", "--rotary-percent"),
+        f"rotary positions turn pairs of channels, but they would turn {turned} of a head's {width}",
+        f"int({width} x {model.rotary_percent:g}) = {turned}",
+        f"use {way_out}, or --position-embedding-type learned_absolute",
+    )
+
+
+@rule(
+    "model.position_embedding_type",
+    "model.rotary_percent",
+    "model.rotary_seq_len_interpolation_factor",
+)
+def rotary_settings_act(config: Config, world_size: int) -> Iterator[Problem]:
+    """Settings of rotary positions in a model that has none would change nothing, in silence."""
+    model = config.model
+    asked = {
+        "--rotary-percent": model.rotary_percent != 1.0,
+        "--rotary-interleaved": model.rotary_interleaved,
+        "--rotary-seq-len-interpolation-factor": model.rotary_seq_len_interpolation_factor is not None,
+        "--use-rope-scaling": model.use_rope_scaling,
+    }
+    flags = tuple(flag for flag, given in asked.items() if given)
+    if flags and model.position_embedding_type != "rope":
         yield Problem(
-            ("--position-embedding-type", "--kv-channels"),
-            f"rotary positions turn pairs of channels, but a head has {width}",
-            f"{width} % 2 = 1",
-            f"use --kv-channels {multiples_near(width, 2)}, or --position-embedding-type learned_absolute",
+            (*flags, "--position-embedding-type"),
+            f"settings of rotary positions in a model with {model.position_embedding_type} positions",
+            "",
+            "add --position-embedding-type rope, or leave out the others",
+        )
+
+
+@rule(
+    "model.rope_scaling_low_freq_factor",
+    "model.rope_scaling_high_freq_factor",
+)
+def rope_scaling_fades(config: Config, world_size: int) -> Iterator[Problem]:
+    """Between the frequencies that are scaled and those that are not there is a band in which the scaling fades."""
+    low, high = config.model.rope_scaling_low_freq_factor, config.model.rope_scaling_high_freq_factor
+    if config.model.use_rope_scaling and low >= high:
+        yield Problem(
+            ("--rope-scaling-low-freq-factor", "--rope-scaling-high-freq-factor"),
+            f"frequencies of fewer than {low:g} turns are scaled and those of more than {high:g} are not, with no "
+            "band between them",
+            f"{low:g} >= {high:g}",
+            f"use --rope-scaling-high-freq-factor {4 * low:g}, or --rope-scaling-low-freq-factor {high / 4:g}",
         )
 
 

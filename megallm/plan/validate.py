@@ -25,6 +25,8 @@ RULES = (
     rules_model.tensor_size_divides_ffn,
     rules_model.positions_reach_sequence_length,
     rules_model.rotary_width_is_even,
+    rules_model.rotary_settings_act,
+    rules_model.rope_scaling_fades,
     rules_model.sinusoidal_width_is_even,
     rules_parallel.layout_divides_world,
     rules_batches.ramp_up_leads_to_the_global_batch,

@@ -28,6 +28,12 @@ SEVEN_LAYERS = {"model.num_layers": 7}
 ONE_GROUP = {"model.group_query_attention": True, "model.num_query_groups": 1}
 SINUSOIDAL = {"model.position_embedding_type": "sinusoidal"}
 NO_POSITIONS = {"model.position_embedding_type": "none"}
+LLAMA_3_ROTARY = {
+    "model.use_rope_scaling": True,
+    "model.rope_scaling_original_length": 8,
+    "model.rotary_seq_len_interpolation_factor": 2.0,
+}
+PARTIAL_INTERLEAVED = {"model.rotary_percent": 0.5, "model.rotary_interleaved": True}
 GEGLU = {"model.activation": "geglu"}
 SQUARED_RELU = {"model.activation": "squared_relu"}
 THREE_GROUPS = {
@@ -60,6 +66,7 @@ CASES = [
     Case("gpt, tensor, multi-query (1 group)", GPT | ONE_GROUP, tp=2),
     Case("gpt, tensor 2, three query groups", GPT | THREE_GROUPS, tp=2, layout=NO_SEQUENCE_PARALLEL),
     Case("gpt, tensor, sinusoidal positions, geglu", GPT | SINUSOIDAL | GEGLU, tp=2, layout=FULL),
+    Case("llama, tensor, rotary scaled, partial, interleaved", LLAMA | LLAMA_3_ROTARY | PARTIAL_INTERLEAVED, tp=2),
     Case("llama, 1f1b", LLAMA, pp=2),
     Case("gpt tied, gpipe", GPT, pp=2, layout=GPIPE),
     Case("gpt tied, interleaved", GPT | DROPOUT, pp=2, layout=TWO_STAGES),

@@ -5,7 +5,9 @@ transformers is imported where it is used: of the workers only the one that buil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,32 +29,63 @@ FFN_HIDDEN_SIZE = 48
 ROTARY_BASE = 500.0
 NORM_EPSILON = 1e-6
 
-MODELS = ("llama", "llama tied", "gpt2")
+LLAMA_3_SCALING = {
+    "rope_type": "llama3",
+    "rope_theta": ROTARY_BASE,
+    "factor": 4.0,
+    "low_freq_factor": 0.2,
+    "high_freq_factor": 1.5,
+    "original_max_position_embeddings": 12,
+}
 
 
 class _RotaryInDoubleWidth(nn.Module):
     """Cosines and sines in the dtype of the hidden states; those of transformers have the precision of float32."""
 
+    def __init__(self, parameters: Mapping[str, Any], head_dim: int) -> None:
+        super().__init__()
+        width = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+        self.frequencies = [
+            _scaled(parameters["rope_theta"] ** (-2 * pair / width), parameters) for pair in range(width // 2)
+        ]
+
     def forward(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """position_ids int64 [batch, sequence] -> two [batch, sequence, head_dim]."""
-        frequencies = 1.0 / ROTARY_BASE ** (torch.arange(0, HEAD_DIM, 2, dtype=hidden.dtype) / HEAD_DIM)
-        angles = position_ids.unsqueeze(-1).to(hidden.dtype) * frequencies
+        """position_ids int64 [batch, sequence] -> two [batch, sequence, rotated channels]."""
+        angles = position_ids.unsqueeze(-1).to(hidden.dtype) * hidden.new_tensor(self.frequencies)
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()
+
+
+def _scaled(frequency: float, parameters: Mapping[str, Any]) -> float:
+    """One frequency as `rope_type` says, after the description of each type rather than its code."""
+    if parameters["rope_type"] == "linear":
+        return frequency / parameters["factor"]
+    if parameters["rope_type"] == "default":
+        return frequency
+    assert parameters["rope_type"] == "llama3", f"a frequency of type {parameters['rope_type']}"
+    wavelength, original = 2 * math.pi / frequency, parameters["original_max_position_embeddings"]
+    low, high, factor = parameters["low_freq_factor"], parameters["high_freq_factor"], parameters["factor"]
+    if wavelength < original / high:
+        return frequency
+    if wavelength > original / low:
+        return frequency / factor
+    smooth = (original / wavelength - low) / (high - low)
+    return (1 - smooth) * frequency / factor + smooth * frequency
 
 
 def build_model(name: str, dtype: torch.dtype) -> nn.Module:
     """A model of transformers in evaluation mode with random values in every parameter, norms and biases too.
 
-    In float64 the parts of Llama that go through float32 (rotary angles and norms) are replaced by ones that do not.
+    In float64 the parts that go through float32 (rotary angles and RMSNorm) are replaced by ones that do not.
     """
-    model = (_gpt2() if name == "gpt2" else _llama(tied=name == "llama tied")).to(dtype).eval()
-    if name != "gpt2" and dtype == torch.float64:
-        model.model.rotary_emb = _RotaryInDoubleWidth()
-        model.model.norm = nn.RMSNorm(HIDDEN_SIZE, NORM_EPSILON, dtype=dtype)
-        for layer in model.model.layers:
-            layer.input_layernorm = nn.RMSNorm(HIDDEN_SIZE, NORM_EPSILON, dtype=dtype)
-            layer.post_attention_layernorm = nn.RMSNorm(HIDDEN_SIZE, NORM_EPSILON, dtype=dtype)
+    model = MODELS[name].build().to(dtype).eval()
+    if dtype == torch.float64:
+        for module in list(model.modules()):
+            for child_name, child in list(module.named_children()):
+                if type(child).__name__.endswith("RMSNorm"):
+                    setattr(module, child_name, nn.RMSNorm(child.weight.shape, NORM_EPSILON, dtype=dtype))
+                elif type(child).__name__.endswith("RotaryEmbedding"):
+                    setattr(module, child_name, _RotaryInDoubleWidth(child.config.rope_parameters, HEAD_DIM))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -62,23 +95,27 @@ def build_model(name: str, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _llama(tied: bool) -> Any:
+def _llama(**changes: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=FFN_HIDDEN_SIZE,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=NUM_HEADS,
-        num_key_value_heads=NUM_GROUPS,
-        max_position_embeddings=MAX_POSITIONS,
-        rms_norm_eps=NORM_EPSILON,
-        rope_parameters={"rope_type": "default", "rope_theta": ROTARY_BASE},
-        tie_word_embeddings=tied,
-        attn_implementation="sdpa",
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**(_like_llama() | changes)))
+
+
+def _like_llama() -> dict[str, Any]:
+    """What the configurations of Llama and its descendants share."""
+    return {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": HIDDEN_SIZE,
+        "intermediate_size": FFN_HIDDEN_SIZE,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": NUM_HEADS,
+        "num_key_value_heads": NUM_GROUPS,
+        "max_position_embeddings": MAX_POSITIONS,
+        "rms_norm_eps": NORM_EPSILON,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROTARY_BASE},
+        "tie_word_embeddings": False,
+        "attn_implementation": "sdpa",
+    }
 
 
 def _gpt2() -> Any:
@@ -100,36 +137,33 @@ def _gpt2() -> Any:
     return GPT2LMHeadModel(config)
 
 
-def model_settings(name: str) -> dict[str, Any]:
-    """Our configuration of the same model."""
-    common = {
-        "model.num_layers": NUM_LAYERS,
-        "model.hidden_size": HIDDEN_SIZE,
-        "model.ffn_hidden_size": FFN_HIDDEN_SIZE,
-        "model.num_attention_heads": NUM_HEADS,
-        "model.max_position_embeddings": MAX_POSITIONS,
-        "model.norm_epsilon": NORM_EPSILON,
-        "model.vocab_size": VOCAB_SIZE,
-        "data.seq_length": SEQUENCE_LENGTH,
-        "data.mock_data": True,
-    }
-    if name == "gpt2":
-        return common | {"model.position_embedding_type": "learned_absolute", "model.activation": "gelu_tanh"}
-    return common | {
-        "model.position_embedding_type": "rope",
-        "model.rotary_base": ROTARY_BASE,
-        "model.normalization": "RMSNorm",
-        "model.activation": "swiglu",
-        "model.add_bias_linear": False,
-        "model.tie_embeddings": name == "llama tied",
-        "model.group_query_attention": True,
-        "model.num_query_groups": NUM_GROUPS,
-    }
+SETTINGS: dict[str, Any] = {
+    "model.num_layers": NUM_LAYERS,
+    "model.hidden_size": HIDDEN_SIZE,
+    "model.ffn_hidden_size": FFN_HIDDEN_SIZE,
+    "model.num_attention_heads": NUM_HEADS,
+    "model.max_position_embeddings": MAX_POSITIONS,
+    "model.norm_epsilon": NORM_EPSILON,
+    "model.vocab_size": VOCAB_SIZE,
+    "data.seq_length": SEQUENCE_LENGTH,
+    "data.mock_data": True,
+}
+GPT_2_SETTINGS = SETTINGS | {"model.position_embedding_type": "learned_absolute", "model.activation": "gelu_tanh"}
+LLAMA_SETTINGS = SETTINGS | {
+    "model.position_embedding_type": "rope",
+    "model.rotary_base": ROTARY_BASE,
+    "model.normalization": "RMSNorm",
+    "model.activation": "swiglu",
+    "model.add_bias_linear": False,
+    "model.tie_embeddings": False,
+    "model.group_query_attention": True,
+    "model.num_query_groups": NUM_GROUPS,
+}
 
 
 def logical_tensors(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """Tensors by transformers' parameter names (weights, or gradients) as copies by our global names."""
-    renamed = _from_gpt2(tensors) if name == "gpt2" else _from_llama(tensors)
+    renamed = MODELS[name].renamed(tensors)
     return {key: tensor.detach().numpy().copy() for key, tensor in renamed.items()}
 
 
@@ -182,6 +216,41 @@ def _from_gpt2(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 tensor = tensors[f"{theirs}.{their_name}.{suffix}"]
                 renamed[f"{ours}.{our_name}.{suffix}"] = tensor.T if suffix == "weight" else tensor
     return renamed
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model of transformers, our configuration of it, and its tensors by our names."""
+
+    build: Callable[[], Any]
+    settings: dict[str, Any]
+    renamed: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+MODELS = {
+    "llama": Family(_llama, LLAMA_SETTINGS, _from_llama),
+    "llama tied": Family(
+        lambda: _llama(tie_word_embeddings=True), LLAMA_SETTINGS | {"model.tie_embeddings": True}, _from_llama
+    ),
+    "gpt2": Family(_gpt2, GPT_2_SETTINGS, _from_gpt2),
+    "llama 3": Family(
+        lambda: _llama(rope_parameters=LLAMA_3_SCALING),
+        LLAMA_SETTINGS
+        | {
+            "model.use_rope_scaling": True,
+            "model.rope_scaling_factor": LLAMA_3_SCALING["factor"],
+            "model.rope_scaling_low_freq_factor": LLAMA_3_SCALING["low_freq_factor"],
+            "model.rope_scaling_high_freq_factor": LLAMA_3_SCALING["high_freq_factor"],
+            "model.rope_scaling_original_length": LLAMA_3_SCALING["original_max_position_embeddings"],
+        },
+        _from_llama,
+    ),
+    "llama, interpolated": Family(
+        lambda: _llama(rope_parameters={"rope_type": "linear", "rope_theta": ROTARY_BASE, "factor": 2.0}),
+        LLAMA_SETTINGS | {"model.rotary_seq_len_interpolation_factor": 2.0},
+        _from_llama,
+    ),
+}
 
 
 @torch.no_grad()

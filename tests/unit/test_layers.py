@@ -10,7 +10,13 @@ from megallm.communication import Group, Transport
 from megallm.layers.context import LayoutContext, SequenceContext
 from megallm.layers.dropout import HiddenDropout, apply_dropout
 from megallm.layers.embedding import padded_vocab_size, vocabulary_cross_entropy
-from megallm.layers.positions import rotary_table, sinusoidal_table
+from megallm.layers.positions import (
+    FrequencyScaling,
+    RotaryPositions,
+    rotary_frequencies,
+    rotary_table,
+    sinusoidal_table,
+)
 from megallm.random import stream_key
 
 CPU = torch.device("cpu")
@@ -31,7 +37,7 @@ def test_sinusoids_follow_the_formula() -> None:
 
 def test_rotary_tables_follow_the_formula() -> None:
     positions = torch.tensor([[0, 3], [5, 0], [1000, 7]])  # [sequence, batch]
-    cosines, sines = rotary_table(positions, 8, 500.0, torch.float64)
+    cosines, sines = rotary_table(positions, rotary_frequencies(8, 500.0, torch.float64, CPU))
     assert cosines.shape == sines.shape == (3, 2, 1, 8)
     for i in range(3):
         for j in range(2):
@@ -42,8 +48,46 @@ def test_rotary_tables_follow_the_formula() -> None:
 
 
 def test_rotary_tables_have_the_dtype_asked_for() -> None:
-    cosines, sines = rotary_table(torch.arange(4).unsqueeze(1), 8, 10000.0, torch.float32)
+    cosines, sines = rotary_table(torch.arange(4).unsqueeze(1), rotary_frequencies(8, 1e4, torch.float32, CPU))
     assert cosines.dtype == sines.dtype == torch.float32
+
+
+def test_frequencies_are_scaled_by_how_often_they_turn_within_the_original_length() -> None:
+    """Fewer than two turns: divided by 8. More than five: kept. Three and a half: half of each."""
+    turns = torch.tensor([0.5, 2.0, 3.5, 5.0, 20.0], dtype=torch.float64)
+    frequencies = turns * 2.0 * math.pi / 64
+    scaled = FrequencyScaling(factor=8.0, low=2.0, high=5.0, original_length=64).apply(frequencies)
+    expected = torch.tensor([1 / 8, 1 / 8, (1 + 1 / 8) / 2, 1.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(scaled / frequencies, expected)
+
+
+def test_interleaved_pairs_give_the_scores_of_complex_rotation() -> None:
+    """Features 2 i and 2 i + 1 are one complex number, turned by position x frequency; two features stay."""
+    width, generator = 6, torch.Generator().manual_seed(2)
+    frequencies = rotary_frequencies(width, 100.0, torch.float64, CPU)
+    rotation = RotaryPositions(16, frequencies, interleaved=True)(5, None)
+    query, key = (torch.randn(5, 2, 3, width + 2, dtype=torch.float64, generator=generator) for _ in range(2))
+
+    def turned(features: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(features[..., :width].unflatten(-1, (width // 2, 2)))
+        angles = torch.arange(5).double().unsqueeze(1) * frequencies  # [sequence, pairs]
+        pairs = pairs * torch.polar(torch.ones_like(angles), angles)[:, None, None]
+        return torch.cat((torch.view_as_real(pairs).flatten(-2), features[..., width:]), dim=-1)
+
+    def scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("qbhd,kbhd->bhqk", query, key)
+
+    expected = scores(turned(query), turned(key))
+    torch.testing.assert_close(scores(rotation.apply(query), rotation.apply(key)), expected, rtol=0, atol=1e-12)
+
+
+def test_position_ids_choose_the_rows_of_the_rotary_table() -> None:
+    rotary = RotaryPositions(8, rotary_frequencies(4, 100.0, torch.float64, CPU), interleaved=False)
+    chosen = rotary(3, torch.tensor([[0, 1, 2], [4, 0, 7]]))
+    plain = rotary(8, None)
+    assert chosen.cosines.shape == (3, 2, 1, 4)
+    assert torch.equal(chosen.cosines[:, 1, 0], plain.cosines[[4, 0, 7], 0, 0])
+    assert torch.equal(chosen.sines[:, 0], plain.sines[:3, 0])
 
 
 @pytest.mark.parametrize(

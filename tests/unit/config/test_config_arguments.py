@@ -229,7 +229,6 @@ def test_flags_without_effect_are_listed_in_one_warning(
         ("--context-parallel-size 2", "--tensor-model-parallel-size"),
         ("--num-experts 8", "leave it out"),
         ("--moe-router-topk 2", "leave it out"),
-        ("--rotary-percent 0.5", "leave it out"),
         ("--decrease-batch-size-if-needed", "give sizes that divide"),
         ("--lr-warmup-fraction .01", "--lr-warmup-iters"),
         ("--recompute-method block", "--recompute-method uniform"),

@@ -29,6 +29,7 @@ SOUND = {
 TENSOR = "parallel.tensor_model_parallel_size"
 PIPELINE = "parallel.pipeline_model_parallel_size"
 VIRTUAL = "parallel.num_virtual_stages_per_pipeline_rank"
+ROPE = {"model.position_embedding_type": "rope"}
 RAMP, STAIRS = "training.rampup_batch_size", "training.step_batch_size_schedule"
 FILES = {"data.mock_data": False, "data.data_path": ["corpus"]}
 OWN = {"data.mock_data": False, "data.train_data_path": ["corpus"], "data.valid_data_path": ["held_out"]}
@@ -113,7 +114,27 @@ CASES: dict[str, list[tuple[int, dict, dict]]] = {
         (1, {"model.max_position_embeddings": 32}, {"data.seq_length": 32}),
     ],
     "rotary_width_is_even": [
-        (1, {"model.position_embedding_type": "rope", "model.kv_channels": 5}, {"model.kv_channels": 6}),
+        (1, ROPE | {"model.kv_channels": 5}, {"model.kv_channels": 6}),
+        (1, ROPE | {"model.kv_channels": 48, "model.rotary_percent": 0.32}, {"model.rotary_percent": 0.3334}),
+        (1, ROPE | {"model.kv_channels": 8, "model.rotary_percent": 0.1}, {"model.rotary_percent": 0.25}),
+    ],
+    "rotary_settings_act": [
+        (1, {"model.rotary_percent": 0.5}, {"model.position_embedding_type": "rope"}),
+        (1, {"model.rotary_interleaved": True}, {"model.position_embedding_type": "rope"}),
+        (1, {"model.rotary_seq_len_interpolation_factor": 2.0}, {"model.position_embedding_type": "rope"}),
+        (1, {"model.use_rope_scaling": True}, {"model.position_embedding_type": "rope"}),
+    ],
+    "rope_scaling_fades": [
+        (
+            1,
+            ROPE | {"model.use_rope_scaling": True, "model.rope_scaling_low_freq_factor": 4.0},
+            {"model.rope_scaling_high_freq_factor": 16},
+        ),
+        (
+            1,
+            ROPE | {"model.use_rope_scaling": True, "model.rope_scaling_high_freq_factor": 0.5},
+            {"model.rope_scaling_low_freq_factor": 0.125},
+        ),
     ],
     "sinusoidal_width_is_even": [
         (
