@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megallm.config.dictionary import build, read_yaml
-from megallm.config.fields import REQUIRED, Field, all_fields, from_text, get, nearest_hint, sections
+from megallm.config.fields import REQUIRED, Field, all_fields, from_text, nearest_hint, sections
 from megallm.config.megatron import ALIASES, LAYERS_PER_VIRTUAL_STAGE, Refused, answer
 from megallm.config.report import stop, warn_once
+from megallm.config.stage_layout import parse_stage_layout
 from megallm.config.tree import Config
 
 _FILE = "config_file"
@@ -225,22 +226,37 @@ def _assemble(line: _Line) -> Config:
     if _LAYERS_PER_STAGE in line.settings:
         stages = _virtual_stages(build(values), line.settings[_LAYERS_PER_STAGE][-1][1], line.problems)
         values["parallel.num_virtual_stages_per_pipeline_rank"] = stages
+    values.setdefault("parallel.num_virtual_stages_per_pipeline_rank", _laid_out_virtual_stages(build(values)))
     return build(values)
+
+
+def _laid_out_virtual_stages(config: Config) -> int:
+    """Virtual stages that a layout of the stages makes; what is wrong with it is told where all values are checked."""
+    parallel = config.parallel
+    try:
+        num_stages = len(parse_stage_layout(parallel.pipeline_model_parallel_layout or "EL"))
+    except ValueError:
+        return 1
+    return max(1, num_stages // max(1, parallel.pipeline_model_parallel_size))
 
 
 def _virtual_stages(config: Config, layers_per_stage: int, problems: list[str]) -> int:
     """Virtual stages on each pipeline rank, of `layers_per_stage` layers each."""
-    layers, pipeline = get(config, "model.num_layers"), get(config, "parallel.pipeline_model_parallel_size")
+    parallel, pipeline = config.parallel, config.parallel.pipeline_model_parallel_size
+    accounted = parallel.account_for_embedding_in_pipeline_split + parallel.account_for_loss_in_pipeline_split
+    layers = config.model.num_layers + accounted
     given = f"{LAYERS_PER_VIRTUAL_STAGE} {layers_per_stage}"
     if layers_per_stage < 1:
         problems.append(f"{given} must be at least 1")
-    elif layers < 1 or pipeline < 1:
+    elif config.model.num_layers < 1 or pipeline < 1:
         pass  # The missing or impossible value is reported where all values are checked.
     elif layers % (pipeline * layers_per_stage):
         fitting = [n for n in range(1, layers + 1) if layers % (pipeline * n) == 0]
         way_out = f"use {' or '.join(map(str, fitting))}" if fitting else "it needs layers that divide by the pipeline"
+        more = f" and the {accounted} accounted for" if accounted else ""
         problems.append(
-            f"{given} does not cut --num-layers {layers} over --pipeline-model-parallel-size {pipeline} evenly: "
+            f"{given} does not cut --num-layers {config.model.num_layers}{more} over --pipeline-model-parallel-size "
+            f"{pipeline} evenly: "
             f"{layers} % ({pipeline} x {layers_per_stage}) = {layers % (pipeline * layers_per_stage)}; {way_out}, "
             "or --num-virtual-stages-per-pipeline-rank, which takes any number of layers"
         )

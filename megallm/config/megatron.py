@@ -79,11 +79,6 @@ IGNORED = (
     Ignored("--ddp-num-buckets", "buckets are cut by --ddp-bucket-size"),
     Ignored("--ddp-average-in-collective", "it changes no result beyond rounding"),
     Ignored("--ddp-pad-buckets-for-high-nccl-busbw", "it changes no result"),
-    Ignored(
-        "--account-for-embedding-in-pipeline-split",
-        "layers are split by cost; looking up an embedding costs next to nothing",
-    ),
-    Ignored("--account-for-loss-in-pipeline-split", "layers are always split by cost, output layer included"),
     Ignored("--cp-comm-type", "it only acts with --context-parallel-size"),
     Ignored("--use-cpu-initialization", "initial weights are the same on every device and layout"),
     Ignored("--local-rank", "ranks come from the launcher's environment"),
@@ -162,13 +157,6 @@ REFUSED = (
     ),
     Refused("--expert-model-parallel-size", "layers are dense; use --tensor-model-parallel-size", ("1",)),
     Refused("--use-tp-pp-dp-mapping", "ranks are ordered tensor, data, pipeline; leave it out"),
-    Refused(
-        "--microbatch-group-size-per-virtual-pipeline-stage",
-        "micro-batches go through a virtual stage in groups of the pipeline's size; leave it out",
-    ),
-    Refused("--decoder-first-pipeline-num-layers", "layers are split by cost; leave it out"),
-    Refused("--decoder-last-pipeline-num-layers", "layers are split by cost; leave it out"),
-    Refused("--pipeline-model-parallel-layout", "layers are split by cost; use --num-virtual-stages-per-pipeline-rank"),
     Refused("--num-distributed-optimizer-instances", "there is one; leave it out", ("1",)),
     Refused("--use-torch-fsdp2", "weights are not sharded over data ranks; use --use-distributed-optimizer"),
     Refused("--use-megatron-fsdp", "weights are not sharded over data ranks; use --use-distributed-optimizer"),
@@ -287,7 +275,7 @@ DIFFERENCES = (
     Difference(
         "`--num-layers` over stages",
         "must divide, or is cut by hand",
-        "any number; split by cost, embedding and output layer included",
+        "any number; split by cost, output layer included, or by hand with the same flags",
         "balanced stages waste less time",
     ),
     Difference(

@@ -145,6 +145,34 @@ class ParallelConfig:
         "--num-virtual-stages-per-pipeline-rank",
         "model chunks on each pipeline rank; above 1 the schedule is interleaved 1F1B",
     )
+    microbatch_group_size_per_virtual_pipeline_stage: int | None = option(
+        None,
+        "--microbatch-group-size-per-virtual-pipeline-stage",
+        "interleaved: micro-batches that go through one virtual stage before the rank turns to its next; default: the "
+        "pipeline size",
+    )
+    pipeline_model_parallel_layout: str | None = option(
+        None,
+        "--pipeline-model-parallel-layout",
+        'what each stage holds, such as "Et*3|(tt|)*2tL": E the embedding, t a layer, L the output layer, bars between '
+        "stages, * repeats; default: layers are split by cost, output layer included",
+    )
+    decoder_first_pipeline_num_layers: int | None = option(
+        None,
+        "--decoder-first-pipeline-num-layers",
+        "layers of the first pipeline rank; the ranks whose number is not given share the rest evenly",
+    )
+    decoder_last_pipeline_num_layers: int | None = option(
+        None, "--decoder-last-pipeline-num-layers", "layers of the last pipeline rank"
+    )
+    account_for_embedding_in_pipeline_split: bool = option(
+        False, "--account-for-embedding-in-pipeline-split", "the embedding counts as one layer in the split over stages"
+    )
+    account_for_loss_in_pipeline_split: bool = option(
+        False,
+        "--account-for-loss-in-pipeline-split",
+        "the output layer counts as one layer in the split over stages, not as its cost",
+    )
     sequence_parallel: bool = option(
         True,
         "--sequence-parallel",

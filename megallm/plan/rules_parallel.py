@@ -1,10 +1,9 @@
-"""Rules about the layout: processes, stages, batches, and the switches that need each other."""
+"""Rules about the layout: processes, batches, and the switches that need each other."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megallm.config.resolve import pipeline_schedule
 from megallm.config.tree import Config
 from megallm.plan.problem import Problem, divisors_near, multiples_near, rule
 
@@ -26,63 +25,6 @@ def layout_divides_world(config: Config, world_size: int) -> Iterator[Problem]:
         f"{world_size} processes do not make whole copies of a model that takes {model_parallel}",
         f"{world_size} % ({tensor} x {pipeline}) = {world_size % model_parallel}",
         ", or ".join(ways),
-    )
-
-
-@rule("parallel.pipeline_model_parallel_size", "parallel.num_virtual_stages_per_pipeline_rank")
-def virtual_stages_need_pipeline(config: Config, world_size: int) -> Iterator[Problem]:
-    """On one pipeline rank virtual stages would only cost."""
-    stages = config.parallel.num_virtual_stages_per_pipeline_rank
-    if stages > 1 and config.parallel.pipeline_model_parallel_size == 1:
-        yield Problem(
-            ("--num-virtual-stages-per-pipeline-rank", "--pipeline-model-parallel-size"),
-            f"{stages} virtual stages are given, but there is one pipeline rank",
-            "",
-            "use --pipeline-model-parallel-size 2 or more, or --num-virtual-stages-per-pipeline-rank 1",
-        )
-
-
-@rule(
-    "model.num_layers",
-    "parallel.pipeline_model_parallel_size",
-    "parallel.num_virtual_stages_per_pipeline_rank",
-)
-def layers_fill_stages(config: Config, world_size: int) -> Iterator[Problem]:
-    """Every virtual stage holds at least one layer. They need not hold equally many."""
-    layers = config.model.num_layers
-    pipeline = config.parallel.pipeline_model_parallel_size
-    virtual = config.parallel.num_virtual_stages_per_pipeline_rank
-    if layers >= pipeline * virtual:
-        return
-    ways = [f"use --num-layers {pipeline * virtual} or more"]
-    if layers // pipeline:
-        ways.append(f"--num-virtual-stages-per-pipeline-rank {layers // pipeline}")
-    else:
-        ways.append(f"--pipeline-model-parallel-size {max(layers // virtual, 1)}")
-    yield Problem(
-        ("--num-layers", "--pipeline-model-parallel-size", "--num-virtual-stages-per-pipeline-rank"),
-        f"{layers} layers leave some of {pipeline * virtual} stages empty; stages may be uneven, but each holds at "
-        "least one layer",
-        f"{layers} < {pipeline} x {virtual}",
-        ", or ".join(ways),
-    )
-
-
-@rule("parallel.pipeline_schedule", "parallel.num_virtual_stages_per_pipeline_rank")
-def schedule_fits_virtual_stages(config: Config, world_size: int) -> Iterator[Problem]:
-    """Only the interleaved schedule has virtual stages, and it needs them."""
-    virtual, schedule = config.parallel.num_virtual_stages_per_pipeline_rank, pipeline_schedule(config.parallel)
-    if (schedule == "interleaved") == (virtual > 1):
-        return
-    if schedule == "interleaved":
-        way_out = "use --num-virtual-stages-per-pipeline-rank 2 or more, or --pipeline-schedule 1f1b"
-    else:
-        way_out = "use --pipeline-schedule interleaved, or --num-virtual-stages-per-pipeline-rank 1"
-    yield Problem(
-        ("--pipeline-schedule", "--num-virtual-stages-per-pipeline-rank"),
-        f"the schedule {schedule} does not run with {virtual} virtual stage{'s' if virtual > 1 else ''}",
-        "",
-        way_out,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megallm.config.report import numbered
 from megallm.config.tree import Config
-from megallm.plan import rules_batches, rules_data, rules_model, rules_parallel, rules_run, rules_values
+from megallm.plan import rules_batches, rules_data, rules_model, rules_parallel, rules_run, rules_stages, rules_values
 from megallm.plan.problem import Problem, Rule
 
 VALUE_RULES = (
@@ -34,9 +34,13 @@ RULES = (
     rules_batches.one_way_to_change_the_batch,
     rules_batches.global_batch_divides,
     rules_batches.changing_batches_divide,
-    rules_parallel.virtual_stages_need_pipeline,
-    rules_parallel.layers_fill_stages,
-    rules_parallel.schedule_fits_virtual_stages,
+    rules_stages.virtual_stages_need_pipeline,
+    rules_stages.layers_fill_stages,
+    rules_stages.schedule_fits_virtual_stages,
+    rules_stages.micro_batch_groups_fill_the_pipeline,
+    rules_stages.one_way_to_split_the_layers,
+    rules_stages.layout_of_stages_holds_the_model,
+    rules_stages.given_layers_leave_enough,
     rules_parallel.tensor_size_divides_sequence,
     rules_parallel.param_gather_overlap_needs_distributed_optimizer,
     rules_parallel.backend_runs_on_device,

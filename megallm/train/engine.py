@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import nn
@@ -21,8 +20,9 @@ from megallm.optimizer.adamw import AdamWSettings
 from megallm.optimizer.learning_rate import LearningRateSchedule
 from megallm.optimizer.loss_scale import DynamicLossScale, DynamicLossScaleSettings, LossScale
 from megallm.pipeline.executor import PipelineExecutor
-from megallm.plan.split import head_cost_in_layers, split_layers
-from megallm.schedule import LoweredSchedule, build_schedule, lower, verify
+from megallm.plan.schedule import lowered_schedule
+from megallm.plan.split import stage_layers
+from megallm.schedule import LoweredSchedule
 from megallm.train.tasks.task import Task
 
 
@@ -59,14 +59,7 @@ class Model:
 
     def schedule(self, num_micro_batches: int, *, forward_only: bool = False) -> LoweredSchedule:
         """The verified schedule for one call of the executor."""
-        parallel = self.config.parallel
-        return _verified(
-            parallel.pipeline_schedule,
-            parallel.pipeline_model_parallel_size,
-            parallel.num_virtual_stages_per_pipeline_rank,
-            num_micro_batches,
-            forward_only,
-        )
+        return lowered_schedule(self.config.parallel, num_micro_batches, forward_only=forward_only)
 
 
 @dataclass
@@ -102,15 +95,6 @@ class Engine(Model):
                 f"{batch_size % (micro_batch_size * replicas)}"
             )
         return batch_size // (micro_batch_size * replicas)
-
-
-@lru_cache(maxsize=64)
-def _verified(
-    name: str, num_ranks: int, num_virtual_stages: int, num_micro_batches: int, forward_only: bool
-) -> LoweredSchedule:
-    lowered = lower(build_schedule(name, num_ranks, num_virtual_stages, num_micro_batches, forward_only=forward_only))
-    verify(lowered)
-    return lowered
 
 
 def build_model(config: Config, task: Task, mesh: Mesh) -> Model:
@@ -200,15 +184,9 @@ def _loss_scale(training: TrainingConfig, device: torch.device) -> LossScale:
 
 
 def _own_layers(config: Config, mesh: Mesh) -> dict[int, range]:
-    """Layers of this rank's stages, by the stage's global number: stage s lives on pipeline rank s mod pipeline size.
-
-    The output layer costs as much as several layers where the vocabulary is large, so that the last stage gets fewer.
-    """
-    size = mesh.shape.pp
-    num_stages = size * config.parallel.num_virtual_stages_per_pipeline_rank
-    head_cost = head_cost_in_layers(config.model, config.data.seq_length)
-    ranges = split_layers(config.model.num_layers, num_stages, embedding_cost=0.0, head_cost=head_cost)
-    return {stage: ranges[stage] for stage in range(mesh.pp.rank, num_stages, size)}
+    """Layers of this rank's stages, by the stage's global number."""
+    ranges = stage_layers(config)
+    return {stage: ranges[stage] for stage in range(mesh.pp.rank, len(ranges), mesh.shape.pp)}
 
 
 def _learning_rate_schedule(config: Config, batch_sizes: BatchSizes) -> LearningRateSchedule:

@@ -26,6 +26,12 @@ FOUR_PER_MICRO_BATCH = {"training.micro_batch_size": 4}
 EIGHT_LAYERS = {"model.num_layers": 8}
 SEVEN_LAYERS = {"model.num_layers": 7}
 ONE_GROUP = {"model.group_query_attention": True, "model.num_query_groups": 1}
+FIRST_HOLDS_THREE = {"parallel.decoder_first_pipeline_num_layers": 3}
+ENDS_ACCOUNTED = {
+    "parallel.account_for_embedding_in_pipeline_split": True,
+    "parallel.account_for_loss_in_pipeline_split": True,
+}
+GROUPS_OF_THREE = {"parallel.microbatch_group_size_per_virtual_pipeline_stage": 3}
 SINUSOIDAL = {"model.position_embedding_type": "sinusoidal"}
 NO_POSITIONS = {"model.position_embedding_type": "none"}
 LLAMA_3_ROTARY = {
@@ -126,6 +132,20 @@ CASES = [
         layout=NO_SEQUENCE_PARALLEL,
     ),
     Case("llama, data 4, sharded, ragged mask", LLAMA, dp=4, layout=SHARDED, mask="ragged"),
+    Case("llama, first rank 3 of 4 layers", LLAMA, pp=2, layout=FIRST_HOLDS_THREE),
+    Case("gpt tied, 2 layers, ends accounted for", GPT | {"model.num_layers": 2}, pp=4, layout=ENDS_ACCOUNTED),
+    Case(
+        "llama, stages of 2, 0, 2 and 0 layers",
+        LLAMA,
+        pp=4,
+        layout={"parallel.pipeline_model_parallel_layout": "Ett||tt|L"},
+    ),
+    Case(
+        "gpt tied, 5 layers, laid out over virtual stages, groups of 3",
+        GPT | DROPOUT | {"model.num_layers": 5},
+        pp=2,
+        layout=TWO_STAGES | GROUPS_OF_THREE | {"parallel.pipeline_model_parallel_layout": "E|tt|ttt|L"},
+    ),
     # eight processes, every axis at once
     Case("llama, all axes, interleaved, sharded", LLAMA, tp=2, pp=2, dp=2, layout=SHARDED | TWO_STAGES),
     Case(

@@ -200,9 +200,24 @@ def test_layers_per_virtual_stage(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "at least 1" in refused(capsys, *shape, per_stage, "0")
     assert "keep one" in refused(capsys, *shape, per_stage, "2", "--num-virtual-stages-per-pipeline-rank", "3")
     assert parse(per_stage, "2").parallel.num_virtual_stages_per_pipeline_rank == 1
+    accounted = "--num-layers 22 --pipeline-model-parallel-size 4 --account-for-embedding-in-pipeline-split".split()
+    loss = "--account-for-loss-in-pipeline-split"
+    assert parse(*accounted, loss, per_stage, "2").parallel.num_virtual_stages_per_pipeline_rank == 3
+    assert "22 and the 1 accounted for" in refused(capsys, *accounted, per_stage, "2")
     file = tmp_path / "run.yaml"
     file.write_text("model: {num_layers: 8}\nparallel: {pipeline_model_parallel_size: 2}")
     assert parse("--config", str(file), per_stage, "2").parallel.num_virtual_stages_per_pipeline_rank == 2
+
+
+def test_a_layout_of_the_stages_makes_virtual_stages() -> None:
+    def virtual_stages(*words: str) -> int:
+        size = ("--pipeline-model-parallel-size", "2")
+        return parse(*size, "--pipeline-model-parallel-layout", *words).parallel.num_virtual_stages_per_pipeline_rank
+
+    assert virtual_stages("Et|t|t|tL") == 2
+    assert virtual_stages("Et|tL") == 1
+    assert virtual_stages("Et|t|tL") == virtual_stages("nonsense") == 1
+    assert virtual_stages("Et|t|t|tL", "--num-virtual-stages-per-pipeline-rank", "1") == 1
 
 
 def test_flags_without_effect_are_listed_in_one_warning(

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from megallm.config import ModelConfig
-from megallm.plan.split import head_cost_in_layers, split_layers
+from megallm.config import Config, DataConfig, ModelConfig, ParallelConfig
+from megallm.config.stage_layout import parse_stage_layout
+from megallm.plan.split import head_cost_in_layers, split_layers, stage_layers
 
 LLAMA_2_7B = ModelConfig(
     num_layers=32,
@@ -79,3 +80,68 @@ def test_impossible_sizes_are_sentences() -> None:
         split_layers(0, 2)
     with pytest.raises(ValueError, match="negative"):
         split_layers(4, 2, 0.0, -1.0)
+    with pytest.raises(ValueError, match="do not fit"):
+        split_layers(4, 2, given={0: 5})
+    with pytest.raises(ValueError, match="do not fit"):
+        split_layers(4, 2, given={0: 1, 1: 2})
+
+
+def counts_of(num_layers: int, **parallel: object) -> list[int]:
+    config = Config(
+        model=replace(LLAMA_2_7B, num_layers=num_layers),
+        parallel=ParallelConfig(**parallel),  # type: ignore[arg-type]
+        data=DataConfig(seq_length=4096),
+    )
+    return [len(layers) for layers in stage_layers(config)]
+
+
+def test_given_ranks_hold_what_is_given_and_the_others_share_the_rest_evenly() -> None:
+    four = {"pipeline_model_parallel_size": 4}
+    assert counts_of(32, **four, decoder_first_pipeline_num_layers=7, decoder_last_pipeline_num_layers=5) == [
+        7,
+        10,
+        10,
+        5,
+    ]
+    assert counts_of(32, **four, decoder_first_pipeline_num_layers=5) == [5, 9, 9, 9]
+    assert counts_of(32, **four, decoder_last_pipeline_num_layers=6) == [9, 9, 8, 6]
+    # As Megatron deals them: every chunk of a rank holds an equal part of the rank's layers.
+    virtual = {"num_virtual_stages_per_pipeline_rank": 2}
+    both = {"decoder_first_pipeline_num_layers": 4, "decoder_last_pipeline_num_layers": 2}
+    assert counts_of(22, **four, **virtual, **both) == [2, 4, 4, 1, 2, 4, 4, 1]
+
+
+def test_what_is_accounted_for_costs_a_layer_as_in_megatron() -> None:
+    embedding, loss = {"account_for_embedding_in_pipeline_split": True}, {"account_for_loss_in_pipeline_split": True}
+    four = {"pipeline_model_parallel_size": 4}
+    assert counts_of(30, **four, **embedding, **loss) == [7, 8, 8, 7]
+    assert counts_of(31, **four, **loss) == [8, 8, 8, 7]
+    assert counts_of(31, **four, **embedding) == [7, 8, 8, 8]
+    # 2 + 2 over 4 stages: nothing but the embedding on the first, nothing but the output layer on the last.
+    assert counts_of(2, **four, **embedding, **loss) == [0, 1, 1, 0]
+
+
+def test_the_layout_of_stages_is_read_as_in_megatron() -> None:
+    assert parse_stage_layout("Et*3|(tt|)*29,L") == [3] + [2] * 29 + [0]
+    assert parse_stage_layout("E|(t|)*3,L") == [0, 1, 1, 1, 0]
+    assert parse_stage_layout("Ett, |tt||tL") == [2, 2, 0, 1]
+    assert parse_stage_layout("E|*3tL") == [0, 0, 0, 1]
+    layout = {"pipeline_model_parallel_layout": "Et|ttt|tt|L"}
+    assert counts_of(6, pipeline_model_parallel_size=4, **layout) == [1, 3, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "embedding"),
+        ("t|tL", "embedding"),
+        ("tE|tL", "embedding"),
+        ("Et|Lt", "output layer"),
+        ("Et|m|L", "further tokens"),
+        ("Et|(t|t)*x|L", r"'\(\)\*x'"),
+        ("Et*99999999|L", "too often"),
+    ],
+)
+def test_an_unreadable_layout_of_stages_is_a_sentence(text: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        parse_stage_layout(text)

@@ -9,7 +9,7 @@ import pytest
 from megallm.config import Config, resolve
 from megallm.config.dictionary import build
 from megallm.config.fields import REQUIRED, all_fields, get
-from megallm.plan import rules_batches, rules_data, rules_model, rules_parallel, rules_run, rules_values
+from megallm.plan import rules_batches, rules_data, rules_model, rules_parallel, rules_run, rules_stages, rules_values
 from megallm.plan.problem import Rule, divisors_near, multiples_near
 from megallm.plan.rules_values import RANGES
 from megallm.plan.validate import RULES, VALUE_RULES, check, found_by_rule, validate
@@ -30,6 +30,13 @@ TENSOR = "parallel.tensor_model_parallel_size"
 PIPELINE = "parallel.pipeline_model_parallel_size"
 VIRTUAL = "parallel.num_virtual_stages_per_pipeline_rank"
 ROPE = {"model.position_embedding_type": "rope"}
+GROUP = "parallel.microbatch_group_size_per_virtual_pipeline_stage"
+STAGES = "parallel.pipeline_model_parallel_layout"
+FIRST, LAST = "parallel.decoder_first_pipeline_num_layers", "parallel.decoder_last_pipeline_num_layers"
+ACCOUNTED = {
+    "parallel.account_for_embedding_in_pipeline_split": True,
+    "parallel.account_for_loss_in_pipeline_split": True,
+}
 RAMP, STAIRS = "training.rampup_batch_size", "training.step_batch_size_schedule"
 FILES = {"data.mock_data": False, "data.data_path": ["corpus"]}
 OWN = {"data.mock_data": False, "data.train_data_path": ["corpus"], "data.valid_data_path": ["held_out"]}
@@ -182,6 +189,7 @@ CASES: dict[str, list[tuple[int, dict, dict]]] = {
         (2, {PIPELINE: 2, VIRTUAL: 3}, {"model.num_layers": 6}),
         (2, {PIPELINE: 2, VIRTUAL: 3}, {VIRTUAL: 2}),
         (8, {PIPELINE: 8}, {PIPELINE: 4}),
+        (8, {PIPELINE: 8, **ACCOUNTED}, {"model.num_layers": 6}),
     ],
     "schedule_fits_virtual_stages": [
         (2, {PIPELINE: 2, "parallel.pipeline_schedule": "interleaved"}, {VIRTUAL: 2}),
@@ -191,6 +199,27 @@ CASES: dict[str, list[tuple[int, dict, dict]]] = {
             {PIPELINE: 2, VIRTUAL: 2, "parallel.pipeline_schedule": "1f1b"},
             {"parallel.pipeline_schedule": "interleaved"},
         ),
+    ],
+    "micro_batch_groups_fill_the_pipeline": [
+        (4, {PIPELINE: 4, GROUP: 3}, {GROUP: 4}),
+    ],
+    "one_way_to_split_the_layers": [
+        (2, {PIPELINE: 2, FIRST: 1, **ACCOUNTED}, dict.fromkeys(ACCOUNTED, False)),
+        (2, {PIPELINE: 2, STAGES: "Et|tttL", FIRST: 1}, {FIRST: None}),
+    ],
+    "layout_of_stages_holds_the_model": [
+        *((2, {PIPELINE: 2, STAGES: text}, {STAGES: None}) for text in ("", "Ett|tt", "tt|ttL", "Ett|xttL", "EttL|tt")),
+        (2, {PIPELINE: 2, STAGES: "Ett|m|ttL"}, {STAGES: None}),
+        (2, {PIPELINE: 2, STAGES: "Et|t|t|tL"}, {VIRTUAL: 2}),
+        (2, {PIPELINE: 2, STAGES: "Ett|tttL"}, {"model.num_layers": 5}),
+    ],
+    "given_layers_leave_enough": [
+        (1, {FIRST: 2}, {FIRST: None}),
+        (1, {FIRST: 2}, {PIPELINE: 2}),
+        (2, {PIPELINE: 2, LAST: 4}, {LAST: 3}),
+        (2, {PIPELINE: 2, VIRTUAL: 2, FIRST: 1}, {FIRST: 2}),
+        (2, {PIPELINE: 2, FIRST: 1, LAST: 2}, {FIRST: 2}),
+        (4, {PIPELINE: 4, FIRST: 3}, {FIRST: 1}),
     ],
     "tensor_size_divides_sequence": [
         (4, {TENSOR: 4, "data.seq_length": 66}, {"data.seq_length": 68}),
@@ -334,7 +363,7 @@ def test_every_rule_has_a_case() -> None:
 
 
 def test_every_rule_of_the_files_is_asked() -> None:
-    modules = (rules_values, rules_model, rules_parallel, rules_batches, rules_run, rules_data)
+    modules = (rules_values, rules_model, rules_parallel, rules_stages, rules_batches, rules_run, rules_data)
     written = [value for module in modules for value in vars(module).values() if isinstance(value, Rule)]
     assert len(written) == len(VALUE_RULES + RULES)
     assert set(written) == set(VALUE_RULES + RULES)
