@@ -1,0 +1,261 @@
+"""Folders of Hugging Face models: opened with everything checked before a tensor is read, and written."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megallm.config.tree import Config, DataConfig
+from megallm.convert.families import FAMILIES
+from megallm.convert.family import Family, is_surplus
+from megallm.convert.model import Weights, config_of, logical_shapes
+from megallm.convert.output import Progress, new_folder
+from megallm.convert.raw import RawFiles, RawTensor
+from megallm.convert.safetensors_file import Declared, read_header, write_file
+from megallm.convert.stored import Stored, StoredTensors, gather
+from megallm.convert.tokenizer_files import check_tokenizer, tokenizer_settings, write_companions, write_json
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+MAX_SHARD_BYTES = 5 * 10**9
+_TORCH_NAMES = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+
+@contextmanager
+def open_folder(folder: Path) -> Iterator[Weights]:
+    """The model in a folder, for as long as the block lasts.
+
+    Raises:
+        ValueError: a sentence about what is wrong: an architecture or a feature that megallm does not have, a missing
+            or broken file, a tensor that is missing, surplus, or of another shape, a tokenizer that is too large.
+    """
+    theirs = read_config(folder)
+    family = family_of(theirs, folder)
+    model = family.read_settings(theirs)
+    config = config_of(model, DataConfig(**tokenizer_settings(folder)))
+    check_tokenizer(folder, config.model.vocab_size or 0)
+    shapes = logical_shapes(config)
+    found = _find_tensors(folder)
+    stored = _match(folder, family, family.stored(config.model, shapes), found)
+    with RawFiles() as files:
+        _check_tied_head(folder, family, config, found, files)
+        yield Weights(config, shapes, StoredTensors(files, stored, shapes), folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json`. Raises ValueError where there is none that can be read."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read: {error.strerror}; a Hugging Face model is a folder with a config.json, "
+            "safetensors and the tokenizer's files"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return config
+
+
+def family_of(theirs: Mapping[str, Any], folder: Path) -> Family:
+    """The family of a model by its architecture, or where none is given by its type.
+
+    Raises ValueError, with the known ones, where it is none of them.
+    """
+    named = theirs.get("architectures") or []
+    by_name = {family.architecture: family for family in FAMILIES} | {family.model_type: family for family in FAMILIES}
+    wanted = named[0] if named else theirs.get("model_type")
+    if wanted not in by_name:
+        known = ", ".join(family.architecture for family in FAMILIES)
+        close = get_close_matches(str(wanted), by_name, n=1)
+        hint = f"; the nearest is {close[0]}" if close else ""
+        raise ValueError(f"{folder / CONFIG} describes the architecture {wanted!r}; known are {known}{hint}")
+    family = by_name[wanted]
+    if "quantization_config" in theirs:
+        raise ValueError(
+            f"{folder} holds quantized weights; give the model from which they were made, in bfloat16 or float32"
+        )
+    return family
+
+
+def _find_tensors(folder: Path) -> dict[str, RawTensor]:
+    """All tensors of a folder by their names, with every shard that the index names."""
+    index = folder / INDEX
+    if not index.exists():
+        if (folder / SINGLE).exists():
+            return read_header(folder / SINGLE)
+        others = ", ".join(sorted(path.name for path in folder.glob("*.bin"))[:3])
+        raise ValueError(
+            f"{folder} holds neither {SINGLE} nor {INDEX}"
+            + (f", but {others}: save it anew with safe_serialization=True" if others else "")
+        )
+    try:
+        places = json.loads(index.read_bytes())["weight_map"]
+        names = sorted(set(places.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index} is not an index of safetensors: it has no weight_map") from None
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise ValueError(f"{index} names a file outside of its folder: {outside[0]}")
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise ValueError(f"{len(missing)} of the {len(names)} files that {index} names are not there: {missing[0]}")
+    found: dict[str, RawTensor] = {}
+    for name in names:
+        found |= read_header(folder / name)
+    absent = sorted(places.keys() - found.keys())
+    if absent:
+        raise ValueError(f"{places[absent[0]]} of {folder} does not hold {absent[0]}, which {INDEX} places there")
+    return found
+
+
+def _match(
+    folder: Path, family: Family, wanted: list[Stored], found: Mapping[str, RawTensor]
+) -> list[tuple[Stored, RawTensor]]:
+    """Each wanted tensor with its place. Raises ValueError for one that is missing, surplus or of another shape."""
+    # Models that were saved without their head leave the prefix away.
+    prefix = family.prefix
+    bare = bool(prefix) and not any(name.startswith(prefix) for name in found)
+    named = {prefix + name if bare and not name.startswith("lm_head.") else name: raw for name, raw in found.items()}
+    pairs, problems = [], []
+    for stored in wanted:
+        raw = named.get(stored.name)
+        if raw is None:
+            problems.append(f"{stored.name} of shape {list(stored.shape)} is missing")
+        elif raw.shape != stored.shape:
+            problems.append(f"{stored.name} has shape {list(raw.shape)}, but config.json wants {list(stored.shape)}")
+        elif raw.dtype is None:
+            problems.append(f"{stored.name} is of a type that weights do not have")
+        else:
+            pairs.append((stored, raw))
+    known = {stored.name for stored in wanted} | {"lm_head.weight"}
+    problems += [
+        f"{name} of shape {list(raw.shape)} is none of a {family.architecture}"
+        for name, raw in named.items()
+        if name not in known and not is_surplus(family, name)
+    ]
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"{folder} does not hold the model of its config.json: {'; '.join(problems[:3])}{more}")
+    return pairs
+
+
+def _check_tied_head(
+    folder: Path, family: Family, config: Config, found: Mapping[str, RawTensor], files: RawFiles
+) -> None:
+    """A head in the file of a model whose head is its embedding must be just that."""
+    head = found.get("lm_head.weight")
+    if head is None or head.dtype is None or not config.model.tie_embeddings:
+        return
+    embedding = next(
+        raw for name, raw in found.items() if re.fullmatch(r"(.*\.)?(embed_tokens|wte|embed_in)\.weight", name)
+    )
+    if (head.shape, head.dtype) == (embedding.shape, embedding.dtype):
+        step = max(1, 2**26 // (head.shape[1] * head.dtype.itemsize))
+        for row in range(0, head.shape[0], step):
+            shape = (min(step, head.shape[0] - row), head.shape[1])
+            one, other = torch.empty(shape, dtype=head.dtype), torch.empty(shape, dtype=head.dtype)
+            files.fill(head, (row, 0), one)
+            files.fill(embedding, (row, 0), other)
+            if not torch.equal(one, other):
+                break
+        else:
+            return
+    raise ValueError(
+        f"{folder} ties its head to the embedding, but lm_head.weight is another matrix; set tie_word_embeddings to "
+        "false in config.json to keep it"
+    )
+
+
+def write_folder(
+    final: Path,
+    weights: Weights,
+    dtype: torch.dtype | None = None,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    log: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Writes a model as a folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+    `dtype` None keeps the types that the tensors have. The vocabulary has its true size.
+
+    Raises:
+        ValueError: no known architecture holds the model, naming what each lacks; or the folder cannot be written.
+    """
+    theirs = {} if weights.origin is None else read_config_if_any(weights.origin)
+    family, entries = choose_family(weights.config, theirs.get("model_type"))
+    stored = family.stored(weights.config.model, weights.shapes)
+    declared = [Declared(one.name, dtype or _common_dtype(one, weights), one.shape) for one in stored]
+    shards = _shards(declared, max_shard_bytes)
+    total = sum(one.num_bytes for one in declared)
+    progress = Progress(total, log)
+    by_name = {one.name: one for one in stored}
+    with new_folder(final, total, overwrite) as folder:
+        for number, shard in enumerate(shards):
+            tensors = (gather(by_name[one.name], weights.tensors, one.dtype) for one in shard)
+            write_file(folder / _shard_name(number, len(shards)), shard, tensors, progress.advance)
+        if len(shards) > 1:
+            places = {
+                one.name: _shard_name(number, len(shards)) for number, shard in enumerate(shards) for one in shard
+            }
+            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        tokens = write_companions(folder, weights.config.data, weights.origin)
+        name = _TORCH_NAMES[max((one.dtype for one in declared), key=lambda kind: kind.itemsize)]
+        write_json(folder / CONFIG, entries | tokens | {"dtype": name, "torch_dtype": name})
+    progress.finish()
+
+
+def read_config_if_any(folder: Path) -> dict[str, Any]:
+    """`config.json` of a folder that may hold a tokenizer only."""
+    return read_config(folder) if (folder / CONFIG).exists() else {}
+
+
+def choose_family(config: Config, model_type: str | None) -> tuple[Family, dict[str, Any]]:
+    """The family that holds a model, that of `model_type` before others, and its entries of `config.json`.
+
+    Raises ValueError, with what each lacks, where there is none.
+    """
+    reasons = []
+    for family in sorted(FAMILIES, key=lambda family: family.model_type != model_type):
+        try:
+            return family, family.write_settings(config.model)
+        except ValueError as error:
+            reasons.append(str(error))
+    # The one that lacks least says most.
+    nearest = min(reasons, key=lambda reason: (reason.count(" (it has "), len(reason)))
+    raise ValueError(f"no architecture of Hugging Face that is known here holds this model; the nearest: {nearest}")
+
+
+def _common_dtype(stored: Stored, weights: Weights) -> torch.dtype:
+    return max((weights.tensors.dtypes[part.name] for part in stored.parts), key=lambda dtype: dtype.itemsize)
+
+
+def _shards(declared: list[Declared], max_bytes: int) -> list[list[Declared]]:
+    """Consecutive tensors, together at most `max_bytes` unless one alone has more."""
+    shards: list[list[Declared]] = [[]]
+    held = 0
+    for one in declared:
+        if shards[-1] and held + one.num_bytes > max_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(one)
+        held += one.num_bytes
+    return shards
+
+
+def _shard_name(number: int, count: int) -> str:
+    return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"

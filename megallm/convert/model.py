@@ -1,0 +1,73 @@
+"""What a model of ours is made of, without making it: names and shapes of its logical tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from megallm.communication import Group, Transport
+from megallm.config import resolve
+from megallm.config.tree import Config, DataConfig, ModelConfig, TrainingConfig
+from megallm.convert.stored import LogicalTensors
+from megallm.layers.context import LayoutContext
+from megallm.model.gpt import GPTStage
+from megallm.parameter import description_of
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model that was opened, wherever it lies.
+
+    Attributes:
+        config: of the model and its tokenizer, resolved.
+        shapes: of its logical tensors, in the order of the model.
+        tensors: reads them.
+        origin: folder with the files of its tokenizer and other files of Hugging Face's that go with it; or None.
+        iteration: steps of training that are in it.
+    """
+
+    config: Config
+    shapes: dict[str, tuple[int, ...]]
+    tensors: LogicalTensors
+    origin: Path | None = None
+    iteration: int = 0
+
+
+class Rank(NamedTuple):
+    """A place in tensor parallelism."""
+
+    rank: int
+    size: int
+
+
+ALONE = Rank(0, 1)
+
+
+def config_of(model: ModelConfig, data: DataConfig | None = None) -> Config:
+    """A configuration of `model` alone, resolved: what a checkpoint of weights says of itself."""
+    data = data or DataConfig()
+    if not data.seq_length:
+        data = replace(data, seq_length=min(model.max_position_embeddings or 1, 2048))
+    training = TrainingConfig(micro_batch_size=1, global_batch_size=1, train_iters=1)
+    return resolve(Config(model=model, data=data, training=training), 1)
+
+
+def layout_context(dtype: torch.dtype, device: torch.device, place: Rank = ALONE) -> LayoutContext:
+    """One process that computes for itself, or stands for a tensor rank without computing."""
+    group = Group(tuple(range(place.size)), place.rank, Transport(None))
+    return LayoutContext(tp=group, sequence_parallel=False, dtype=dtype, device=device, seed=0)
+
+
+def logical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all logical tensors of a model, in the order of the model. Takes no memory."""
+    if config.model.position_embedding_type != "learned_absolute":
+        # Other positions are no parameters, and torch would load its compiler to compute their tables without memory.
+        config = replace(config, model=replace(config.model, position_embedding_type="none"))
+    context = layout_context(torch.float32, torch.device("meta"))
+    stage = GPTStage(config, range(config.model.num_layers), context, is_first=True, is_last=True)
+    return {
+        piece.name: piece.global_shape for parameter in stage.parameters() for piece in description_of(parameter).pieces
+    }

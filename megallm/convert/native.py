@@ -1,0 +1,127 @@
+"""Our own checkpoints: opened as weights, and written from them."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megallm.checkpoint.boxes import WEIGHTS, declared_box
+from megallm.checkpoint.commit import checkpoint_folder
+from megallm.checkpoint.load import find_checkpoints
+from megallm.checkpoint.manifest import DTYPES
+from megallm.checkpoint.reading import OpenCheckpoint, open_checkpoint
+from megallm.checkpoint.save import save_stream
+from megallm.config import from_dict, to_dict
+from megallm.config.tree import Config
+from megallm.convert.model import Weights, config_of, logical_shapes
+from megallm.convert.output import Progress
+from megallm.convert.tokenizer_files import keep_companions, tokenizer_settings
+
+KEPT = "huggingface"
+"""The folder, beside checkpoints that were converted, with their tokenizer."""
+
+
+class _NativeTensors:
+    """The weights of a checkpoint as `LogicalTensors`."""
+
+    def __init__(self, checkpoint: OpenCheckpoint) -> None:
+        self._checkpoint = checkpoint
+        self.dtypes = {name: DTYPES[checkpoint.saved(WEIGHTS, name).dtype] for name in checkpoint.names()}
+
+    def fill(self, name: str, offset: tuple[int, ...], tensor: torch.Tensor) -> None:
+        """As `LogicalTensors.fill`."""
+        self._checkpoint.fill(WEIGHTS, name, offset, tensor)
+
+
+def find_native(root: str, iteration: int | None = None) -> Path:
+    """The newest checkpoint under `root`, or that of an iteration. Raises ValueError where there is none."""
+    folders = find_checkpoints(root, iteration)
+    if not folders:
+        raise ValueError(f"--load {root} holds no complete checkpoint: a folder iter_... with a manifest")
+    return folders[0]
+
+
+@contextmanager
+def open_native(folder: Path) -> Iterator[Weights]:
+    """The weights of a checkpoint, for as long as the block lasts.
+
+    Raises ValueError if it is damaged or its tensors are not those of its configuration.
+    """
+    with open_checkpoint(folder) as checkpoint:
+        saved = from_dict(checkpoint.manifest.state["config"])
+        config = config_of(saved.model, saved.data)
+        shapes = logical_shapes(config)
+        for name, shape in shapes.items():
+            found = checkpoint.saved(WEIGHTS, name).shape
+            if found != shape:
+                raise ValueError(
+                    f"{folder} holds {name} with shape {list(found)}, not {list(shape)} as its model wants"
+                )
+        origin = _origin(config, folder.parent)
+        yield Weights(config, shapes, _NativeTensors(checkpoint), origin, checkpoint.manifest.iteration)
+
+
+def _origin(config: Config, root: Path) -> Path | None:
+    """The folder of the tokenizer, where it is one of Hugging Face's, or what was kept beside the checkpoint."""
+    named = Path(config.data.tokenizer_model or "")
+    if config.data.tokenizer_type == "HuggingFaceTokenizer" and named.is_dir():
+        return named
+    return root / KEPT if (root / KEPT).is_dir() else None
+
+
+def write_native(
+    root: Path,
+    weights: Weights,
+    dtype: torch.dtype | None = None,
+    *,
+    overwrite: bool = False,
+    log: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Writes weights as a checkpoint under `root`, of their iteration, without optimizer; returns its folder.
+
+    The tokenizer of a Hugging Face model is kept beside it, and the checkpoint's configuration names it there. `dtype`
+    None keeps the types that the tensors have.
+
+    Raises ValueError if the checkpoint is there already and `overwrite` does not allow to replace it, or cannot be
+    written.
+    """
+    final = checkpoint_folder(root, weights.iteration)
+    if final.exists() and not overwrite:
+        raise ValueError(f"{final} is there already; give another folder, or --overwrite to replace it")
+    config = weights.config
+    if weights.origin is not None:
+        _keep(weights.origin, root)
+        config = replace(config, data=replace(config.data, **tokenizer_settings(root / KEPT)))
+    types = {name: dtype or weights.tensors.dtypes[name] for name in weights.shapes}
+    boxes = [declared_box(WEIGHTS, name, types[name], shape) for name, shape in weights.shapes.items()]
+    progress = Progress(sum(box.tensor.nbytes for box in boxes), log)
+
+    def tensors() -> Iterator[torch.Tensor]:
+        for name, shape in weights.shapes.items():
+            tensor = torch.empty(shape, dtype=types[name])
+            weights.tensors.fill(name, (0,) * len(shape), tensor)
+            yield tensor
+            progress.advance(tensor.nbytes)
+
+    folder = save_stream(str(root), weights.iteration, boxes, tensors(), {"config": to_dict(config)}).folder
+    progress.finish()
+    return folder
+
+
+def _keep(origin: Path, root: Path) -> None:
+    """Puts the companions of a model beside its checkpoints, whole or not at all."""
+    kept = root / KEPT
+    if origin.absolute() == kept.absolute():
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    temporary = root / f"{KEPT}.{secrets.token_hex(8)}.tmp"
+    keep_companions(origin, temporary)
+    if kept.exists():
+        shutil.rmtree(kept)
+    temporary.rename(kept)
