@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import sys
 
-from megallm.config import fail, parse_arguments, stop
+from megallm.config import Config, fail, parse_arguments, stop
+from megallm.config.report import warn_once
 from megallm.plan.validate import validate
 
 
@@ -21,6 +22,8 @@ def main(arguments: list[str] | None = None) -> None:
         prog=program,
         description="Pretrains a decoder-only transformer in tensor, pipeline and data parallelism.",
     )
+    if config.checkpoint.use_checkpoint_args:
+        config = _with_saved_model(program, config)
     problems = validate(config, int(os.environ.get("WORLD_SIZE", "1")))
     if problems:
         stop(program, [str(problem) for problem in problems])
@@ -43,6 +46,17 @@ def main(arguments: list[str] | None = None) -> None:
         os._exit(ExitCode.INTERRUPTED)
     if code:
         sys.exit(code)
+
+
+def _with_saved_model(program: str, config: Config) -> Config:
+    from megallm.train.saved_arguments import with_saved_model
+
+    try:
+        config, notes = with_saved_model(config)
+    except ValueError as error:
+        fail(program, error)
+    warn_once(program, notes)
+    return config
 
 
 if __name__ == "__main__":

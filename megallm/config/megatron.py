@@ -165,13 +165,6 @@ REFUSED = (
     Refused("--recompute-num-layers", "every layer is recomputed on its own; use --recompute-num-layers 1", ("1",)),
     Refused("--recompute-modules", "only attention is recomputed selectively; use core_attn", ("core_attn",)),
     Refused("--distribute-saved-activations", "leave it out; sequence parallelism splits what is saved already"),
-    Refused("--no-save-optim", "a checkpoint always holds the optimizer; leave it out"),
-    Refused("--no-load-optim", "a checkpoint is always loaded whole; leave it out"),
-    Refused("--finetune", "a checkpoint is always resumed where it was; leave out --load to start afresh"),
-    Refused(
-        "--use-checkpoint-args", "the model comes from the command line; use --config with the saved configuration"
-    ),
-    Refused("--exit-on-missing-checkpoint", "a folder without a checkpoint starts a fresh run; leave it out"),
     Refused("--skip-train", "this program trains; leave it out"),
     Refused("--yaml-cfg", "use --config FILE.yaml"),
     Refused("--object-storage-cache-path", "files are read from folders; mount the store and use --no-mmap-bin-files"),
@@ -301,6 +294,25 @@ DIFFERENCES = (
         "indices are dealt anew in silence, so that samples are seen again or never",
         "refused with what has changed; `--allow-data-change` confirms",
         "a run must not lose its place unnoticed",
+    ),
+    Difference(
+        "Resuming with flags of another model",
+        "some are compared, others change the model in silence",
+        "all are compared; `--allow-model-change` confirms",
+        "weights must not come to mean something else unnoticed",
+    ),
+    Difference(
+        "`--use-checkpoint-args`",
+        "some flags win over the checkpoint, others lose",
+        "the model is the checkpoint's, and each flag that says otherwise is told; sequence length and tokenizer are "
+        "where no flag names them",
+        "one rule can be remembered; files of tokenizers move",
+    ),
+    Difference(
+        "`--finetune` with no checkpoint in `--load`",
+        "trains from random weights",
+        "is refused",
+        "nobody fine-tunes random weights on purpose",
     ),
     Difference(
         "`--dataloader-type cyclic --no-data-sharding`",

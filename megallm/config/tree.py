@@ -451,6 +451,38 @@ class CheckpointConfig:
     allow_fallback: bool = option(
         False, "--allow-fallback", "go back to the checkpoint before where the newest is damaged"
     )
+    allow_model_change: bool = option(
+        False,
+        "--allow-model-change",
+        "load weights although they were those of another model; their tensors must fit all the same",
+    )
+    finetune: bool = option(
+        False,
+        "--finetune",
+        "begin a new run with the weights of --load: step, data, optimizer and schedules start anew",
+    )
+    pretrained_checkpoint: str | None = option(
+        None,
+        "--pretrained-checkpoint",
+        "folder whose weights a new run begins with where --load holds no checkpoint: the same command goes on later",
+    )
+    no_load_optim: bool = option(
+        False,
+        "--no-load-optim",
+        "continue from --load at its step, with a new optimizer and a new schedule of the learning rate",
+    )
+    no_save_optim: bool = option(
+        False, "--no-save-optim", "save weights and counters without the optimizer: a third of the size"
+    )
+    use_checkpoint_args: bool = option(
+        False,
+        "--use-checkpoint-args",
+        "take the model from the checkpoint, whatever the flags say; also sequence length and tokenizer, where none "
+        "names them",
+    )
+    exit_on_missing_checkpoint: bool = option(
+        False, "--exit-on-missing-checkpoint", "refuse to start where --load holds no checkpoint"
+    )
     save_interval: int | None = option(None, "--save-interval", "steps between checkpoints; default: only at the end")
     non_persistent_save_interval: int | None = option(
         None,

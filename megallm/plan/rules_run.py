@@ -159,7 +159,14 @@ def evaluation_has_batches(config: Config, world_size: int) -> Iterator[Problem]
         )
 
 
-_SAVING = ("save_interval", "non_persistent_save_interval", "save_retain_interval", "save_keep_last", "async_save")
+_SAVING = (
+    "save_interval",
+    "non_persistent_save_interval",
+    "save_retain_interval",
+    "save_keep_last",
+    "async_save",
+    "no_save_optim",
+)
 
 
 @rule(*(f"checkpoint.{name}" for name in _SAVING))
@@ -172,6 +179,33 @@ def saving_has_a_folder(config: Config, world_size: int) -> Iterator[Problem]:
             f"{' and '.join(given)} speak{'s' if len(given) == 1 else ''} of checkpoints, but no folder is given",
             "",
             f"add --save FOLDER, or leave out {', '.join(given)}",
+        )
+
+
+_LOADING = (
+    "ckpt_step",
+    "allow_fallback",
+    "finetune",
+    "no_load_optim",
+    "use_checkpoint_args",
+    "exit_on_missing_checkpoint",
+)
+
+
+@rule(*(f"checkpoint.{name}" for name in _LOADING))
+def loading_has_a_folder(config: Config, world_size: int) -> Iterator[Problem]:
+    """A checkpoint that is spoken of is somewhere."""
+    settings = config.checkpoint
+    given = [name for name in _LOADING if getattr(settings, name) is not None and getattr(settings, name) is not False]
+    if settings.pretrained_checkpoint and "use_checkpoint_args" in given:
+        given.remove("use_checkpoint_args")
+    flags = [f"--{name.replace('_', '-')}" for name in given]
+    if flags and not settings.load:
+        yield Problem(
+            (*flags, "--load"),
+            f"{' and '.join(flags)} speak{'s' if len(flags) == 1 else ''} of a checkpoint, but no folder is given",
+            "",
+            f"add --load FOLDER, or leave out {', '.join(flags)}",
         )
 
 

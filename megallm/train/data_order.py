@@ -11,6 +11,7 @@ from megallm.plan.rules_data import data_sources
 _EFFECTS = {
     "training samples": "indices are dealt for so many samples, and another number of epochs deals all of them anew",
     "surplus of each dataset": "another number of samples may deal the indices of a dataset anew",
+    "tokenizer": "the numbers in the data, and the rows of the embedding, stand for other texts",
     "seed": "samples are shuffled by it",
     "sequence length": "samples begin and end elsewhere",
     "share of the data": "training gets other documents",
@@ -20,7 +21,9 @@ _EFFECTS = {
 }
 
 
-def data_order(config: Config, num_train_samples: int, available_samples: int, share: DataShare) -> dict[str, str]:
+def data_order(
+    config: Config, num_train_samples: int, available_samples: int, share: DataShare, tokenizer: str = ""
+) -> dict[str, str]:
     """Everything that the order of the training data depends on, by its name, as texts that can be compared.
 
     Reads the files that list datasets; raises ValueError where one cannot be read.
@@ -29,6 +32,7 @@ def data_order(config: Config, num_train_samples: int, available_samples: int, s
         num_train_samples: what the indices were asked for.
         available_samples: the length of the training data, which may be greater.
         share: the layout, which the `cyclic` order depends on.
+        tokenizer: the checksum of what made the tokens; empty if that is not known.
     """
     data = config.data
     order = {
@@ -47,6 +51,8 @@ def data_order(config: Config, num_train_samples: int, available_samples: int, s
             "share of the data": f"{low:.6g} to {high:.6g}",
             "training samples": str(num_train_samples),
         }
+        if tokenizer:
+            order["tokenizer"] = tokenizer
         if source.weights is not None:
             order["surplus of each dataset"] = str(data.mid_level_dataset_surplus)
     if data.dataloader_type == "cyclic":

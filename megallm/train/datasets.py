@@ -17,7 +17,7 @@ from megallm.data.samples.gpt import GPTDatasetSettings
 from megallm.data.samples.mock import MockDataset
 from megallm.data.tokenizer.base import Tokenizer, TokenizerSettings, state_special_tokens
 from megallm.data.tokenizer.build import build_tokenizer
-from megallm.data.tokenizer.record import check_records
+from megallm.data.tokenizer.record import check_records, describe
 from megallm.plan.rules_data import data_sources
 
 
@@ -30,12 +30,14 @@ class Datasets:
         valid: what is evaluated on, by name ("" where there is one); empty if the run does not evaluate.
         test: what is evaluated on at the end, or None.
         notes: what the user should know about them.
+        tokenizer: the checksum of the tokenizer, empty where there is none.
     """
 
     train: SampleSource
     valid: dict[str, SampleSource]
     test: SampleSource | None = None
     notes: tuple[str, ...] = ()
+    tokenizer: str = ""
 
 
 def build_tokenizer_of(config: Config) -> Tokenizer | None:
@@ -121,7 +123,9 @@ def build_datasets(
     notes = [f"special tokens: {state_special_tokens(tokenizer)}"] if tokenizer is not None else []
     if without_test:
         notes.append(f"no evaluation on test data: {without_test}")
-    return Datasets(built.train, dict(built.valid), test, tuple(notes))
+    return Datasets(
+        built.train, dict(built.valid), test, tuple(notes), describe(tokenizer)["checksum"] if tokenizer else ""
+    )
 
 
 def _settings(config: Config, tokenizer: Tokenizer | None, first_prefix: str) -> GPTDatasetSettings:

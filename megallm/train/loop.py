@@ -27,7 +27,7 @@ from megallm.train.engine import Engine, build_engine, check_schedules
 from megallm.train.metrics import Reporter, log_on_rank_zero, mean_losses
 from megallm.train.outputs import try_outputs
 from megallm.train.processes import joined_processes
-from megallm.train.resume import load_engine
+from megallm.train.resume import take_up
 from megallm.train.saving import Saving
 from megallm.train.step import Batch, evaluate_step, train_step
 from megallm.train.stopping import ExitCode, Stopping
@@ -74,15 +74,13 @@ def _run(config: Config, task: Task, mesh: Mesh, datasets: Datasets, started: fl
     for note in datasets.notes:
         log(note)
     order = on_every_rank(mesh, lambda: _data_order(engine, datasets))
-    if config.checkpoint.load:
-        loaded = load_engine(engine, config.checkpoint.load, order)
-        log(
-            f"continuing from {loaded.folder}"
-            if loaded
-            else f"{config.checkpoint.load} holds no checkpoint: starting afresh"
-        )
-        for note in loaded.notes if loaded else []:
+    loaded = take_up(engine, order)
+    if loaded:
+        log(f"{loaded.taken_up.value} {loaded.folder}")
+        for note in loaded.notes:
             log(note)
+    elif config.checkpoint.load:
+        log(f"{config.checkpoint.load} holds no checkpoint: starting afresh")
     last_iteration = _last_iteration(engine)
     last_sample = engine.batch_sizes.after(last_iteration - engine.progress.iteration, engine.progress.consumed_samples)
     _check_data_lasts(engine, datasets, last_iteration, last_sample)
@@ -257,7 +255,7 @@ def _global_batches(
 
 def _data_order(engine: Engine, datasets: Datasets) -> dict[str, str]:
     wanted = train_samples(engine.config, engine.batch_sizes)
-    return data_order(engine.config, wanted, len(datasets.train), engine.data_share)
+    return data_order(engine.config, wanted, len(datasets.train), engine.data_share, datasets.tokenizer)
 
 
 def _order_of(engine: Engine, dataset: SampleSource, kind: str | None = None) -> SampleOrder:

@@ -2,67 +2,84 @@
 
 from __future__ import annotations
 
+import math
 import re
+from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from megallm.agreement import on_every_rank
-from megallm.checkpoint.boxes import local_boxes, weight_boxes
+from megallm.checkpoint.boxes import WEIGHTS, local_boxes, weight_boxes
 from megallm.checkpoint.commit import TRACKER
 from megallm.checkpoint.load import check_files, find_checkpoints, load_boxes
 from megallm.checkpoint.manifest import DamagedError, Manifest, digest, read_manifest
-from megallm.config import difference, from_dict
-from megallm.config.tree import Config
+from megallm.config import from_dict
+from megallm.config.tree import CheckpointConfig, Config
 from megallm.mesh import Mesh
+from megallm.train.changes import changes, check_same_model
 from megallm.train.data_order import check_data_order
 from megallm.train.engine import Engine, Model
 
 # What a run needs to go on besides tensors.
-_STATE = ("consumed_samples", "consumed_valid_samples", "position", "num_updates", "config", "data_order")
-# Settings that make the weights mean something else. Shapes alone do not tell: a model of fewer layers, or with another
-# activation, would load without a word.
-_MODEL_SHAPE = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "position_embedding_type",
-    "rotary_base",
-    "normalization",
-    "norm_epsilon",
-    "activation",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "tie_embeddings",
-    "vocab_size",
-)
+_COUNTS = ("consumed_samples", "consumed_valid_samples")
+_NUMBERS = ("position", "num_updates")
+
+
+class TakenUp(Enum):
+    """What of a checkpoint a run takes up."""
+
+    ALL = "continuing from"
+    ALL_BUT_OPTIMIZER = "continuing with a new optimizer and a new schedule of the learning rate from"
+    WEIGHTS = "a new run begins with the weights of"
 
 
 class Loaded(NamedTuple):
-    """What a run continues from: the folder, and sentences that its user should read."""
+    """What a run continues from: the folder, what of it, and sentences that its user should read."""
 
     folder: Path
     notes: list[str]
+    taken_up: TakenUp = TakenUp.ALL
 
 
-def load_engine(engine: Engine, root: str, order: dict[str, str] | None = None) -> Loaded | None:
+def take_up(engine: Engine, order: dict[str, str] | None = None) -> Loaded | None:
+    """Continues from --load, or begins with the weights of --pretrained-checkpoint where that holds no checkpoint.
+
+    Returns None where there is nothing to take up. Raises ValueError, on all ranks alike, where that is not allowed, or
+    as `load_engine` does.
+    """
+    settings = engine.config.checkpoint
+    loaded = load_engine(engine, settings.load, order) if settings.load else None
+    if loaded is None and settings.pretrained_checkpoint:
+        loaded = load_engine(engine, settings.pretrained_checkpoint, order, TakenUp.WEIGHTS)
+        if loaded is None:
+            raise ValueError(f"--pretrained-checkpoint {settings.pretrained_checkpoint} holds no checkpoint")
+    if loaded is None and (settings.finetune or settings.exit_on_missing_checkpoint):
+        flag = "--finetune" if settings.finetune else "--exit-on-missing-checkpoint"
+        raise ValueError(f"--load {settings.load} holds no checkpoint, and {flag} allows no start without one")
+    return loaded
+
+
+def load_engine(
+    engine: Engine, root: str, order: dict[str, str] | None = None, taken_up: TakenUp | None = None
+) -> Loaded | None:
     """Continues from a checkpoint under `root`, saved under any layout: the newest, or that of --ckpt-step.
 
-    Returns None if there is none. With --allow-fallback the one before takes the place of one that is damaged.
+    With `taken_up` given, that much of the newest, whatever the configuration says. Returns None if there is no
+    checkpoint. With --allow-fallback the one before takes the place of one that is damaged.
 
     Raises ValueError, on all ranks alike, if the checkpoint is of another model, damaged, or not seen by every rank, or
     if its run read the data in another `order` and the configuration does not allow that.
     """
-    settings = engine.config.checkpoint
-    folders = _seen_by_all(engine.mesh, root, settings.ckpt_step)
+    settings, iteration = engine.config.checkpoint, None
+    if taken_up is None:
+        taken_up, iteration = _wanted(settings), settings.ckpt_step
+    folders = _seen_by_all(engine.mesh, root, iteration)
     notes = _note_on_tracker(root, folders)
     for number, folder in enumerate(folders):
         try:
-            manifest = _read_undamaged(engine, folder, order)
+            manifest = _read_undamaged(engine, folder, order, taken_up)
         except DamagedError as error:
             if number + 1 == len(folders):
                 raise
@@ -71,22 +88,54 @@ def load_engine(engine: Engine, root: str, order: dict[str, str] | None = None) 
                 raise ValueError(f"{error}. --allow-fallback continues from {older.name} instead") from None
             notes.append(f"{error}. Going back to {older.name}, as --allow-fallback says")
             continue
-        _take_up(engine, manifest)
-        changes = _changes(from_dict(manifest.state["config"]), engine.config)
-        return Loaded(folder, notes + [f"changed since it was saved: {change}" for change in changes])
+        _publish(engine, manifest, taken_up)
+        saved, made_by = saved_config(folder, manifest), manifest.state.get("saved")
+        differences = changes(saved, made_by, engine.config, engine.mesh.shape.world_size)
+        return Loaded(folder, notes + [f"changed since it was saved: {change}" for change in differences], taken_up)
     return None
 
 
-def _read_undamaged(engine: Engine, folder: Path, order: dict[str, str] | None) -> Manifest:
+def saved_config(folder: Path, manifest: Manifest) -> Config:
+    """The configuration of the run that saved a checkpoint. Raises ValueError where this version cannot read it."""
+    try:
+        return from_dict(manifest.state["config"])
+    except ValueError as error:
+        raise ValueError(f"{folder} was saved by a version with other settings. {error}") from None
+
+
+def load_weights(model: Model, folder: Path) -> None:
+    """Fills a model's parameters, without optimizer state, from a checkpoint saved under any layout.
+
+    Raises ValueError if the checkpoint is of another model or damaged.
+    """
+    boxes = weight_boxes(model.chunks, model.mesh)
+    on_every_rank(model.mesh, lambda: load_boxes(folder, read_manifest(folder), boxes))
+
+
+def _wanted(settings: CheckpointConfig) -> TakenUp:
+    if settings.finetune:
+        return TakenUp.WEIGHTS
+    return TakenUp.ALL_BUT_OPTIMIZER if settings.no_load_optim else TakenUp.ALL
+
+
+def _read_undamaged(engine: Engine, folder: Path, order: dict[str, str] | None, taken_up: TakenUp) -> Manifest:
     """Fill the engine's tensors from a checkpoint. Raises DamagedError on all ranks where one found it damaged."""
-    boxes = local_boxes(engine.optimizer, engine.chunks, engine.mesh)
+    boxes = list(local_boxes(engine.optimizer, engine.chunks, engine.mesh))
+    if taken_up is not TakenUp.ALL:
+        boxes = [box for box in boxes if box.kind == WEIGHTS]
+    kinds = {box.kind for box in boxes}
 
     def read() -> Manifest | DamagedError:
         try:
-            manifest = _read_manifest(folder)
-            _check_same_model(folder, from_dict(manifest.state["config"]), engine.config)
-            saved_order = manifest.state["data_order"]
-            if order and saved_order and not engine.config.checkpoint.allow_data_change:
+            manifest = read_manifest(folder)
+            _check_kinds(folder, manifest, kinds)
+            _check_state(folder, manifest, taken_up)
+            settings = engine.config.checkpoint
+            if not settings.allow_model_change:
+                check_same_model(folder, saved_config(folder, manifest), engine.config)
+            saved_order = manifest.state.get("data_order")
+            goes_on = taken_up is not TakenUp.WEIGHTS
+            if goes_on and order and saved_order and not settings.allow_data_change:
                 check_data_order(saved_order, order, str(folder))
             # Between them the ranks look at every file, also at those that hold nothing they need.
             check_files(folder, manifest.files[engine.mesh.rank :: engine.mesh.shape.world_size])
@@ -108,49 +157,69 @@ def _read_undamaged(engine: Engine, folder: Path, order: dict[str, str] | None) 
         raise DamagedError(str(error)) from None
 
 
-def _read_manifest(folder: Path) -> Manifest:
-    manifest = read_manifest(folder)
-    missing = [key for key in _STATE if key not in manifest.state]
+def _check_kinds(folder: Path, manifest: Manifest, wanted: set[str]) -> None:
+    """Raises ValueError where a checkpoint holds nothing at all of something that is needed: it was saved without."""
+    held = {name.partition("/")[0] for name in manifest.tensors}
+    missing = sorted(wanted - held)
     if missing:
-        raise DamagedError(f"the manifest of {folder} lacks {', '.join(missing)}")
-    return manifest
+        goes_on = f", and --no-load-optim goes on at iteration {manifest.iteration} with a new optimizer"
+        raise ValueError(
+            f"{folder} holds {' and '.join(sorted(held)) or 'nothing'}, but no {' and no '.join(missing)}: --finetune "
+            f"begins a new run with its weights{goes_on if 'consumed_samples' in manifest.state else ''}"
+        )
 
 
-def _take_up(engine: Engine, manifest: Manifest) -> None:
+def _check_state(folder: Path, manifest: Manifest, taken_up: TakenUp) -> None:
+    """Raises ValueError where a checkpoint lacks what is to be taken up, DamagedError where that is nonsense."""
+    state = manifest.state
+    if not isinstance(state.get("config"), dict):
+        raise DamagedError(f"the manifest of {folder} lacks config")
+    if taken_up is TakenUp.WEIGHTS:
+        return
+    if "consumed_samples" not in state:
+        raise ValueError(f"{folder} does not say where its run was: --finetune begins a new one with its weights")
+    kinds: dict[str, Any] = dict.fromkeys(_COUNTS, _is_count) | dict.fromkeys(_NUMBERS, _is_number)
+    kinds |= {"data_order": _is_text_by_name, "loss_scale": _is_loss_scale}
+    wrong = [key for key, is_sound in kinds.items() if not is_sound(state.get(key))]
+    if wrong:
+        raise DamagedError(f"the manifest of {folder} lacks {', '.join(wrong)}, or has nonsense there")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**62
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def _is_text_by_name(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _is_loss_scale(value: object) -> bool:
+    names = {"scale", "growth_tracker", "hysteresis_tracker"}
+    return isinstance(value, dict) and set(value) in (set(), names) and all(map(_is_number, value.values()))
+
+
+def _publish(engine: Engine, manifest: Manifest, taken_up: TakenUp) -> None:
     """Continue with the tensors that were filled, and with the counters of a checkpoint."""
     engine.optimizer.publish_weights()
     engine.reducer.finish_gather()
     progress, state = engine.progress, manifest.state
+    if taken_up is TakenUp.WEIGHTS:
+        return
     progress.iteration = manifest.iteration
     progress.consumed_samples = state["consumed_samples"]
     progress.consumed_valid_samples = state["consumed_valid_samples"]
     progress.evaluation_due = bool(state.get("evaluation_due"))
+    if taken_up is TakenUp.ALL_BUT_OPTIMIZER:
+        return
     progress.position.fill_(state["position"])
     progress.num_updates.fill_(state["num_updates"])
-    # Checkpoints of older versions do not have it.
-    engine.optimizer.loss_scale.load_state(state.get("loss_scale", {}))
+    engine.optimizer.loss_scale.load_state(state["loss_scale"])
     for shard in engine.optimizer.shards:
         shard.state.num_updates.fill_(state["num_updates"])
-
-
-def _changes(saved: Config, now: Config) -> list[str]:
-    """Settings that bear on the numbers or on the order of the data, as `name: old -> new`."""
-    bearing = ("model.", "training.", "optimizer.", "data.")
-    silent = ("training.micro_batch_size", "training.device", "training.exit_interval", "data.num_workers")
-    return [
-        f"{path}: {old} -> {new}"
-        for path, old, new in difference(saved, now)
-        if path.startswith(bearing) and path not in silent
-    ]
-
-
-def load_weights(model: Model, folder: Path) -> None:
-    """Fills a model's parameters, without optimizer state, from a checkpoint saved under any layout.
-
-    Raises ValueError if the checkpoint is of another model or damaged.
-    """
-    boxes = weight_boxes(model.chunks, model.mesh)
-    on_every_rank(model.mesh, lambda: load_boxes(folder, read_manifest(folder), boxes))
 
 
 def _seen_by_all(mesh: Mesh, root: str, iteration: int | None) -> list[Path]:
@@ -186,13 +255,3 @@ def _note_on_tracker(root: str, folders: list[Path]) -> list[str]:
     if named.isdigit() and any(int(named) == int(re.sub(r"\D", "", folder.name)) for folder in folders[1:]):
         return [f"{TRACKER} names {named}, which is not the newest: --ckpt-step {named} continues from there"]
     return []
-
-
-def _check_same_model(folder: Path, saved: Config, wanted: Config) -> None:
-    """Raises ValueError with every setting in which the saved model is another."""
-    pairs = {name: (getattr(saved.model, name), getattr(wanted.model, name)) for name in _MODEL_SHAPE}
-    changed = [f"{name} is {there!r} there and {here!r} here" for name, (there, here) in pairs.items() if there != here]
-    if changed:
-        raise ValueError(
-            f"{folder} was saved from another model: {'; '.join(changed)}. Give the flags of the run that saved it."
-        )

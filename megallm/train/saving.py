@@ -14,7 +14,7 @@ import torch
 import megallm
 from megallm.agreement import on_every_rank
 from megallm.checkpoint.background import BackgroundSaver
-from megallm.checkpoint.boxes import LocalBox, local_boxes
+from megallm.checkpoint.boxes import WEIGHTS, LocalBox, local_boxes
 from megallm.checkpoint.retention import Retention
 from megallm.checkpoint.save import Saved, save_checkpoint
 from megallm.config import to_dict
@@ -165,7 +165,8 @@ def content_of(engine: Engine, order: dict[str, str]) -> tuple[list[LocalBox], d
         },
     }
     boxes = local_boxes(engine.optimizer, engine.chunks, engine.mesh)
-    return [box for box in boxes if box.saves], state
+    with_optimizer = not engine.config.checkpoint.no_save_optim
+    return [box for box in boxes if box.saves and (with_optimizer or box.kind == WEIGHTS)], state
 
 
 def retention_of(settings: CheckpointConfig) -> Retention:

@@ -112,7 +112,7 @@ DAMAGES = {
     "half a manifest": (_break_manifest, "manifest.json cannot be read"),
     "manifest of another format": (_rewrite_manifest(lambda it: it | {"format": "other"}), "has format 'other'"),
     "manifest that is a list": (_rewrite_manifest(lambda it: [it]), "has format None"),
-    "manifest without progress": (_rewrite_manifest(_without("state", "position")), "lacks position"),
+    "manifest without progress": (_rewrite_manifest(_without("state", "position")), "lacks position, or has nonsense"),
 }
 
 

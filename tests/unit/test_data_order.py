@@ -84,3 +84,11 @@ def test_lists_in_files_count_by_what_they_hold(tmp_path: Path) -> None:
     check_data_order(order_of({}), listed("0.3 news\n0.7 code\n"), "iter_0000005")
     with pytest.raises(ValueError, match=r"data: 0\.3 news 0\.7 code there, 0\.3 code 0\.7 news here"):
         check_data_order(order_of({}), listed("0.3 code 0.7 news"), "iter_0000005")
+
+
+def test_another_tokenizer_of_the_same_size_is_noticed() -> None:
+    config = build(FILES)
+    before, after = (data_order(config, 1000, 1024, FOUR_RANKS, tokenizer) for tokenizer in ("sha256:a", "sha256:b"))
+    with pytest.raises(ValueError, match=r"tokenizer: sha256:a there, sha256:b here .*stand for other texts"):
+        check_data_order(before, after, "iter_0000005")
+    check_data_order(before, before, "iter_0000005")

@@ -272,6 +272,16 @@ CASES: dict[str, list[tuple[int, dict, dict]]] = {
         (1, {"checkpoint.save_interval": 5}, {"checkpoint.save": "FOLDER"}),
         (1, {"checkpoint.async_save": True}, {"checkpoint.save": "FOLDER"}),
     ],
+    "loading_has_a_folder": [
+        (1, {"checkpoint.ckpt_step": 5}, {"checkpoint.load": "FOLDER"}),
+        (1, {"checkpoint.finetune": True}, {"checkpoint.load": "FOLDER"}),
+        (1, {"checkpoint.use_checkpoint_args": True}, {"checkpoint.load": "FOLDER"}),
+        (
+            1,
+            {"checkpoint.no_load_optim": True, "checkpoint.pretrained_checkpoint": "OTHER"},
+            {"checkpoint.load": "FOLDER"},
+        ),
+    ],
     "retained_checkpoints_are_saved": [
         (
             1,
