@@ -52,6 +52,7 @@ class Description:
         counts: whether this holder is the one that stands for the tensor in the norm and in checkpoints.
         decays: whether weight decay applies.
         trains: whether the parameter is updated.
+        of_vocabulary: whether it is the word embedding or the output layer, which may learn at a rate of their own.
     """
 
     pieces: tuple[Piece, ...]
@@ -63,6 +64,7 @@ class Description:
     counts: bool = True
     decays: bool = True
     trains: bool = True
+    of_vocabulary: bool = False
 
 
 def split_evenly(

@@ -13,7 +13,7 @@ from megallm.data_parallel.optimizer import BucketOptimizer, Shard
 from megallm.mesh import Mesh
 from megallm.parameter import Piece, boxes_of_range, description_of
 
-WEIGHTS, FIRST_MOMENT, SECOND_MOMENT = "weights", "first_moment", "second_moment"
+WEIGHTS = "weights"
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def local_boxes(optimizer: BucketOptimizer, chunks: dict[int, nn.Module], mesh: 
     """Weights and moments of this rank's ranges, and the frozen parameters of its chunks."""
     for shard in optimizer.shards:
         yield from shard_boxes(WEIGHTS, shard, shard.master)
-        yield from shard_boxes(FIRST_MOMENT, shard, shard.state.first_moment)
-        yield from shard_boxes(SECOND_MOMENT, shard, shard.state.second_moment)
+        for kind, moment in shard.state.moments().items():
+            yield from shard_boxes(kind, shard, moment)
     yield from weight_boxes(chunks, mesh, frozen_only=True)
 
 

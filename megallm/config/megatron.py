@@ -29,6 +29,8 @@ ALIASES = (
     # Megatron's scripts write it beside a rotary flag, to say that there is no table of positions.
     Alias("--no-position-embedding", "model.position_embedding_type", "none", yields=True),
     Alias("--recompute-activations", "training.recompute_granularity", "selective"),
+    Alias("--use-checkpoint-opt_param-scheduler", "optimizer.use_checkpoint_opt_param_scheduler", True),
+    Alias("--override-opt_param-scheduler", "optimizer.use_checkpoint_opt_param_scheduler", False),
 )
 
 LAYERS_PER_VIRTUAL_STAGE = "--num-layers-per-virtual-pipeline-stage"
@@ -62,10 +64,6 @@ IGNORED = (
     Ignored("--transformer-impl", "there is one implementation"),
     Ignored("--attention-backend", "the fastest kernel that the mask allows is chosen"),
     Ignored("--use-flash-attn", "the fastest kernel that the mask allows is chosen"),
-    Ignored("--sgd-momentum", "the optimizer is AdamW"),
-    Ignored("--lr-wsd-decay-*", "it only acts with --lr-decay-style WSD"),
-    Ignored("--override-opt_param-scheduler", "the schedule always comes from the command line"),
-    Ignored("--override-opt-param-scheduler", "the schedule always comes from the command line"),
     Ignored("--manual-gc*", "it changes no result"),
     Ignored("--empty-unused-memory-level", "it changes no result"),
     Ignored("--calculate-per-token-loss", "the loss is always averaged over the tokens of the whole batch"),
@@ -134,19 +132,6 @@ REFUSED = (
         "--decrease-batch-size-if-needed",
         "the batch size does not depend on the number of processes; leave it out and give sizes that divide",
     ),
-    Refused(
-        "--lr-warmup-fraction",
-        "warm-up is given as a length; use --lr-warmup-iters or --lr-warmup-samples = fraction x decay",
-        ("0",),
-    ),
-    Refused("--optimizer", "the optimizer is AdamW; use --optimizer adam", ("adam",)),
-    Refused("--start-weight-decay", "weight decay is constant; use --weight-decay"),
-    Refused("--end-weight-decay", "weight decay is constant; use --weight-decay"),
-    Refused("--weight-decay-incr-style", "weight decay is constant; use --weight-decay", ("constant",)),
-    Refused("--decoupled-lr", "all parameters learn at one rate; use --lr"),
-    Refused("--decoupled-min-lr", "all parameters learn at one rate; use --min-lr"),
-    Refused("--use-checkpoint-opt_param-scheduler", "the schedule always comes from the command line; leave it out"),
-    Refused("--use-checkpoint-opt-param-scheduler", "the schedule always comes from the command line; leave it out"),
     Refused("--data-parallel-random-init", "initial weights are a function of the seed alone; use --seed"),
     Refused("--deterministic-mode", "there is no such mode for GPUs; leave it out (CPU runs are deterministic)"),
     Refused("--fp16-lm-cross-entropy", "the loss is computed in float32; leave it out"),

@@ -74,9 +74,12 @@ def train_samples(config: Config, batch_sizes: BatchSizes) -> int:
     return _given(config.training.train_samples, batch_sizes.after(config.training.train_iters))
 
 
-def learning_rate_warmup_samples(config: Config, batch_sizes: BatchSizes) -> int:
-    """Length of the learning rate's warm-up in samples."""
-    return config.optimizer.lr_warmup_samples or batch_sizes.after(config.optimizer.lr_warmup_iters)
+def learning_rate_warmup_samples(config: Config, batch_sizes: BatchSizes) -> float:
+    """Length of the learning rate's warm-up in samples, not always whole where it is a part of the decay."""
+    settings = config.optimizer
+    if settings.lr_warmup_fraction is not None:
+        return settings.lr_warmup_fraction * learning_rate_decay_samples(config, batch_sizes)
+    return settings.lr_warmup_samples or batch_sizes.after(settings.lr_warmup_iters)
 
 
 def learning_rate_decay_samples(config: Config, batch_sizes: BatchSizes) -> int:
@@ -87,6 +90,15 @@ def learning_rate_decay_samples(config: Config, batch_sizes: BatchSizes) -> int:
     if settings.lr_decay_iters is not None:
         return batch_sizes.after(settings.lr_decay_iters)
     return train_samples(config, batch_sizes)
+
+
+def wsd_decay_samples(config: Config, batch_sizes: BatchSizes) -> int:
+    """Samples of the decay at the end of WSD: as given, or those of the last steps before the decay ends."""
+    settings = config.optimizer
+    if settings.lr_wsd_decay_samples is not None or settings.lr_wsd_decay_iters is None:
+        return settings.lr_wsd_decay_samples or 0
+    end = learning_rate_decay_samples(config, batch_sizes)
+    return end - batch_sizes.after(max(0, batch_sizes.steps_within(end) - settings.lr_wsd_decay_iters))
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:

@@ -29,6 +29,7 @@ class BucketKey:
     tie: str | None
     decays: bool
     counts: bool
+    decoupled: bool
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,14 @@ class Bucket:
         self._gathering.wait()
 
 
-def build_buckets(chunks: dict[int, nn.Module], mesh: Mesh, max_elements: int, sharded: bool) -> list[Bucket]:
+def build_buckets(
+    chunks: dict[int, nn.Module], mesh: Mesh, max_elements: int, sharded: bool, decoupled: bool = False
+) -> list[Bucket]:
     """Puts every trainable parameter of this rank's chunks into a bucket.
 
     Buckets come in the order in which a backward pass completes them: last chunk first, last parameter first; a bucket
-    is closed when it holds `max_elements`. To be called after freezing.
+    is closed when it holds `max_elements`. With `decoupled`, word embedding and output layer lie in buckets of their
+    own, since they learn at a rate of their own. To be called after freezing.
     """
     grouped: dict[tuple[BucketKey, int], list[nn.Parameter]] = {}
     current: dict[BucketKey, int] = {}
@@ -116,7 +120,7 @@ def build_buckets(chunks: dict[int, nn.Module], mesh: Mesh, max_elements: int, s
         for parameter in reversed(list(dict.fromkeys(chunks[chunk].parameters()))):
             if not description_of(parameter).trains:
                 continue
-            key = _key(chunk, parameter, mesh)
+            key = _key(chunk, parameter, mesh, decoupled)
             if filled.get(key, 0) >= max_elements:
                 current[key] += 1
                 filled[key] = 0
@@ -126,7 +130,7 @@ def build_buckets(chunks: dict[int, nn.Module], mesh: Mesh, max_elements: int, s
     return [Bucket(key, parameters, mesh, sharded) for (key, _), parameters in grouped.items()]
 
 
-def _key(chunk: int, parameter: nn.Parameter, mesh: Mesh) -> BucketKey:
+def _key(chunk: int, parameter: nn.Parameter, mesh: Mesh, decoupled: bool) -> BucketKey:
     description = description_of(parameter)
     reduced_over = description.gradient_partial_over
     # Of ranks that hold and compute the same, the first one counts.
@@ -138,6 +142,7 @@ def _key(chunk: int, parameter: nn.Parameter, mesh: Mesh) -> BucketKey:
         tie=description.tie,
         decays=description.decays,
         counts=description.counts and first,
+        decoupled=decoupled and description.of_vocabulary,
     )
 
 

@@ -1,8 +1,9 @@
-"""The optimizer step over buckets: global norm, clipping, AdamW on this rank's ranges, gather of the weights."""
+"""The optimizer step over buckets: global norm, clipping, the update of this rank's ranges, gather of the weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -12,6 +13,8 @@ from megallm.mesh import Mesh
 from megallm.optimizer.adamw import AdamWSettings, AdamWState, adamw_step, new_state
 from megallm.optimizer.clipping import clip_coefficient, squared_norm
 from megallm.optimizer.loss_scale import LossScale
+from megallm.optimizer.rates import Rates
+from megallm.optimizer.sgd import SGDSettings, SGDState, new_sgd_state, sgd_step
 
 
 @dataclass
@@ -20,7 +23,7 @@ class Shard:
 
     bucket: Bucket
     master: torch.Tensor
-    state: AdamWState
+    state: AdamWState | SGDState
 
     @property
     def gradient(self) -> torch.Tensor:
@@ -42,7 +45,7 @@ class StepOutcome:
 
 
 class BucketOptimizer:
-    """AdamW over the buckets of a reducer.
+    """AdamW, or gradient descent with momentum, over the buckets of a reducer.
 
     Where weights are float32 or float64 they are their own master copy; for 16-bit ones a float32 copy is kept for this
     rank's ranges. Gradients come multiplied by the `loss_scale`, which moves on with each step.
@@ -52,9 +55,8 @@ class BucketOptimizer:
         self,
         reducer: GradientReducer,
         mesh: Mesh,
-        settings: AdamWSettings,
+        settings: AdamWSettings | SGDSettings,
         *,
-        weight_decay: float,
         max_grad_norm: float,
         overlap_gather: bool,
         loss_scale: LossScale,
@@ -62,7 +64,6 @@ class BucketOptimizer:
         self.reducer = reducer
         self.mesh = mesh
         self.settings = settings
-        self.weight_decay = weight_decay
         self.max_grad_norm = max_grad_norm
         self.overlap_gather = overlap_gather
         self.loss_scale = loss_scale
@@ -70,14 +71,13 @@ class BucketOptimizer:
         for bucket in reducer.buckets:
             own = bucket.weights[bucket.shard]
             master = own if own.dtype == bucket.gradient.dtype else own.to(bucket.gradient.dtype)
-            self.shards.append(Shard(bucket, master, new_state(master)))
+            self.shards.append(Shard(bucket, master, self._new_state(master)))
 
-    def step(self, learning_rate: torch.Tensor, sums: torch.Tensor) -> StepOutcome:
+    def step(self, rates: Rates, sums: torch.Tensor) -> StepOutcome:
         """Updates the weights from the reduced gradients.
 
-        `learning_rate` is a float64 scalar. `sums`, float64 [n], is summed over all ranks in the message that carries
-        the norm. A norm that is not finite skips the step on every rank alike, and is what the loss scale goes down by.
-        Waits for nothing on a GPU.
+        `sums`, float64 [n], is summed over all ranks in the message that carries the norm. A norm that is not finite
+        skips the step on every rank alike, and is what the loss scale goes down by. Waits for nothing on a GPU.
         """
         squares = squared_norm(
             [shard.gradient for shard in self.shards if self._counts(shard.bucket)], self.mesh.device
@@ -92,16 +92,7 @@ class BucketOptimizer:
         # One factor takes the loss scale out of the gradients and clips them.
         coefficient = clip_coefficient(norm, self.max_grad_norm) / scale
         for shard in self.shards:
-            adamw_step(
-                shard.master,
-                shard.gradient,
-                shard.state,
-                self.settings,
-                learning_rate=learning_rate,
-                weight_decay=self.weight_decay if shard.bucket.key.decays else 0.0,
-                clip_coefficient=coefficient,
-                skip=skipped,
-            )
+            self._update(shard, rates, coefficient, skipped)
         self.loss_scale.update(skipped)
         self.publish_weights()
         if not self.overlap_gather:
@@ -115,6 +106,20 @@ class BucketOptimizer:
             if own.data_ptr() != shard.master.data_ptr():
                 own.copy_(shard.master)
             shard.bucket.start_gather()
+
+    def _new_state(self, master: torch.Tensor) -> AdamWState | SGDState:
+        return new_state(master) if isinstance(self.settings, AdamWSettings) else new_sgd_state(master)
+
+    def _update(self, shard: Shard, rates: Rates, coefficient: torch.Tensor, skipped: torch.Tensor) -> None:
+        key, settings = shard.bucket.key, self.settings
+        update = partial(
+            adamw_step if isinstance(settings, AdamWSettings) else sgd_step,
+            learning_rate=rates.vocabulary_learning_rate if key.decoupled else rates.learning_rate,
+            weight_decay=rates.weight_decay if key.decays else 0.0,
+            clip_coefficient=coefficient,
+            skip=skipped,
+        )
+        update(shard.master, shard.gradient, shard.state, settings)
 
     def _counts(self, bucket: Bucket) -> bool:
         """Whether this rank's gradient enters the norm: every logical element does so on exactly one rank."""

@@ -31,10 +31,11 @@ class GradientReducer:
         bucket_elements: int,
         sharded: bool,
         overlap: bool,
+        decoupled: bool = False,
     ) -> None:
         # Buckets start in this order. Tied ones wait for another pipeline rank at the end of the step and must not
         # hold up the others.
-        buckets = build_buckets(chunks, mesh, bucket_elements, sharded)
+        buckets = build_buckets(chunks, mesh, bucket_elements, sharded, decoupled)
         self.buckets = sorted(buckets, key=lambda bucket: bucket.key.tie is not None)
         self.overlap = overlap
         self._home: dict[nn.Parameter, tuple[Bucket, torch.Tensor]] = {}

@@ -32,7 +32,9 @@ def vocabulary_parameter(
 ) -> nn.Parameter:
     """A [vocabulary, hidden] matrix of which this rank holds padded_size / tp rows."""
     piece = padded_part(name, (vocab_size, hidden_size), padded_size, context.tp.size, context.tp.rank)
-    description = Description((piece,), standard_deviation=standard_deviation, tie=tie, counts=counts)
+    description = Description(
+        (piece,), standard_deviation=standard_deviation, tie=tie, counts=counts, of_vocabulary=True
+    )
     return make_parameter(description, context.dtype, context.device)
 
 

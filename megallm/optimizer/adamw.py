@@ -25,6 +25,10 @@ class AdamWState:
     second_moment: torch.Tensor
     num_updates: torch.Tensor
 
+    def moments(self) -> dict[str, torch.Tensor]:
+        """The flat tensors, by the names that checkpoints give them."""
+        return {"first_moment": self.first_moment, "second_moment": self.second_moment}
+
 
 def new_state(weights: torch.Tensor) -> AdamWState:
     """The state before the first update."""
@@ -42,19 +46,23 @@ def adamw_step(
     settings: AdamWSettings,
     *,
     learning_rate: torch.Tensor,
-    weight_decay: float,
+    weight_decay: float | torch.Tensor,
     clip_coefficient: torch.Tensor,
     skip: torch.Tensor,
 ) -> None:
     """Updates flat `weights` in place.
 
     `learning_rate` (float64), `clip_coefficient` (multiplies the gradient) and `skip` (1 leaves everything as it was)
-    are scalars on the tensors' device, so that nothing waits for the host. On a GPU the learning rate
-    is rounded to float32. `gradient` is overwritten.
+    are scalars on the tensors' device, so that nothing waits for the host. `weight_decay` may be one too. On a GPU the
+    learning rate is rounded to float32. `gradient` is overwritten.
     """
     if weights.numel() == 0:
         return
     gradient.mul_(clip_coefficient)
+    if isinstance(weight_decay, torch.Tensor):
+        # torch's function takes a number, which only the host could give it.
+        weights.mul_(1.0 - learning_rate * weight_decay * (1.0 - skip))
+        weight_decay = 0.0
     adamw(
         [weights],
         [gradient],

@@ -1,10 +1,10 @@
-"""Rules about the course of a run: precision, learning rate, evaluation, saving, and its data."""
+"""Rules about the course of a run: precision, length, evaluation, saving, and its data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megallm.config.resolve import learning_rate_decay_samples, learning_rate_warmup_samples, train_iters
+from megallm.config.resolve import train_iters
 from megallm.config.tree import Config
 from megallm.plan.problem import Problem, rule
 from megallm.plan.rules_batches import BATCH_SIZE_FIELDS, batch_sizes_or_none
@@ -36,91 +36,6 @@ def loss_scale_starts_above_its_minimum(config: Config, world_size: int) -> Iter
             f"{minimum} > {start}",
             f"use --min-loss-scale {start} or less, or --initial-loss-scale {minimum} or more",
         )
-
-
-@rule("optimizer.lr", "optimizer.min_lr")
-def minimum_is_below_peak(config: Config, world_size: int) -> Iterator[Problem]:
-    """The learning rate decays from its peak down to its minimum."""
-    peak, minimum = config.optimizer.lr, config.optimizer.min_lr
-    if minimum > peak:
-        yield Problem(
-            ("--min-lr", "--lr"),
-            "the learning rate would decay upwards",
-            f"{minimum} > {peak}",
-            f"use --min-lr {peak / 10:g}, or at most --lr's {peak}",
-        )
-
-
-@rule("optimizer.lr", "optimizer.lr_warmup_init")
-def warmup_starts_below_peak(config: Config, world_size: int) -> Iterator[Problem]:
-    """The learning rate warms up from its start to its peak."""
-    peak, start = config.optimizer.lr, config.optimizer.lr_warmup_init
-    if start > peak:
-        yield Problem(
-            ("--lr-warmup-init", "--lr"),
-            "the learning rate would warm up downwards",
-            f"{start} > {peak}",
-            f"use --lr-warmup-init 0.0, or at most --lr's {peak}",
-        )
-
-
-@rule("optimizer.lr_warmup_iters", "optimizer.lr_decay_iters", "training.train_iters")
-def warmup_ends_before_decay(config: Config, world_size: int) -> Iterator[Problem]:
-    """The warm-up is a part of the steps over which the learning rate decays."""
-    settings = config.optimizer
-    warmup, given = settings.lr_warmup_iters, settings.lr_decay_iters
-    by_samples = settings.lr_decay_samples is not None or (given is None and config.training.train_samples is not None)
-    if settings.lr_warmup_samples or by_samples:
-        return
-    decay = config.training.train_iters if given is None else given
-    if warmup > decay:
-        source = "--train-iters, the default of --lr-decay-iters" if given is None else "--lr-decay-iters"
-        yield Problem(
-            ("--lr-warmup-iters", "--lr-decay-iters"),
-            f"a warm-up of {warmup} steps does not fit into the {decay} steps of {source}",
-            f"{warmup} > {decay}",
-            f"use --lr-warmup-iters {decay} or less, or --lr-decay-iters {warmup} or more",
-        )
-
-
-@rule(
-    "optimizer.lr_warmup_iters",
-    "optimizer.lr_warmup_samples",
-    "optimizer.lr_decay_iters",
-    "optimizer.lr_decay_samples",
-    "training.train_iters",
-    "training.train_samples",
-    *BATCH_SIZE_FIELDS,
-)
-def warmup_samples_end_before_decay(config: Config, world_size: int) -> Iterator[Problem]:
-    """The same, where warm-up or decay are given in samples."""
-    settings = config.optimizer
-    by_steps = settings.lr_decay_iters is not None or config.training.train_samples is None
-    sizes = batch_sizes_or_none(config, world_size)
-    if sizes is None or (by_steps and settings.lr_decay_samples is None and not settings.lr_warmup_samples):
-        return
-    warmup, decay = learning_rate_warmup_samples(config, sizes), learning_rate_decay_samples(config, sizes)
-    if warmup > decay:
-        yield Problem(
-            ("--lr-warmup-samples", "--lr-decay-samples"),
-            f"a warm-up of {warmup} samples does not fit into the {decay} over which the learning rate decays",
-            f"{warmup} > {decay}",
-            f"use --lr-warmup-samples {decay} or less, or --lr-decay-samples {warmup} or more",
-        )
-
-
-@rule()
-def one_unit_of_the_schedule(config: Config, world_size: int) -> Iterator[Problem]:
-    """Warm-up and decay are each given in steps or in samples."""
-    settings = config.optimizer
-    pairs = (
-        ("warmup", settings.lr_warmup_iters, settings.lr_warmup_samples),
-        ("decay", settings.lr_decay_iters, settings.lr_decay_samples),
-    )
-    for name, steps, samples in pairs:
-        if steps and samples:
-            flags = f"--lr-{name}-iters", f"--lr-{name}-samples"
-            yield Problem(flags, f"both {steps} steps and {samples} samples are given", "", f"leave out {flags[0]}")
 
 
 @rule("training.train_iters", "training.train_samples", *BATCH_SIZE_FIELDS)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from megallm.config.report import numbered
 from megallm.config.tree import Config
-from megallm.plan import rules_batches, rules_data, rules_model, rules_parallel, rules_run, rules_stages, rules_values
+from megallm.plan import (
+    rules_batches,
+    rules_data,
+    rules_model,
+    rules_parallel,
+    rules_rates,
+    rules_run,
+    rules_stages,
+    rules_values,
+)
 from megallm.plan.problem import Problem, Rule
 
 VALUE_RULES = (
@@ -46,11 +55,14 @@ RULES = (
     rules_parallel.backend_runs_on_device,
     rules_run.one_precision,
     rules_run.loss_scale_starts_above_its_minimum,
-    rules_run.minimum_is_below_peak,
-    rules_run.warmup_starts_below_peak,
-    rules_run.warmup_ends_before_decay,
-    rules_run.warmup_samples_end_before_decay,
-    rules_run.one_unit_of_the_schedule,
+    rules_rates.minimum_is_below_peak,
+    rules_rates.warmup_starts_below_peak,
+    rules_rates.warmup_ends_before_decay,
+    rules_rates.warmup_samples_end_before_decay,
+    rules_rates.one_unit_of_the_schedule,
+    rules_rates.stable_learning_rate_decays_at_the_end,
+    rules_rates.decoupled_rate_decays_downwards,
+    rules_rates.weight_decay_has_both_ends,
     rules_run.one_length_of_the_run,
     rules_run.evaluation_has_batches,
     rules_run.saving_has_a_folder,

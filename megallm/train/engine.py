@@ -9,20 +9,21 @@ import torch
 from torch import nn
 
 from megallm.config.batch_sizes import BatchSizes, batch_sizes_of
-from megallm.config.resolve import learning_rate_decay_samples, learning_rate_warmup_samples
-from megallm.config.tree import Config, TrainingConfig
+from megallm.config.tree import Config, OptimizerConfig, TrainingConfig
 from megallm.data.feeding.orders import DataShare
 from megallm.data_parallel.optimizer import BucketOptimizer
 from megallm.data_parallel.reducer import GradientReducer
 from megallm.layers.context import LayoutContext
 from megallm.mesh import Mesh
 from megallm.optimizer.adamw import AdamWSettings
-from megallm.optimizer.learning_rate import LearningRateSchedule
 from megallm.optimizer.loss_scale import DynamicLossScale, DynamicLossScaleSettings, LossScale
+from megallm.optimizer.rates import RateSchedules
+from megallm.optimizer.sgd import SGDSettings
 from megallm.pipeline.executor import PipelineExecutor
 from megallm.plan.schedule import lowered_schedule
 from megallm.plan.split import stage_layers
 from megallm.schedule import LoweredSchedule
+from megallm.train.rates import rate_schedules
 from megallm.train.tasks.task import Task
 
 
@@ -68,7 +69,7 @@ class Engine(Model):
 
     reducer: GradientReducer
     optimizer: BucketOptimizer
-    learning_rate: LearningRateSchedule
+    rates: RateSchedules
     batch_sizes: BatchSizes
     progress: Progress
 
@@ -134,13 +135,13 @@ def build_engine(config: Config, task: Task, mesh: Mesh) -> Engine:
         bucket_elements=parallel.ddp_bucket_size,
         sharded=parallel.use_distributed_optimizer,
         overlap=parallel.overlap_grad_reduce,
+        decoupled=settings.decoupled_lr is not None,
     )
     model.executor.close_chunk = reducer.close_chunk
     optimizer = BucketOptimizer(
         reducer,
         mesh,
-        AdamWSettings(settings.adam_beta1, settings.adam_beta2, settings.adam_eps),
-        weight_decay=settings.weight_decay,
+        _update_settings(settings),
         max_grad_norm=settings.clip_grad,
         overlap_gather=parallel.overlap_param_gather,
         loss_scale=_loss_scale(config.training, mesh.device),
@@ -154,7 +155,7 @@ def build_engine(config: Config, task: Task, mesh: Mesh) -> Engine:
         **vars(model),
         reducer=reducer,
         optimizer=optimizer,
-        learning_rate=_learning_rate_schedule(config, batch_sizes),
+        rates=rate_schedules(config, batch_sizes),
         batch_sizes=batch_sizes,
         progress=progress,
     )
@@ -167,6 +168,12 @@ def _dtype(training: TrainingConfig) -> torch.dtype:
     if training.bf16:
         return torch.bfloat16
     return torch.float16 if training.fp16 else torch.float32
+
+
+def _update_settings(settings: OptimizerConfig) -> AdamWSettings | SGDSettings:
+    if settings.optimizer == "sgd":
+        return SGDSettings(settings.sgd_momentum)
+    return AdamWSettings(settings.adam_beta1, settings.adam_beta2, settings.adam_eps)
 
 
 def _loss_scale(training: TrainingConfig, device: torch.device) -> LossScale:
@@ -187,18 +194,6 @@ def _own_layers(config: Config, mesh: Mesh) -> dict[int, range]:
     """Layers of this rank's stages, by the stage's global number."""
     ranges = stage_layers(config)
     return {stage: ranges[stage] for stage in range(mesh.pp.rank, len(ranges), mesh.shape.pp)}
-
-
-def _learning_rate_schedule(config: Config, batch_sizes: BatchSizes) -> LearningRateSchedule:
-    settings = config.optimizer
-    return LearningRateSchedule(
-        peak=settings.lr,
-        minimum=settings.min_lr,
-        style=settings.lr_decay_style,
-        warmup_samples=learning_rate_warmup_samples(config, batch_sizes),
-        decay_samples=learning_rate_decay_samples(config, batch_sizes),
-        warmup_start=settings.lr_warmup_init,
-    )
 
 
 def check_schedules(engine: Engine, last_sample: int) -> list[int]:

@@ -18,6 +18,7 @@ from megallm.checkpoint.manifest import DamagedError, Manifest, digest, read_man
 from megallm.config import from_dict
 from megallm.config.tree import CheckpointConfig, Config
 from megallm.mesh import Mesh
+from megallm.optimizer.rates import RateSchedules
 from megallm.train.changes import changes, check_same_model
 from megallm.train.data_order import check_data_order
 from megallm.train.engine import Engine, Model
@@ -91,7 +92,10 @@ def load_engine(
         _publish(engine, manifest, taken_up)
         saved, made_by = saved_config(folder, manifest), manifest.state.get("saved")
         differences = changes(saved, made_by, engine.config, engine.mesh.shape.world_size)
-        return Loaded(folder, notes + [f"changed since it was saved: {change}" for change in differences], taken_up)
+        notes += [f"changed since it was saved: {change}" for change in differences]
+        if _takes_rates(engine, taken_up):
+            notes.append("learning rate and weight decay go on as they were, whatever has changed in their flags")
+        return Loaded(folder, notes, taken_up)
     return None
 
 
@@ -130,6 +134,8 @@ def _read_undamaged(engine: Engine, folder: Path, order: dict[str, str] | None, 
             manifest = read_manifest(folder)
             _check_kinds(folder, manifest, kinds)
             _check_state(folder, manifest, taken_up)
+            if _takes_rates(engine, taken_up):
+                _saved_rates(folder, manifest)
             settings = engine.config.checkpoint
             if not settings.allow_model_change:
                 check_same_model(folder, saved_config(folder, manifest), engine.config)
@@ -185,6 +191,24 @@ def _check_state(folder: Path, manifest: Manifest, taken_up: TakenUp) -> None:
         raise DamagedError(f"the manifest of {folder} lacks {', '.join(wrong)}, or has nonsense there")
 
 
+def _takes_rates(engine: Engine, taken_up: TakenUp) -> bool:
+    return engine.config.optimizer.use_checkpoint_opt_param_scheduler and taken_up is TakenUp.ALL
+
+
+def _saved_rates(folder: Path, manifest: Manifest) -> RateSchedules:
+    """The schedules of a checkpoint. Raises ValueError where it has none, DamagedError where they are nonsense."""
+    state = manifest.state.get("rates")
+    if state is None:
+        raise ValueError(
+            f"{folder} was saved before checkpoints held the schedule of the learning rate: leave out "
+            "--use-checkpoint-opt-param-scheduler and give the flags of that run"
+        )
+    try:
+        return RateSchedules.from_state(state)
+    except (KeyError, TypeError):
+        raise DamagedError(f"the manifest of {folder} has nonsense for the schedule of the learning rate") from None
+
+
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**62
 
@@ -218,6 +242,8 @@ def _publish(engine: Engine, manifest: Manifest, taken_up: TakenUp) -> None:
     progress.position.fill_(state["position"])
     progress.num_updates.fill_(state["num_updates"])
     engine.optimizer.loss_scale.load_state(state["loss_scale"])
+    if _takes_rates(engine, taken_up):
+        engine.rates = RateSchedules.from_state(state["rates"])
     for shard in engine.optimizer.shards:
         shard.state.num_updates.fill_(state["num_updates"])
 

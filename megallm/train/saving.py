@@ -153,6 +153,7 @@ def content_of(engine: Engine, order: dict[str, str]) -> tuple[list[LocalBox], d
         "evaluation_due": progress.evaluation_due,
         "position": float(progress.position),
         "num_updates": float(progress.num_updates),
+        "rates": engine.rates.state(),
         "loss_scale": engine.optimizer.loss_scale.state(),
         "config": to_dict(engine.config),
         "data_order": order,

@@ -45,8 +45,8 @@ def train_step(engine: Engine, micro_batches: list[Batch], stopwatch: Stopwatch 
         stopwatch,
     )
     engine.reducer.finish_step()
-    rate = engine.learning_rate.at(engine.progress.position)
-    outcome = engine.optimizer.step(rate, _own_sums(engine, scaler))
+    rates = engine.rates.at(engine.progress.position)
+    outcome = engine.optimizer.step(rates, _own_sums(engine, scaler))
     batch_size = len(micro_batches) * engine.config.training.micro_batch_size * engine.mesh.dp.size
     made = 1.0 - outcome.skipped
     engine.progress.position += made * batch_size
@@ -54,7 +54,7 @@ def train_step(engine: Engine, micro_batches: list[Batch], stopwatch: Stopwatch 
     engine.progress.iteration += 1
     engine.progress.consumed_samples += batch_size
     losses = outcome.sums / scaler.counts.clamp(min=1.0)
-    return StepMetrics(losses, outcome.grad_norm, rate, outcome.skipped, outcome.loss_scale, batch_size)
+    return StepMetrics(losses, outcome.grad_norm, rates.learning_rate, outcome.skipped, outcome.loss_scale, batch_size)
 
 
 def evaluate_step(engine: Engine, micro_batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:

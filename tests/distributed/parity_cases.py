@@ -48,6 +48,19 @@ THREE_GROUPS = {
     "model.group_query_attention": True,
     "model.num_query_groups": 3,
 }
+SGD = {
+    "optimizer.optimizer": "sgd",
+    "optimizer.lr": 0.1,
+    "optimizer.weight_decay_incr_style": "cosine",
+    "optimizer.start_weight_decay": 0.0,
+    "optimizer.end_weight_decay": 0.5,
+}
+DECOUPLED = {
+    "optimizer.decoupled_lr": 5e-3,
+    "optimizer.lr_decay_style": "WSD",
+    "optimizer.lr_wsd_decay_iters": 95,
+    "optimizer.lr_warmup_iters": 3,
+}
 
 CASES = [
     # one process
@@ -75,6 +88,7 @@ CASES = [
     Case("llama, tensor, rotary scaled, partial, interleaved", LLAMA | LLAMA_3_ROTARY | PARTIAL_INTERLEAVED, tp=2),
     Case("llama, 1f1b", LLAMA, pp=2),
     Case("gpt tied, gpipe", GPT, pp=2, layout=GPIPE),
+    Case("gpt tied, gpipe, sgd, growing weight decay", GPT | SGD, pp=2, layout=GPIPE),
     Case("gpt tied, interleaved", GPT | DROPOUT, pp=2, layout=TWO_STAGES),
     Case("llama, 7 layers, interleaved, vocabulary 51", LLAMA | SEVEN_LAYERS | ODD_VOCABULARY, pp=2, layout=TWO_STAGES),
     Case("llama, data", LLAMA, dp=2),
@@ -131,6 +145,8 @@ CASES = [
         pp=2,
         layout=NO_SEQUENCE_PARALLEL,
     ),
+    Case("gpt tied, pipeline 2 data 2, sharded, decoupled rate", GPT | DECOUPLED, pp=2, dp=2, layout=SHARDED),
+    Case("llama, tensor 2 data 2, sharded, decoupled rate", LLAMA | DECOUPLED, tp=2, dp=2, layout=SHARDED),
     Case("llama, data 4, sharded, ragged mask", LLAMA, dp=4, layout=SHARDED, mask="ragged"),
     Case("llama, first rank 3 of 4 layers", LLAMA, pp=2, layout=FIRST_HOLDS_THREE),
     Case("gpt tied, 2 layers, ends accounted for", GPT | {"model.num_layers": 2}, pp=4, layout=ENDS_ACCOUNTED),

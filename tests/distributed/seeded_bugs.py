@@ -462,7 +462,7 @@ def tie_reduced_after_the_reduce_scatter(patch: pytest.MonkeyPatch) -> Prepare:
     patch.setattr(
         megallm.data_parallel.buckets,
         "_key",
-        lambda chunk, parameter, mesh: replace(key_of(chunk, parameter, mesh), tie=None),
+        lambda *arguments: replace(key_of(*arguments), tie=None),
     )
     finish_step = GradientReducer.finish_step
 

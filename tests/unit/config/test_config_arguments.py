@@ -245,7 +245,6 @@ def test_flags_without_effect_are_listed_in_one_warning(
         ("--num-experts 8", "leave it out"),
         ("--moe-router-topk 2", "leave it out"),
         ("--decrease-batch-size-if-needed", "give sizes that divide"),
-        ("--lr-warmup-fraction .01", "--lr-warmup-iters"),
         ("--recompute-method block", "--recompute-method uniform"),
     ],
 )
@@ -359,13 +358,23 @@ def test_flags_of_a_llama_script_parse() -> None:
     assert not config.model.add_bias_linear
 
 
-def test_flags_of_an_old_script_parse_but_for_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_of_an_old_script_parse() -> None:
     float16 = "--fp16 --initial-loss-scale 65536 --min-loss-scale 1.0 --loss-scale-window 500 --hysteresis 2".split()
     old = [*float16, *"--rampup-batch-size 16 16 5859375".split(), *(word for word in GPT_3 if word != "--bf16")]
-    training = parse(*old).training
+    old += "--lr-warmup-iters 0 --lr-warmup-fraction .001 --override-opt_param-scheduler".split()
+    config = parse(*old)
+    assert validate(config, 1024) == []
+    training = config.training
     assert training.fp16
     assert (training.loss_scale, training.initial_loss_scale, training.loss_scale_window) == (None, 2**16, 500)
-    assert "1 problem" in refused(capsys, *old, "--lr-warmup-fraction", ".001")
+    assert (config.optimizer.lr_warmup_fraction, config.optimizer.use_checkpoint_opt_param_scheduler) == (0.001, False)
+
+
+def test_the_schedule_comes_from_the_command_line_or_the_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("--use-checkpoint-opt_param-scheduler", "--use-checkpoint-opt-param-scheduler"):
+        assert parse(flag).optimizer.use_checkpoint_opt_param_scheduler
+        message = refused(capsys, flag, "--override-opt_param-scheduler")
+        assert f"{flag} and --override-opt_param-scheduler contradict each other" in message
 
 
 def test_help_is_grouped_and_readable(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,16 @@ import pytest
 from megallm.config import Config, resolve
 from megallm.config.dictionary import build
 from megallm.config.fields import REQUIRED, all_fields, get
-from megallm.plan import rules_batches, rules_data, rules_model, rules_parallel, rules_run, rules_stages, rules_values
+from megallm.plan import (
+    rules_batches,
+    rules_data,
+    rules_model,
+    rules_parallel,
+    rules_rates,
+    rules_run,
+    rules_stages,
+    rules_values,
+)
 from megallm.plan.problem import Rule, divisors_near, multiples_near
 from megallm.plan.rules_values import RANGES
 from megallm.plan.validate import RULES, VALUE_RULES, check, found_by_rule, validate
@@ -260,6 +269,54 @@ CASES: dict[str, list[tuple[int, dict, dict]]] = {
     "one_unit_of_the_schedule": [
         (1, {"optimizer.lr_warmup_iters": 5, "optimizer.lr_warmup_samples": 10}, {"optimizer.lr_warmup_iters": 0}),
         (1, {"optimizer.lr_decay_iters": 5, "optimizer.lr_decay_samples": 10}, {"optimizer.lr_decay_iters": None}),
+        (
+            1,
+            {"optimizer.lr_warmup_fraction": 0.1, "optimizer.lr_warmup_samples": 10},
+            {"optimizer.lr_warmup_fraction": None},
+        ),
+        (
+            1,
+            {"optimizer.lr_warmup_fraction": 0.1, "optimizer.lr_warmup_iters": 10},
+            {"optimizer.lr_warmup_fraction": None},
+        ),
+        (
+            1,
+            {"optimizer.lr_wsd_decay_iters": 5, "optimizer.lr_wsd_decay_samples": 10},
+            {"optimizer.lr_wsd_decay_iters": None},
+        ),
+    ],
+    "stable_learning_rate_decays_at_the_end": [
+        (1, {"optimizer.lr_decay_style": "WSD"}, {"optimizer.lr_decay_style": "cosine"}),
+        (
+            1,
+            {
+                "optimizer.lr_decay_style": "WSD",
+                "optimizer.lr_wsd_decay_iters": 91,
+                "optimizer.lr_warmup_fraction": 0.1,
+            },
+            {"optimizer.lr_wsd_decay_iters": 90},
+        ),
+        (
+            1,
+            {"optimizer.lr_decay_style": "WSD", "optimizer.lr_wsd_decay_samples": 201},
+            {"optimizer.lr_wsd_decay_samples": 200},
+        ),
+    ],
+    "decoupled_rate_decays_downwards": [
+        (1, {"optimizer.decoupled_min_lr": 0.1}, {"optimizer.decoupled_min_lr": None}),
+        (
+            1,
+            {"optimizer.decoupled_lr": 0.1, "optimizer.decoupled_min_lr": 0.2},
+            {"optimizer.decoupled_min_lr": 0.01},
+        ),
+    ],
+    "weight_decay_has_both_ends": [
+        (1, {"optimizer.end_weight_decay": 0.1}, {"optimizer.end_weight_decay": None}),
+        (
+            1,
+            {"optimizer.weight_decay_incr_style": "cosine", "optimizer.start_weight_decay": 0.0},
+            {"optimizer.end_weight_decay": 0.1},
+        ),
     ],
     "one_length_of_the_run": [
         (1, {"training.train_samples": 1, "training.train_iters": 0}, {"training.train_samples": 2}),
@@ -373,7 +430,16 @@ def test_every_rule_has_a_case() -> None:
 
 
 def test_every_rule_of_the_files_is_asked() -> None:
-    modules = (rules_values, rules_model, rules_parallel, rules_stages, rules_batches, rules_run, rules_data)
+    modules = (
+        rules_values,
+        rules_model,
+        rules_parallel,
+        rules_stages,
+        rules_batches,
+        rules_rates,
+        rules_run,
+        rules_data,
+    )
     written = [value for module in modules for value in vars(module).values() if isinstance(value, Rule)]
     assert len(written) == len(VALUE_RULES + RULES)
     assert set(written) == set(VALUE_RULES + RULES)
