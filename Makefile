@@ -60,7 +60,7 @@ gpu-test:
 
 gpu-bench:
 	$(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) benchmarks/rms_norm.py --device cuda --output benchmarks/results/rms_norm_gpu.json
+	$(PYTHON) benchmarks/ops.py --device cuda --output benchmarks/results/ops_gpu.json
 
 clean:
 	rm -rf $(VENV) build demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

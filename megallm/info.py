@@ -13,7 +13,8 @@ import numpy
 import torch
 
 import megallm
-from megallm.ops.library import NATIVE
+from megallm.config.operators import OPERATORS, OTHERS
+from megallm.ops.library import NATIVE, other_library
 
 # Import name and the name it is distributed under.
 OPTIONAL_PACKAGES = {
@@ -51,6 +52,7 @@ def collect() -> dict[str, Any]:
             "reason": NATIVE.reason,
             "cuda_architectures": list(NATIVE.cuda_architectures),
         },
+        "operators": {operator: _operator(operator) for operator in OPERATORS},
         "data_helpers": {"built": _imports("megallm.data.samples._helpers")},
         "communication": {
             "gloo": torch.distributed.is_available() and torch.distributed.is_gloo_available(),
@@ -75,6 +77,17 @@ def _devices() -> list[dict[str, Any]]:
             }
         )
     return devices
+
+
+def _operator(operator: str) -> dict[str, Any]:
+    """For which devices an operator is built, what runs unless `--ops` says otherwise, and what else there is."""
+    built = [name for name, operators in (("CPU", NATIVE.on_cpu), ("CUDA", NATIVE.on_cuda)) if operator in operators]
+    others = [name for name, operators in OTHERS.items() if operator in operators and other_library(name)]
+    return {
+        "built_for": built,
+        "in_use": "native" if built and NATIVE.in_use else "reference",
+        "choices": [*(["native"] if built else []), "reference", *others],
+    }
 
 
 def _imports(module: str) -> bool:
@@ -121,12 +134,19 @@ def describe(info: dict[str, Any]) -> str:
             f"{processor['torch_threads']} torch threads",
         ),
         ("native operators", operators),
+        *((f"  {name}", _describe_operator(operator)) for name, operator in info["operators"].items()),
         ("data helpers", "built" if info["data_helpers"]["built"] else "not built; numpy does their work, slower"),
         ("communication", ", ".join(name for name, there in info["communication"].items() if there) or "none"),
         ("optional packages", ", ".join(present) or "none"),
         ("absent", ", ".join(absent) or "none"),
     ]
-    return "\n".join(f"{name:18} {value}" for name, value in rows)
+    width = max(18, *(len(name) for name, _ in rows))
+    return "\n".join(f"{name:{width}} {value}" for name, value in rows)
+
+
+def _describe_operator(operator: dict[str, Any]) -> str:
+    built = f"built for {' and '.join(operator['built_for'])}" if operator["built_for"] else "not built"
+    return f"{built}, in use: {operator['in_use']}, choices: {', '.join(operator['choices'])}"
 
 
 def main() -> None:

@@ -272,6 +272,15 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& x, 
 }  // namespace
 }  // namespace megallm::rms_norm
 
+STABLE_TORCH_LIBRARY_FRAGMENT(megallm, library) {
+  library.def(
+      "rms_norm_forward(Tensor x, Tensor? weight, float epsilon, float weight_offset) -> (Tensor y, Tensor "
+      "reciprocal_rms)");
+  library.def(
+      "rms_norm_backward(Tensor grad_output, Tensor x, Tensor? weight, Tensor reciprocal_rms, Tensor? grad_residual, "
+      "float weight_offset) -> (Tensor grad_input, Tensor grad_weight)");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(megallm, CPU, library) {
   library.impl("rms_norm_forward", TORCH_BOX(&megallm::rms_norm::forward));
   library.impl("rms_norm_backward", TORCH_BOX(&megallm::rms_norm::backward));

@@ -282,6 +282,13 @@ class TrainingConfig:
         choices=("full", "selective"),
     )
     device: str = option("auto", "--device", "where to run", choices=("auto", "cpu", "cuda"))
+    ops: list[str] = option(  # noqa: RUF009 (a fresh list for each tree: see `option`)
+        [],
+        "--ops",
+        "which operators compute: auto (the native ones where they are built, plain torch elsewhere), native, "
+        "reference (plain torch), or torch and apex, whose fused operators are used where they have one; or for single "
+        "operators, as in: native rms_norm=reference",
+    )
 
 
 @dataclass(frozen=True)

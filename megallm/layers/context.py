@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megallm.communication import Group
+from megallm.config.operators import OperatorChoices
 from megallm.layers.positions import Rotation
 
 # (weight, gradient of the output [tokens, out], input [tokens, in]) -> None: adds their product to where the weight's
@@ -56,7 +57,7 @@ class LayoutContext:
     """How layers are laid out and made.
 
     With `sequence_parallel`, tensors between the linear layers hold this rank's part of the sequence: [sequence / tp,
-    batch, hidden].
+    batch, hidden]. `operators` says which implementation of each operator to use.
     """
 
     tp: Group
@@ -65,6 +66,7 @@ class LayoutContext:
     device: torch.device
     seed: int
     weight_gradients: WeightGradients = field(default_factory=WeightGradients)
+    operators: OperatorChoices = field(default_factory=OperatorChoices)
 
     @property
     def partial_axes(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ class Norm(nn.Module):
     def __init__(self, name: str, kind: str, hidden_size: int, epsilon: float, context: LayoutContext) -> None:
         super().__init__()
         self.epsilon = epsilon
+        self.operators = context.operators
 
         def parameter(suffix: str, constant: float) -> nn.Parameter:
             description = Description(
@@ -32,5 +33,5 @@ class Norm(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.bias is None:
-            return rms_norm(hidden, self.weight, self.epsilon)
+            return rms_norm(hidden, self.weight, self.epsilon, self.operators.of("rms_norm"))
         return layer_norm(hidden, self.weight, self.bias, self.epsilon)

@@ -6,15 +6,16 @@ y = x * weight / sqrt(mean(x^2) + epsilon), the mean over the last dimension.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from megallm.ops.library import NATIVE
+from megallm.ops.library import NATIVE, apex_norms, register_fakes
 
 __all__ = ["rms_norm", "rms_norm_reference"]
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, implementation: str = "auto") -> Tensor:
     """RMSNorm over the last dimension of `x` [..., width], with `weight` [width]; returns the shape and dtype of `x`.
 
     `x` is float32, bfloat16, float16 or float64; `weight` has the same dtype or is float32. Sums are carried in float32
@@ -24,8 +25,12 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     shapes or dtypes do not fit.
     """
     _check(x, weight)
-    if NATIVE.serves(x):
+    if NATIVE.serves("rms_norm", x, implementation):
         return _RMSNorm.apply(x, weight, epsilon)
+    if implementation == "torch":
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), epsilon)
+    if implementation == "apex":
+        return apex_norms().fused_rms_norm_affine(x, weight, weight.shape, epsilon)
     return rms_norm_reference(x, weight, epsilon)
 
 
@@ -87,6 +92,4 @@ def _fake_backward(
     return x.new_empty(x.shape), x.new_empty(width, dtype=_accumulation_dtype(x.dtype))
 
 
-if NATIVE.loaded:
-    torch.library.register_fake("megallm::rms_norm_forward", _fake_forward)
-    torch.library.register_fake("megallm::rms_norm_backward", _fake_backward)
+register_fakes({"rms_norm_forward": _fake_forward, "rms_norm_backward": _fake_backward})

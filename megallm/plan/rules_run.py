@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megallm.config.operators import parse_choices
 from megallm.config.resolve import train_iters
 from megallm.config.tree import Config
 from megallm.plan.problem import Problem, rule
@@ -23,6 +24,16 @@ def one_precision(config: Config, world_size: int) -> Iterator[Problem]:
             "",
             f"leave out {' or '.join(flags)}; without any of them the run is in float32",
         )
+
+
+@rule()
+def operators_are_known(config: Config, world_size: int) -> Iterator[Problem]:
+    """Operators and their implementations have the names that there are."""
+    try:
+        parse_choices(config.training.ops)
+    except ValueError as error:
+        wrong, _, way_out = str(error).partition("; ")
+        yield Problem(("--ops",), wrong, "", way_out)
 
 
 @rule("training.initial_loss_scale", "training.min_loss_scale")

@@ -54,6 +54,7 @@ RULES = (
     rules_parallel.param_gather_overlap_needs_distributed_optimizer,
     rules_parallel.backend_runs_on_device,
     rules_run.one_precision,
+    rules_run.operators_are_known,
     rules_run.loss_scale_starts_above_its_minimum,
     rules_rates.minimum_is_below_peak,
     rules_rates.warmup_starts_below_peak,

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from megallm.agreement import on_every_rank
 from megallm.config.batch_sizes import BatchSizes, batch_sizes_of
+from megallm.config.operators import parse_choices
 from megallm.config.tree import Config, OptimizerConfig, TrainingConfig
 from megallm.data.feeding.orders import DataShare
 from megallm.data_parallel.optimizer import BucketOptimizer
 from megallm.data_parallel.reducer import GradientReducer
 from megallm.layers.context import LayoutContext
 from megallm.mesh import Mesh
+from megallm.ops.library import check_choices
 from megallm.optimizer.adamw import AdamWSettings
 from megallm.optimizer.loss_scale import DynamicLossScale, DynamicLossScaleSettings, LossScale
 from megallm.optimizer.rates import RateSchedules
@@ -101,16 +104,20 @@ class Engine(Model):
 def build_model(config: Config, task: Task, mesh: Mesh) -> Model:
     """Builds and initialises this rank's stages.
 
-    Called by all ranks with a resolved and validated configuration.
+    Called by all ranks with a resolved and validated configuration. Raises ValueError, the same on every rank, where
+    a machine does not have the operators that were chosen.
     """
     training = config.training
     dtype = _dtype(training)
+    operators = parse_choices(training.ops)
+    on_every_rank(mesh, lambda: check_choices(operators, mesh.device))
     context = LayoutContext(
         tp=mesh.tp,
         sequence_parallel=config.parallel.sequence_parallel and mesh.tp.size > 1,
         dtype=dtype,
         device=mesh.device,
         seed=training.seed,
+        operators=operators,
     )
     layers = _own_layers(config, mesh)
     last = mesh.shape.pp * config.parallel.num_virtual_stages_per_pipeline_rank - 1

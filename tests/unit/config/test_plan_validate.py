@@ -244,6 +244,10 @@ CASES: dict[str, list[tuple[int, dict, dict]]] = {
             {"parallel.distributed_backend": "gloo"},
         ),
     ],
+    "operators_are_known": [
+        (1, {"training.ops": ["fast"]}, {"training.ops": ["native"]}),
+        (1, {"training.ops": ["norm=native"]}, {"training.ops": ["rms_norm=native"]}),
+    ],
     "one_precision": [
         (1, {"training.bf16": True, "training.fp64": True}, {"training.bf16": False}),
         (1, {"training.bf16": True, "training.fp16": True}, {"training.bf16": False}),

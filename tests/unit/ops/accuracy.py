@@ -1,16 +1,23 @@
-"""The rule that native operators are held to, and RMSNorm's checks by it, for any device."""
+"""The rule that native operators are held to, and the checks by it, for any operator and device.
+
+An operator enters with a `Case` in a module of `tests/unit/ops/cases`; `test_ops_rule.py` and `tests/gpu/test_ops.py`
+put every case through every check.
+"""
+
+from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megallm.ops.rms_norm import rms_norm, rms_norm_reference
-
-EPSILON = 1e-5
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# Rows 0, 1, prime; widths 1, odd, a vector's multiple and not, longer than what a thread block keeps in registers.
-SHAPES = [
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Rows 0, 1, prime, many; widths 1, odd, a vector's multiple and not, longer than what a block keeps in registers.
+SHAPES = (
     (0, 8),
     (1, 1),
     (1, 256),
@@ -23,11 +30,96 @@ SHAPES = [
     (67, 256),
     (33, 1000),
     (40, 1032),
-    (17, 4096),
+    (1009, 24),
+    (5, 4096),
     (3, 11008),
     (2, 65537),
-    (3, 65536),
-]
+)
+QUICK_SHAPES = ((0, 8), (1, 1), (7, 3), (2, 3, 255), (33, 1000))
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator in one use of it.
+
+    Attributes:
+        name: says which.
+        operator: its name in `megallm.config.operators`.
+        make: (shape, generator) -> float64, integer and boolean inputs by name. Shapes are (..., rows, width), and an
+            input that is not `shared` has its rows along the first dim, as all outputs have.
+        call: (inputs, implementation) -> the output or outputs. Must not change its inputs.
+        shared: inputs that belong to all rows, such as weights.
+        fixed: floating inputs that are not differentiated.
+        wide: inputs that may be float32 beside 16-bit ones; each dtype is tried both ways.
+        shapes, quick_shapes: what the rule is tried on.
+        terms: float64 inputs and gradients of outputs -> by name ("grad_x") what a result is a sum or difference of.
+            Where that may cancel, the unit in the last place is that of the terms.
+        dtypes: of the floating inputs.
+    """
+
+    name: str
+    operator: str
+    make: Callable[[tuple[int, ...], torch.Generator], Inputs]
+    call: Callable[[Inputs, str], Tensor | tuple[Tensor, ...]]
+    shared: frozenset[str] = frozenset()
+    fixed: frozenset[str] = frozenset()
+    wide: frozenset[str] = frozenset()
+    shapes: Sequence[tuple[int, ...]] = SHAPES
+    quick_shapes: Sequence[tuple[int, ...]] = QUICK_SHAPES
+    terms: Callable[[Inputs, Sequence[Tensor]], Mapping[str, Tensor]] | None = None
+    dtypes: Sequence[torch.dtype] = DTYPES
+
+    def __str__(self) -> str:
+        return self.name
+
+    def inputs(self, shape: tuple[int, ...], dtype: torch.dtype, device: str, *, wide: bool = False) -> Inputs:
+        """The same numbers in every dtype, rounded to it."""
+        made = self.make(shape, torch.Generator().manual_seed(0))
+        return {name: self._cast(name, tensor, dtype, device, wide) for name, tensor in made.items()}
+
+    def _cast(self, name: str, tensor: Tensor, dtype: torch.dtype, device: str, wide: bool) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.to(device)
+        return tensor.to(device, torch.float32 if wide and name in self.wide else dtype)
+
+    def differentiable(self, inputs: Inputs) -> list[str]:
+        return [name for name, tensor in inputs.items() if tensor.is_floating_point() and name not in self.fixed]
+
+    def outputs(self, inputs: Inputs, implementation: str) -> tuple[Tensor, ...]:
+        found = self.call(inputs, implementation)
+        return (found,) if isinstance(found, Tensor) else found
+
+    def results(self, inputs: Inputs, grads: Sequence[Tensor], implementation: str) -> dict[str, Tensor]:
+        """Outputs "y0", "y1" and the gradients "grad_NAME" of every floating input: none may be missing."""
+        names = self.differentiable(inputs)
+        leaves = {
+            name: tensor.detach().requires_grad_() if name in names else tensor for name, tensor in inputs.items()
+        }
+        outputs = self.outputs(leaves, implementation)
+        result = {f"y{i}": output.detach() for i, output in enumerate(outputs)}
+        if names:
+            torch.autograd.backward(outputs, [grad.to(output) for grad, output in zip(grads, outputs, strict=True)])
+            for name in names:
+                gradient = leaves[name].grad
+                assert gradient is not None, f"{self.name}: {name} has no gradient"
+                result[f"grad_{name}"] = gradient
+        return result
+
+    def output_gradients(self, inputs: Inputs, seed: int = 7) -> list[Tensor]:
+        """Random gradients of the outputs, exact in the dtype of the inputs."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            outputs = self.outputs(inputs, "reference")
+        return [
+            torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.device, output.dtype)
+            for output in outputs
+        ]
+
+
+def widened(inputs: Inputs) -> Inputs:
+    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
 
 
 def assert_not_worse(name: str, result: Tensor, eager: Tensor, exact: Tensor, terms: Tensor | None = None) -> None:
@@ -49,144 +141,205 @@ def assert_not_worse(name: str, result: Tensor, eager: Tensor, exact: Tensor, te
         assert error <= allowed, f"{name}: {norm} error {error:.3e}, allowed {allowed:.3e}"
 
 
-def gradients(function, x: Tensor, weight: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """y, grad_x, grad_weight of function(x, weight, EPSILON)."""
-    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    y = function(x, weight, EPSILON)
-    y.backward(grad_output)
-    assert x.grad is not None
-    assert weight.grad is not None
-    return y.detach(), x.grad, weight.grad
+def check_accuracy(case: Case, shape: tuple[int, ...], dtype: torch.dtype, device: str, *, wide: bool = False) -> None:
+    inputs = case.inputs(shape, dtype, device, wide=wide)
+    grads = case.output_gradients(inputs)
+    native, eager = (case.results(inputs, grads, choice) for choice in ("native", "reference"))
+    exact_grads = [grad.double() for grad in grads]
+    exact = case.results(widened(inputs), exact_grads, "reference")
+    terms = case.terms(widened(inputs), exact_grads) if case.terms else {}
+    assert native.keys() == eager.keys()
+    for name, result in native.items():
+        what = f"{case.name}: {name} {shape} {dtype}{' wide' if wide else ''}"
+        if not result.is_floating_point():
+            assert torch.equal(result, eager[name]), what
+            continue
+        truth = eager[name] if dtype == torch.float64 else exact[name]
+        assert_not_worse(what, result, eager[name], truth.double(), terms.get(name))
 
 
-def weight_dtypes(dtype: torch.dtype) -> list[torch.dtype]:
-    return [dtype] if dtype == torch.float32 else [dtype, torch.float32]
+def variants(case: Case) -> Iterator[tuple[torch.dtype, bool]]:
+    for dtype in case.dtypes:
+        yield dtype, False
+        if case.wide and dtype != torch.float32:
+            yield dtype, True
 
 
-def random_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 2 + 0.25
-    weight = torch.rand(shape[-1], generator=generator, dtype=torch.float64) + 0.5
-    grad_output = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return x.to(device, dtype), weight.to(device), grad_output.to(device, dtype)
+def check_shapes(case: Case, device: str, shapes: Sequence[tuple[int, ...]]) -> None:
+    """The rule in every dtype; long rows in two of them, which is enough to find a loop's end."""
+    for shape, (dtype, wide) in itertools.product(shapes, variants(case)):
+        if shape[-1] < 4096 or (not wide and dtype in (torch.float32, torch.bfloat16)):
+            check_accuracy(case, shape, dtype, device, wide=wide)
 
 
-def sizes_of_terms(x: Tensor, weight: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
-    """What the gradients are differences and sums of: they may cancel, but their rounding errors do not.
-
-    A term of the weight's gradient counts twice: it is the product of a rounded product.
-    """
-    reciprocal = (x.square().mean(-1, keepdim=True) + EPSILON).rsqrt()
-    normalised, grad = x * reciprocal, grad_output * weight
-    projection = normalised * (grad * normalised).mean(-1, keepdim=True)
-    products = (grad_output * normalised).reshape(-1, x.shape[-1])
-    return {"grad_x": reciprocal * (grad.abs() + projection.abs()), "grad_weight": 2 * products.abs().sum(0)}
-
-
-def check_accuracy(x: Tensor, weight: Tensor, grad_output: Tensor) -> None:
-    native = gradients(rms_norm, x, weight, grad_output)
-    eager = gradients(rms_norm_reference, x, weight, grad_output)
-    exact = gradients(rms_norm_reference, x.double(), weight.double(), grad_output.double())
-    if x.dtype == torch.float64:
-        exact = eager
-    terms = sizes_of_terms(x.double(), weight.double(), grad_output.double())
-    for name, *values in zip(("y", "grad_x", "grad_weight"), native, eager, exact, strict=True):
-        what = f"{name} {tuple(x.shape)} {x.dtype} weight {weight.dtype}"
-        assert_not_worse(what, *values, terms=terms.get(name))
+def check_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, exact: bool, what: str) -> None:
+    """Bitwise. On a GPU narrow accesses may change which thread adds what, hence the order: then within rounding."""
+    for name, right in expected.items():
+        left = found[name]
+        if exact or not right.is_floating_point():
+            assert torch.equal(left, right), f"{what}: {name}"
+        elif right.numel():
+            tolerance = 4 * torch.finfo(right.dtype).eps * right.abs().max().clamp(min=1).item()
+            torch.testing.assert_close(left, right, rtol=0, atol=tolerance, msg=f"{what}: {name}")
 
 
-def check_shapes(device: str) -> None:
-    for shape, dtype in itertools.product(SHAPES, DTYPES):
-        x, weight, grad_output = random_inputs(shape, dtype, device)
-        for weight_dtype in weight_dtypes(dtype):
-            check_accuracy(x, weight.to(weight_dtype), grad_output)
+def check_views(case: Case, device: str) -> None:
+    """Slices of packed tensors, base pointers off by one element, transposed and repeated inputs: as their copies."""
+    for dtype, width in itertools.product(case.dtypes, (64, 100, 1032)):
+        inputs = case.inputs((6, 5, width), dtype, device)
+        grads = case.output_gradients(inputs)
+        expected = case.results(inputs, grads, "native")
+        for name, change in VIEWS.items():
+            changed = {key: tensor if key in case.fixed else change(tensor) for key, tensor in inputs.items()}
+            changed_grads = [change(grad) for grad in grads]
+            found = case.results(changed, changed_grads, "native")
+            check_same(found, expected, exact=device == "cpu", what=f"{case.name}: {name} {dtype} {width}")
 
 
-def check_views(device: str) -> None:
-    """Slices of packed tensors, base pointers off by one element, transposed and broadcast inputs: as their copies.
-
-    On the CPU bit for bit.
-    """
-    generator = torch.Generator().manual_seed(1)
-    for dtype, width in itertools.product(DTYPES, (64, 100, 1032)):
-        packed = torch.randn(6, 5, 3 * width + 1, generator=generator).to(device, dtype)
-        weight = torch.rand(width + 1, generator=generator).to(device, dtype)[1:]
-        grad = torch.randn(6, 5, 1, generator=generator).to(device, dtype).expand(6, 5, width)
-        views = {
-            "slice": packed[..., width : 2 * width],
-            "off by one": packed[..., 1 : width + 1],
-            "every second row": packed[::2, :, :width],
-            "transposed": packed[..., :width].transpose(0, 1),
-            "columns": packed[0, 0, : 2 * width : 2].expand(4, width),
-        }
-        for name, view in views.items():
-            grad_output = {"transposed": grad.transpose(0, 1), "columns": grad[0, :4]}.get(name, grad[: len(view)])
-            found = gradients(rms_norm, view, weight, grad_output)
-            expected = gradients(rms_norm, view.contiguous(), weight.clone(), grad_output.contiguous())
-            for left, right in zip(found, expected, strict=True):
-                check_close_sums(left, right, exact=device == "cpu", what=f"{name} {dtype} {width}")
+def _in_a_packed_tensor(tensor: Tensor, before: int, after: int) -> Tensor:
+    """The same values as a slice of the last dim of something wider."""
+    packed = tensor.new_zeros((*tensor.shape[:-1], before + tensor.shape[-1] + after))
+    view = packed[..., before : before + tensor.shape[-1]]
+    view.copy_(tensor)
+    return view
 
 
-def check_close_sums(left: Tensor, right: Tensor, exact: bool, what: str) -> None:
-    """Bitwise on the CPU. On a GPU narrow accesses change which thread adds what, hence the order."""
-    if exact:
-        assert torch.equal(left, right), what
-    else:
-        tolerance = 4 * torch.finfo(right.dtype).eps * right.abs().max().clamp(min=1).item()
-        torch.testing.assert_close(left, right, rtol=0, atol=tolerance, msg=what)
+def _transposed(tensor: Tensor) -> Tensor:
+    """The same values, the last dim not contiguous."""
+    return tensor.transpose(0, -1).contiguous().transpose(0, -1)
 
 
-def check_determinism(device: str) -> None:
-    """Two runs give the same bits; so does each row alone, whatever the batch around it."""
-    for dtype, width in itertools.product(DTYPES, (33, 256, 4096)):
-        x, weight, grad_output = random_inputs((97, width), dtype, device)
-        weight = weight.to(dtype)
-        first, second = (gradients(rms_norm, x, weight, grad_output) for _ in range(2))
-        for left, right in zip(first, second, strict=True):
-            assert torch.equal(left, right)
+def _every_second(tensor: Tensor) -> Tensor:
+    """The same values, every second row of something longer."""
+    return tensor.repeat_interleave(2, dim=0)[::2]
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "slice": lambda tensor: _in_a_packed_tensor(tensor, 32, 32) if tensor.dim() else tensor,
+    "off by one": lambda tensor: _in_a_packed_tensor(tensor, 1, 0) if tensor.dim() else tensor,
+    "every second row": lambda tensor: _every_second(tensor) if tensor.dim() else tensor,
+    "transposed": lambda tensor: _transposed(tensor) if tensor.dim() > 1 else tensor,
+}
+
+
+def check_determinism(case: Case, device: str) -> None:
+    """Two runs give the same bits; so do a row's results, whatever the batch around it."""
+    for dtype, width in itertools.product(case.dtypes, (33, 256, 4096)):
+        inputs = case.inputs((97, width), dtype, device)
+        grads = case.output_gradients(inputs)
+        first, second = (case.results(inputs, grads, "native") for _ in range(2))
+        check_same(second, first, exact=True, what=f"{case.name}: a second run, {dtype} {width}")
         start = 0
         for stop in (1, 4, 50, 97):
-            y, grad_x, _ = gradients(rms_norm, x[start:stop], weight, grad_output[start:stop])
-            assert torch.equal(y, first[0][start:stop])
-            assert torch.equal(grad_x, first[1][start:stop])
+            part = {key: tensor if key in case.shared else tensor[start:stop] for key, tensor in inputs.items()}
+            found = case.results(part, [grad[start:stop] for grad in grads], "native")
+            sums = {f"grad_{name}" for name in case.shared}
+            expected = {name: value[start:stop] for name, value in first.items() if name not in sums}
+            check_same(found, expected, exact=True, what=f"{case.name}: rows {start} to {stop}, {dtype} {width}")
             start = stop
 
 
-def check_non_finite(device: str) -> None:
-    """A NaN or infinity stays in its row of y and grad_x, and reaches its column of the weight's gradient."""
-    for dtype, bad in itertools.product(DTYPES, (float("nan"), float("inf"))):
-        x, weight, grad_output = random_inputs((5, 70), dtype, device)
-        x[2, 69] = bad
-        y, grad_x, grad_weight = gradients(rms_norm, x, weight.to(dtype), grad_output)
-        assert y[2, 69].isnan()
-        assert grad_x[2].isnan().any()
-        assert grad_weight[69].isnan()
-        for rows in (slice(0, 2), slice(3, 5)):
-            assert y[rows].isfinite().all()
-            assert grad_x[rows].isfinite().all()
+def check_threads(case: Case) -> None:
+    """The number of threads changes no bit."""
+    inputs = case.inputs((700, 256), torch.float32, "cpu")
+    grads = case.output_gradients(inputs)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(case.results(inputs, grads, "native"))
+    finally:
+        torch.set_num_threads(threads)
+    check_same(*results, exact=True, what=f"{case.name}: two threads")
 
 
-def check_raw_operators(device: str) -> None:
-    """No weight, an offset added to it, and a residual's gradient that is added before the rounding."""
-    operators = torch.ops.megallm
-    for dtype, width in itertools.product(DTYPES, (40, 4097)):
-        x, weight, grad_output = random_inputs((19, width), dtype, device)
-        weight, residual = weight.to(dtype), grad_output.flip(0)
-        y, reciprocal = operators.rms_norm_forward(x, weight, EPSILON, 1.0)
-        grad_x, grad_weight = operators.rms_norm_backward(grad_output, x, weight, reciprocal, residual, 1.0)
-        shifted = gradients(rms_norm_reference, x.double(), weight.double() + 1, grad_output.double())
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        for name, found, exact, target in (
-            ("y", y, shifted[0], dtype),
-            ("grad_x", grad_x, shifted[1] + residual.double(), dtype),
-            ("grad_weight", grad_weight, shifted[2], wide),
-        ):
-            error, ulp = (found.double() - exact).abs().max(), torch.finfo(target).eps
-            assert found.dtype == target, name
-            assert error <= 8 * ulp * exact.abs().max(), f"{name} {dtype} {width}: {error:.3e}"
-        y, reciprocal = operators.rms_norm_forward(x, None, EPSILON, 1.0)
-        ones = torch.ones(width, dtype=dtype, device=device)
-        assert torch.equal(y, operators.rms_norm_forward(x, ones, EPSILON, 0.0)[0])
-        grad_x, grad_weight = operators.rms_norm_backward(grad_output, x, None, reciprocal, None, 1.0)
-        assert grad_weight.shape == (0,)
-        assert torch.equal(grad_x, operators.rms_norm_backward(grad_output, x, ones, reciprocal, None, 0.0)[0])
+def check_non_finite(case: Case, device: str) -> None:
+    """A NaN or infinity in a row reaches what the reference lets it reach, and no other row."""
+    for dtype, bad in itertools.product(case.dtypes, (float("nan"), float("inf"), float("-inf"))):
+        inputs = case.inputs((5, 70), dtype, device)
+        rows = [name for name in case.differentiable(inputs) if name not in case.shared]
+        for name in rows:
+            broken = {key: tensor.clone() for key, tensor in inputs.items()}
+            broken[name][2].flatten()[-1] = bad
+            broken[name][2, ..., -1] = bad
+            grads = case.output_gradients(inputs)
+            found, eager = (case.results(broken, grads, choice) for choice in ("native", "reference"))
+            for key, value in found.items():
+                what = f"{case.name}: {bad} in {name}, {key} {dtype}"
+                if key.removeprefix("grad_") in case.shared:
+                    assert torch.equal(value.isfinite(), eager[key].isfinite()), what
+                    continue
+                assert torch.equal(value.isnan().any(-1), eager[key].isnan().any(-1)), what
+                for others in (slice(0, 2), slice(3, 5)):
+                    assert value[others].isfinite().all(), what
+
+
+def check_gradients(case: Case, device: str, implementation: str) -> None:
+    """gradcheck in float64; outputs that are integers or boolean are left out."""
+    inputs = case.inputs((3, 2, 5), torch.float64, device)
+    names = case.differentiable(inputs)
+    if not names:
+        return
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        outputs = case.outputs({**inputs, **dict(zip(names, values, strict=True))}, implementation)
+        return tuple(output for output in outputs if output.is_floating_point())
+
+    leaves = tuple(inputs[name].detach().clone().requires_grad_() for name in names)
+    assert torch.autograd.gradcheck(function, leaves), case.name
+
+
+def check_single_gradients(case: Case) -> None:
+    """Each input alone may require a gradient, and has the same one then."""
+    inputs = case.inputs((4, 6), torch.float32, "cpu")
+    grads = case.output_gradients(inputs)
+    expected = case.results(inputs, grads, "native")
+    for name in case.differentiable(inputs):
+        leaf = inputs[name].detach().requires_grad_()
+        outputs = case.outputs({**inputs, name: leaf}, "native")
+        torch.autograd.backward(outputs, grads)
+        assert leaf.grad is not None, f"{case.name}: {name}"
+        assert torch.equal(leaf.grad, expected[f"grad_{name}"]), f"{case.name}: {name}"
+
+
+def check_compiles(case: Case, device: str) -> None:
+    """In one graph, forward and backward, for any size."""
+    inputs = case.inputs((6, 48), torch.float32, device)
+    grads = case.output_gradients(inputs)
+    for implementation in ("native", "reference"):
+        torch._dynamo.reset()
+        compiled = torch.compile(case.call, fullgraph=True, backend="aot_eager", dynamic=True)
+        traced = replace(case, call=compiled)
+        expected = case.results(inputs, grads, implementation)
+        for name, value in traced.results(inputs, grads, implementation).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6, msg=f"{case.name}: {name}")
+
+
+class _RawCalls(TorchDispatchMode):
+    """Notes every call of a compiled operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "megallm":
+            copies = [arg.detach().clone() if isinstance(arg, Tensor) else arg for arg in args]
+            self.calls.append((func, tuple(copies), dict(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def check_registration(case: Case, parts: Sequence[str]) -> None:
+    """opcheck on every compiled operator that a forward and a backward pass call; they call all of `parts`."""
+    called = set()
+    for dtype in case.dtypes:
+        inputs = case.inputs((3, 4, 10), dtype, "cpu")
+        grads = case.output_gradients(inputs)
+        with _RawCalls() as raw:
+            case.results(inputs, grads, "native")
+        for function, args, kwargs in raw.calls:
+            called.add(function._schema.name.removeprefix("megallm::"))
+            torch.library.opcheck(function, args, kwargs)
+    assert called, f"{case.name} runs nothing native"
+    assert called <= set(parts), f"{case.name}: {called - set(parts)} is not listed in OPERATORS"

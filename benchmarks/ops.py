@@ -1,0 +1,268 @@
+"""Native operators against torch, one by one, forward and backward, in one run: on the CPU or on a GPU.
+
+    python benchmarks/ops.py [--device cuda] [--threads 1 2] [--only swiglu rms_norm] [--output FILE]
+
+On the CPU the figure is eager's time over the native operator's: above 1 the native operator is faster. On a GPU it is
+the bytes that an operator must move at least, over its time, as a fraction of what a copy reaches in the same process;
+cold, with the L2 cache flushed before each call, and warm. Beside the reference in eager mode stand the same one
+compiled by torch (GPU, or `--compile`), torch's own fused operators, and those of apex, Liger and QuACK where they are
+installed. All take turns, and the median of each counts, so that a change of the machine's speed meets all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import machine, write
+from torch import Tensor
+
+from megallm.ops.library import NATIVE
+from megallm.ops.rms_norm import rms_norm
+
+SHAPES = {"cpu": [(4096, 1024), (2048, 4096)], "cuda": [(4096, 4096), (32768, 4096), (16384, 11008)]}
+DTYPES = [torch.float32, torch.bfloat16]
+EPSILON = 1e-5
+# Larger than any GPU's L2 cache.
+FLUSHED_BYTES = 2**28
+
+Make = Callable[[int, int, torch.dtype, torch.device], tuple[Tensor, ...]]
+
+
+def normal(*widths: float) -> Make:
+    """Random tensors [rows, width x each of `widths`] that require gradients."""
+
+    def make(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        shapes = [(rows, int(width * each)) for each in widths]
+        return tuple(torch.randn(shape).to(device, dtype).requires_grad_() for shape in shapes)
+
+    return make
+
+
+def normal_and_weights(inputs: int, weights: int) -> Make:
+    """`inputs` random tensors [rows, width], then `weights` of [width], all requiring gradients."""
+
+    def make(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        tensors = [torch.randn(rows, width) for _ in range(inputs)] + [torch.rand(width) for _ in range(weights)]
+        return tuple(tensor.to(device, dtype).requires_grad_() for tensor in tensors)
+
+    return make
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One line of the table.
+
+    Attributes:
+        make: (rows, width, dtype, device) -> the inputs; those that require gradients get them.
+        call: (implementation) -> the function of the inputs.
+        moved: elements of [rows, width] that the forward and the backward pass read and write at least.
+        rivals: further implementations of the operator in megallm, and functions from other packages, by package.
+    """
+
+    name: str
+    make: Make
+    call: Callable[[str], Callable[..., Any]]
+    moved: tuple[float, float]
+    own_rivals: Sequence[str] = ()
+    rivals: Mapping[str, Callable[[], Callable[..., Any]]] = field(default_factory=dict)
+
+
+def _liger_rms_norm() -> Callable[..., Any]:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    return lambda x, weight: LigerRMSNormFunction.apply(x, weight, EPSILON, 0.0, "llama", False)
+
+
+def _quack_rms_norm() -> Callable[..., Any]:
+    from quack import rmsnorm
+
+    return lambda x, weight: rmsnorm(x, weight, eps=EPSILON)
+
+
+OPERATORS = [
+    Operator(
+        "rms_norm",
+        normal_and_weights(1, 1),
+        lambda implementation: lambda x, weight: rms_norm(x, weight, EPSILON, implementation),
+        moved=(2, 3),
+        own_rivals=("torch", "apex"),
+        rivals={"liger_kernel": _liger_rms_norm, "quack": _quack_rms_norm},
+    ),
+]
+
+
+def contenders(operator: Operator, compiled: bool) -> dict[str, Callable[..., Any]]:
+    """Everything that computes the operator here, by name."""
+    found = {"native": operator.call("native"), "eager": operator.call("reference")}
+    if compiled:
+        torch._dynamo.reset()
+        found["compiled"] = torch.compile(operator.call("reference"), dynamic=False, mode="max-autotune-no-cudagraphs")
+    for choice in operator.own_rivals:
+        if importlib.util.find_spec(choice) is not None:
+            found[choice] = operator.call(choice)
+    for package, load in operator.rivals.items():
+        if importlib.util.find_spec(package) is not None:
+            found[package] = load()
+    return found
+
+
+class Pass:
+    """The forward or the backward pass of one contender on its inputs, to be called again and again."""
+
+    def __init__(self, function: Callable[..., Any], inputs: Sequence[Tensor], *, backward: bool) -> None:
+        self._function, self._inputs = function, [tensor.detach().clone() for tensor in inputs]
+        for mine, given in zip(self._inputs, inputs, strict=True):
+            mine.requires_grad_(given.requires_grad)
+        self._leaves = [tensor for tensor in self._inputs if tensor.requires_grad]
+        self._is_backward = backward
+        if backward:
+            self._outputs = self._run()
+            self._grads = [torch.randn_like(output) for output in self._outputs]
+
+    def _run(self) -> tuple[Tensor, ...]:
+        found = self._function(*self._inputs)
+        outputs = (found,) if isinstance(found, Tensor) else tuple(found)
+        return tuple(output for output in outputs if output.requires_grad)
+
+    def __call__(self) -> object:
+        if self._is_backward:
+            return torch.autograd.grad(self._outputs, self._leaves, self._grads, retain_graph=True)
+        return self._function(*self._inputs)
+
+
+class Clock:
+    """Seconds of one call: of the device's own clock on a GPU, there with a cold or a warm cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_gpu = device.type == "cuda"
+        self._scratch = torch.empty(FLUSHED_BYTES if self._is_gpu else 0, dtype=torch.uint8, device=device)
+
+    def seconds(self, work: Callable[[], object], *, cold: bool = False) -> float:
+        if not self._is_gpu:
+            start = time.perf_counter()
+            work()
+            return time.perf_counter() - start
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if cold:
+            self._scratch.zero_()
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def copy_rate(self) -> float:
+        """Bytes per second that a copy of 1 GiB reads and writes."""
+        source = torch.empty(2**30, dtype=torch.uint8, device=self._scratch.device)
+        target = torch.empty_like(source)
+        times = [self.seconds(lambda: target.copy_(source)) for _ in range(20)]
+        return 2 * source.numel() / statistics.median(times)
+
+
+def spread(times: Sequence[float]) -> dict[str, float]:
+    """Milliseconds: median and the 20th and 80th percentile."""
+    cuts = statistics.quantiles(times, n=10)
+    return {"median": 1e3 * statistics.median(times), "p20": 1e3 * cuts[1], "p80": 1e3 * cuts[7]}
+
+
+def measure(
+    operator: Operator, shape: tuple[int, int], dtype: torch.dtype, clock: Clock, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A record for each pass and state of the cache."""
+    device = torch.device(arguments.device)
+    torch.manual_seed(0)
+    inputs = operator.make(*shape, dtype, device)
+    functions = contenders(operator, arguments.compile or device.type == "cuda")
+    records = []
+    for name, moved in zip(("forward", "backward"), operator.moved, strict=True):
+        if not moved:
+            continue
+        passes = {who: Pass(function, inputs, backward=name == "backward") for who, function in functions.items()}
+        for state in ("cold", "warm") if device.type == "cuda" else ("warm",):
+            times: dict[str, list[float]] = {who: [] for who in passes}
+            for repeat in range(arguments.repeats + 2):
+                for who, work in passes.items():
+                    taken = clock.seconds(work, cold=state == "cold")
+                    if repeat >= 2:
+                        times[who].append(taken)
+            bytes_moved = moved * shape[0] * shape[1] * dtype.itemsize
+            records.append(
+                {
+                    "operator": operator.name,
+                    "pass": name,
+                    "rows": shape[0],
+                    "width": shape[1],
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "threads": torch.get_num_threads(),
+                    "cache": state,
+                    "bytes": int(bytes_moved),
+                    "milliseconds": {who: spread(values) for who, values in times.items()},
+                }
+            )
+    return records
+
+
+def add_ratios(record: dict[str, Any], copy_rate: float | None) -> dict[str, Any]:
+    """Each contender's time over the native one's, and on a GPU each one's fraction of the copy rate."""
+    medians = {who: times["median"] for who, times in record["milliseconds"].items()}
+    ratios = {who: round(median / medians["native"], 2) for who, median in medians.items() if who != "native"}
+    record["times_the_native_time"] = ratios
+    if copy_rate is not None:
+        rates = {who: record["bytes"] / (median / 1e3) / copy_rate for who, median in medians.items()}
+        record["fraction_of_copy_rate"] = {who: round(rate, 3) for who, rate in rates.items()}
+    return record
+
+
+def table_row(record: dict[str, Any]) -> str:
+    figures = record.get("fraction_of_copy_rate", record["times_the_native_time"])
+    what = f"{record['operator']:22} {record['pass']:8} {record['rows']:6} x {record['width']:<6} {record['dtype']:9}"
+    native = record["milliseconds"]["native"]["median"]
+    return f"{what} {record['threads']} {record['cache']:4} {native:9.3f} ms  " + "  ".join(
+        f"{who} {figure:.2f}" for who, figure in figures.items()
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1], help="on the CPU: torch threads, one after other"
+    )
+    parser.add_argument("--only", nargs="+", choices=[operator.name for operator in OPERATORS], help="some operators")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--compile", action="store_true", help="on the CPU too: the reference compiled by torch")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if not NATIVE.loaded:
+        raise SystemExit(f"There is nothing to measure: {NATIVE.reason}.")
+    if device.type == "cuda" and not (torch.cuda.is_available() and NATIVE.cuda_architectures):
+        raise SystemExit("There is nothing to measure: no GPU is visible, or the library was built without CUDA.")
+    about = machine("torch")
+    clock = Clock(device)
+    copy_rate = clock.copy_rate() if device.type == "cuda" else None
+    chosen = [operator for operator in OPERATORS if not arguments.only or operator.name in arguments.only]
+    results = []
+    for threads in arguments.threads if device.type == "cpu" else [1]:
+        torch.set_num_threads(threads)
+        for operator in chosen:
+            for dtype in DTYPES:
+                for shape in SHAPES[device.type]:
+                    for record in measure(operator, shape, dtype, clock, arguments):
+                        results.append(add_ratios(record, copy_rate))
+                        print(table_row(results[-1]), flush=True)
+    if arguments.output:
+        gpu = {"gpu": torch.cuda.get_device_name(), "copy_rate": copy_rate} if device.type == "cuda" else {}
+        write(arguments.output, {**about, **gpu, "results": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Every CUDA operator by the checks that the CPU's passes, and in what only a GPU has."""
+
+import pytest
+import torch
+
+from megallm.ops.library import NATIVE
+from megallm.ops.rms_norm import rms_norm
+from tests.unit.ops import accuracy
+from tests.unit.ops.accuracy import Case
+from tests.unit.ops.cases import CASES
+from tests.unit.ops.cases.rms_norm import check_raw_operators
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.skipif(not NATIVE.cuda_architectures, reason="built without CUDA operators"),
+]
+BUILT = [case for case in CASES if case.operator in NATIVE.on_cuda]
+every_case = pytest.mark.parametrize("case", BUILT, ids=str)
+
+
+@every_case
+def test_error_is_at_most_twice_that_of_eager(case: Case):
+    accuracy.check_shapes(case, "cuda", case.shapes)
+
+
+@pytest.mark.parametrize(
+    "check", [accuracy.check_views, accuracy.check_determinism, accuracy.check_non_finite, accuracy.check_compiles]
+)
+@every_case
+def test_as_on_the_cpu(case: Case, check):
+    check(case, "cuda")
+
+
+@every_case
+def test_gradcheck(case: Case):
+    accuracy.check_gradients(case, "cuda", "native")
+
+
+def test_raw_operators_of_rms_norm():
+    check_raw_operators("cuda")
+
+
+@every_case
+def test_runs_on_the_current_stream_and_in_a_graph(case: Case):
+    inputs = case.inputs((64, 4096), case.dtypes[0], "cuda")
+    grads = case.output_gradients(inputs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        case.results(inputs, grads, "native")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = case.results(inputs, grads, "native")
+    name = case.differentiable(inputs)[0]
+    with torch.no_grad():
+        inputs[name].copy_(inputs[name].flip(0))
+    graph.replay()
+    accuracy.check_same(captured, case.results(inputs, grads, "native"), exact=True, what=f"{case.name} replayed")
+
+
+@every_case
+def test_on_a_device_that_is_not_current(case: Case):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    with torch.cuda.device(0):
+        accuracy.check_accuracy(case, (8, 256), case.dtypes[0], "cuda:1")
+
+
+@pytest.mark.slow
+def test_more_elements_than_32_bits_count():
+    width = 4096
+    rows = 2**31 // width + 3
+    if torch.cuda.mem_get_info()[0] < 5 * rows * width * 2:
+        pytest.skip("not enough memory")
+    x = torch.ones(rows, width, dtype=torch.bfloat16, device="cuda")
+    x[-1] = torch.randn(width, device="cuda")
+    x.requires_grad_()
+    weight = torch.rand(width, device="cuda", requires_grad=True)
+    y = rms_norm(x, weight, 1e-5)
+    y.backward(x.detach())
+    alone = x.detach()[-2:].requires_grad_()
+    expected = rms_norm(alone, weight.detach(), 1e-5)
+    expected.backward(alone.detach())
+    assert torch.equal(y[-2:], expected)
+    assert torch.equal(x.grad[-2:], alone.grad)
