@@ -62,7 +62,8 @@ def load_boxes(folder: Path, manifest: Manifest, boxes: Iterable[LocalBox]) -> N
                     f"{box.global_shape}: the model that was saved has another shape. "
                     "Give the same model flags as the run that saved it."
                 )
-            checkpoint.fill(box.kind, box.name, box.offset, box.tensor)
+            checkpoint.start_filling(box.kind, box.name, box.offset, box.tensor)
+        checkpoint.wait()
 
 
 def check_files(folder: Path, files: Iterable[SavedFile]) -> None:
@@ -83,6 +84,7 @@ def verify(folder: Path) -> Iterator[tuple[Path, int]]:
     foreign = sorted(path.name for path in folder.iterdir() if path.name not in known)
     if foreign:
         raise DamagedError(f"{folder} holds {foreign[0]}, which does not belong to it")
+    piece = memoryview(bytearray(SLAB_BYTES))
     for number, file in enumerate(manifest.files):
         with ShardReader(folder, file) as reader:
             reader.check_header()
@@ -90,5 +92,5 @@ def verify(folder: Path) -> Iterator[tuple[Path, int]]:
                 for box in tensor.boxes:
                     if box.file == number:
                         for at in range(0, box.num_bytes, SLAB_BYTES):
-                            reader.read(name, box, at, min(at + SLAB_BYTES, box.num_bytes))
+                            reader.read(name, box, at, piece[: box.num_bytes - at])
         yield folder / file.name, file.num_bytes

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import random
 import resource
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
 from megallm.checkpoint import reading
-from megallm.checkpoint.boxes import FIRST_MOMENT, WEIGHTS, declared_box
+from megallm.checkpoint.boxes import WEIGHTS, declared_box
 from megallm.checkpoint.load import find_checkpoints, verify
-from megallm.checkpoint.manifest import DamagedError
+from megallm.checkpoint.manifest import CHUNK_BYTES, DamagedError
 from megallm.checkpoint.reading import open_checkpoint
 from megallm.checkpoint.save import save_stream
 
+FIRST_MOMENT = "first_moment"
 MATRIX = torch.arange(24, dtype=torch.float32).view(4, 6)
 VECTOR = torch.arange(5, dtype=torch.float64)
 HALF = torch.linspace(-1, 1, 6).to(torch.bfloat16).view(1, 2, 3)
@@ -58,6 +61,45 @@ def test_any_box_is_read(tmp_path: Path, offset: tuple[int, int], shape: tuple[i
         other = torch.full(shape, -1.0, dtype=torch.float64)
         checkpoint.fill(WEIGHTS, "matrix", offset, other)
         assert torch.equal(other, wanted.double())
+
+
+def test_parts_of_chunks_of_large_tensors_are_read(tmp_path: Path) -> None:
+    """Whole chunks go where they belong at once, others through a copy; columns row by row."""
+    large = torch.arange(3 * 2**20, dtype=torch.float32).view(3 * 2**10, 2**10)
+    boxes = [
+        declared_box(WEIGHTS, "large", torch.float32, large.shape, (0, 0), (1000, 2**10)),
+        declared_box(WEIGHTS, "large", torch.float32, large.shape, (1000, 0), (2072, 2**10)),
+    ]
+    folder = save_stream(str(tmp_path), 1, boxes, (large[:1000], large[1000:]), {"config": {}}).folder
+    with open_checkpoint(folder) as checkpoint:
+        assert torch.equal(checkpoint.read(WEIGHTS, "large"), large)
+        for first, last in ((0, 256), (1, 3000), (999, 1001), (700, 1000), (1256, 1768), (1257, 1300), (2800, 3072)):
+            rows = checkpoint.read(WEIGHTS, "large", (first, 0), (last - first, 2**10))
+            assert torch.equal(rows, large[first:last]), (first, last)
+            half = torch.empty(last - first, 2**10, dtype=torch.bfloat16)
+            checkpoint.fill(WEIGHTS, "large", (first, 0), half)
+            assert torch.equal(half, large[first:last].bfloat16()), (first, last)
+            columns = checkpoint.read(WEIGHTS, "large", (first, 100), (last - first, 7))
+            assert torch.equal(columns, large[first:last, 100:107]), (first, last)
+            wide = torch.zeros(last - first, 2**11)
+            checkpoint.fill(WEIGHTS, "large", (first, 0), wide[:, : 2**10])
+            assert torch.equal(wide[:, : 2**10], large[first:last]) and not wide[:, 2**10 :].any()
+
+
+@pytest.mark.parametrize("num_bytes", [5 * CHUNK_BYTES + 8, 40 * CHUNK_BYTES])
+def test_pieces_begin_and_end_with_chunks(num_bytes: int) -> None:
+    chance = random.Random(3)
+    for _ in range(300):
+        first = 8 * chance.randrange(num_bytes // 8)
+        last = chance.choice([num_bytes, 8 * chance.randrange(first // 8 + 1, num_bytes // 8 + 1)])
+        cuts = list(reading._cuts(first, last, num_bytes))
+        assert (cuts[0][0], cuts[-1][1]) == (first, last)
+        assert all(stop == start for (_, stop), (start, _) in pairwise(cuts))
+        assert all(0 < stop - start <= reading.SLAB_BYTES for start, stop in cuts)
+        assert all(start % CHUNK_BYTES == 0 for start, _ in cuts[1:])
+        # Each chunk is read once.
+        chunks = [range(start // CHUNK_BYTES, -(-stop // CHUNK_BYTES)) for start, stop in cuts]
+        assert sum(map(len, chunks)) == len(set().union(*chunks))
 
 
 def test_a_box_that_is_not_in_the_tensor_is_refused(tmp_path: Path) -> None:
