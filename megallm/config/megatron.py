@@ -120,10 +120,10 @@ IGNORED = (
 )
 
 REFUSED = (
-    Refused("--apply-layernorm-1p", "norm weights are stored as they are, around 1; leave it out"),
-    Refused("--qk-layernorm", "queries and keys are not normalised; leave it out"),
     Refused("--init-method-xavier-uniform", "weights are drawn from a normal distribution; use --init-method-std"),
-    Refused("--window-size", "attention sees all earlier positions; leave it out"),
+    Refused("--window-attn-skip-freq", "all layers see the same window; leave it out"),
+    Refused("--softmax-scale", "scores are divided by the root of a head's width; leave it out"),
+    Refused("--qk-clip*", "queries and keys are not clipped; use --qk-layernorm"),
     Refused("--multi-latent-attention", "attention is multi-head or grouped; use --num-query-groups"),
     Refused("--mtp-num-layers", "one token is predicted at a time; leave it out", ("0",)),
     Refused("--num-experts", "layers are dense; leave it out"),

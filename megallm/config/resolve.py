@@ -148,6 +148,25 @@ def rotary_width(model: ModelConfig) -> int:
     return int(kv_channels(model) * model.rotary_percent)
 
 
+def attention_window(model: ModelConfig) -> int | None:
+    """Positions before its own that a token of a decoder may look at; None for all.
+
+    Raises ValueError with a sentence where --window-size says something else than that.
+    """
+    if model.window_size is None:
+        return None
+    words = model.window_size.strip("()").split(",")
+    try:
+        left, right = (int(word) for word in words)
+    except ValueError:
+        raise ValueError(f"{model.window_size!r} is not two whole numbers with a comma between them") from None
+    if left < -1:
+        raise ValueError(f"{left} positions to the left are fewer than none, and -1 stands for all")
+    if right not in (0, -1):
+        raise ValueError(f"{right} positions to the right cannot be looked at before they are there")
+    return None if left == -1 else left
+
+
 def pipeline_schedule(parallel: ParallelConfig) -> str:
     """The schedule by name; "auto" becomes "interleaved" with virtual stages and "1f1b" without."""
     if parallel.pipeline_schedule != "auto":

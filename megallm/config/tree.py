@@ -95,6 +95,31 @@ class ModelConfig:
     )
     normalization: str = option("LayerNorm", "--normalization", "kind of norm", choices=("LayerNorm", "RMSNorm"))
     norm_epsilon: float = option(1e-5, "--norm-epsilon", "added to the variance inside the norm")
+    apply_layernorm_1p: bool = option(
+        False, "--apply-layernorm-1p", "keep the weights of norms, of either kind, as what is added to 1"
+    )
+    qk_layernorm: bool = option(
+        False, "--qk-layernorm", "normalise queries and keys over the channels of each head, before rotary positions"
+    )
+    apply_residual_connection_post_layernorm: bool = option(
+        False,
+        "--apply-residual-connection-post-layernorm",
+        "add attention and MLP to their normalised inputs, as the original BERT does, not to the inputs before the "
+        "norm",
+    )
+    parallel_residual: bool = option(
+        False,
+        "--parallel-residual",
+        "attention and MLP of a layer both read its input (GPT-NeoX), instead of one after the other",
+    )
+    scale_embeddings: bool = option(
+        False, "--scale-embeddings", "multiply word embeddings by the root of the hidden size (Gemma)"
+    )
+    window_size: str | None = option(
+        None,
+        "--window-size",
+        "LEFT,RIGHT: positions before and after its own that a token may look at, -1 for all; RIGHT is 0 in a decoder",
+    )
     activation: str = option(
         "gelu",
         "--activation",

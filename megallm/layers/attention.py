@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from megallm.layers.context import LayoutContext, SequenceContext
 from megallm.layers.dropout import apply_dropout
 from megallm.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megallm.layers.norm import Norm, NormSettings
 from megallm.layers.regions import gather_features
 from megallm.ops import scaled_masked_softmax
 from megallm.random import stream_key
@@ -53,7 +54,8 @@ class SelfAttention(nn.Module):
 
     Each tensor rank computes its share of the query heads. Where the query groups do not divide among the ranks, each
     rank projects an equal part of the key and value features, the parts are gathered, and every rank picks the groups
-    of its heads.
+    of its heads. With `qk_norm`, queries and keys are normalised over the channels of each head, before they are
+    rotated.
     """
 
     stream: torch.Tensor
@@ -73,6 +75,7 @@ class SelfAttention(nn.Module):
         output_standard_deviation: float,
         dropout: float,
         recompute_core: bool,
+        qk_norm: NormSettings | None = None,
     ) -> None:
         super().__init__()
         tp = context.tp
@@ -103,12 +106,19 @@ class SelfAttention(nn.Module):
             bias=bias,
             standard_deviation=output_standard_deviation,
         )
+        self.query_norm = self.key_norm = None
+        if qk_norm is not None:
+            # One weight for all heads, of which each tensor rank sees its own.
+            self.query_norm = Norm(f"{name}.query_norm", qk_norm, head_dim, context, gradient_partial_over=("tp",))
+            self.key_norm = Norm(f"{name}.key_norm", qk_norm, head_dim, context, gradient_partial_over=("tp",))
         self.register_buffer("stream", stream_key(context.seed, f"dropout/{name}", context.device), persistent=False)
 
     def forward(self, hidden: torch.Tensor, sequence: SequenceContext) -> torch.Tensor:
         query, key, value = self.input(hidden).split(self.input.local_sizes, dim=-1)
         query = query.unflatten(-1, (self.local_heads, self.head_dim))  # [s, b, heads, head_dim]
         key, value = self._groups(key), self._groups(value)  # [s, b, groups, head_dim]
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
         if sequence.rotation is not None:
             query, key = sequence.rotation.apply(query), sequence.rotation.apply(key)
         # [s, b, heads, head_dim] -> [b, heads, s, head_dim]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -10,28 +12,60 @@ from megallm.ops import layer_norm, rms_norm
 from megallm.parameter import Description, make_parameter, whole
 
 
-class Norm(nn.Module):
-    """Normalises the last dim. `kind` is "LayerNorm" (with bias) or "RMSNorm"."""
+@dataclass(frozen=True)
+class NormSettings:
+    """What the norms of a model have in common.
 
-    def __init__(self, name: str, kind: str, hidden_size: int, epsilon: float, context: LayoutContext) -> None:
+    Attributes:
+        kind: "LayerNorm" (with bias) or "RMSNorm".
+        epsilon: added to the variance.
+        zero_centered: the weight that is kept is what is added to one; it starts at zero.
+    """
+
+    kind: str
+    epsilon: float
+    zero_centered: bool = False
+
+
+class Norm(nn.Module):
+    """Normalises the last dim, of `width`.
+
+    `gradient_partial_over` names the axes over which ranks see different rows; by default those that cut the sequence.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: NormSettings,
+        width: int,
+        context: LayoutContext,
+        gradient_partial_over: tuple[str, ...] | None = None,
+    ) -> None:
         super().__init__()
-        self.epsilon = epsilon
+        self.settings = settings
         self.operators = context.operators
+        partial = context.partial_axes if gradient_partial_over is None else gradient_partial_over
 
         def parameter(suffix: str, constant: float) -> nn.Parameter:
             description = Description(
-                (whole(f"{name}.{suffix}", (hidden_size,)),),
+                (whole(f"{name}.{suffix}", (width,)),),
                 constant=constant,
                 replicated_over=("tp",),
-                gradient_partial_over=context.partial_axes,
+                gradient_partial_over=partial,
                 decays=False,
             )
             return make_parameter(description, context.dtype, context.device)
 
-        self.weight = parameter("weight", 1.0)
-        self.bias = parameter("bias", 0.0) if kind == "LayerNorm" else None
+        self.weight = parameter("weight", 0.0 if settings.zero_centered else 1.0)
+        self.bias = parameter("bias", 0.0) if settings.kind == "LayerNorm" else None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.bias is None:
-            return rms_norm(hidden, self.weight, self.epsilon, self.operators.of("rms_norm"))
-        return layer_norm(hidden, self.weight, self.bias, self.epsilon)
+        weight: torch.Tensor = self.weight
+        bias: torch.Tensor | None = self.bias
+        if self.settings.zero_centered:
+            # In 16 bits the sum would lose the digits that keeping the difference saves.
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            weight, bias = weight.to(wide) + 1.0, None if bias is None else bias.to(wide)
+        if bias is None:
+            return rms_norm(hidden, weight, self.settings.epsilon, self.operators.of("rms_norm"))
+        return layer_norm(hidden, weight, bias, self.settings.epsilon)

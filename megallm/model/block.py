@@ -12,22 +12,34 @@ from megallm.layers.attention import SelfAttention
 from megallm.layers.context import LayoutContext, SequenceContext
 from megallm.layers.dropout import HiddenDropout
 from megallm.layers.mlp import MLP
-from megallm.layers.norm import Norm
+from megallm.layers.norm import Norm, NormSettings
+
+
+def norm_settings(config: ModelConfig) -> NormSettings:
+    """What the norms of a model have in common."""
+    return NormSettings(config.normalization, config.norm_epsilon, config.apply_layernorm_1p)
 
 
 class TransformerLayer(nn.Module):
-    """Pre-norm layer: [sequence (/ tp), batch, hidden] -> the same shape."""
+    """Pre-norm layer: [sequence (/ tp), batch, hidden] -> the same shape.
+
+    With a parallel residual, attention and MLP both read the layer's input. With the residual taken after the norm,
+    attention and MLP are added to their own normalised inputs: then a norm stands between any two sums, as in a
+    post-norm layer, only that the layer begins with it instead of ending with it.
+    """
 
     def __init__(self, name: str, config: ModelConfig, context: LayoutContext, recompute_core_attention: bool) -> None:
         super().__init__()
         assert config.kv_channels and config.num_query_groups and config.ffn_hidden_size, (
             "the configuration is resolved"
         )
-        hidden, epsilon = config.hidden_size, config.norm_epsilon
+        self.parallel_residual = config.parallel_residual
+        self.residual_after_norm = config.apply_residual_connection_post_layernorm
+        hidden, norm = config.hidden_size, norm_settings(config)
         deviation = config.init_method_std
         # Each layer adds two outputs to the residual stream: their variance is kept down to that of one (GPT-2).
         output_deviation = deviation / math.sqrt(2.0 * config.num_layers)
-        self.attention_norm = Norm(f"{name}.attention_norm", config.normalization, hidden, epsilon, context)
+        self.attention_norm = Norm(f"{name}.attention_norm", norm, hidden, context)
         self.attention = SelfAttention(
             f"{name}.attention",
             hidden,
@@ -41,9 +53,10 @@ class TransformerLayer(nn.Module):
             output_standard_deviation=output_deviation,
             dropout=config.attention_dropout,
             recompute_core=recompute_core_attention,
+            qk_norm=norm if config.qk_layernorm else None,
         )
         self.attention_dropout = HiddenDropout(f"{name}.attention_output", config.hidden_dropout, context)
-        self.mlp_norm = Norm(f"{name}.mlp_norm", config.normalization, hidden, epsilon, context)
+        self.mlp_norm = Norm(f"{name}.mlp_norm", norm, hidden, context)
         self.mlp = MLP(
             f"{name}.mlp",
             hidden,
@@ -57,6 +70,10 @@ class TransformerLayer(nn.Module):
         self.mlp_dropout = HiddenDropout(f"{name}.mlp_output", config.hidden_dropout, context)
 
     def forward(self, hidden: torch.Tensor, sequence: SequenceContext) -> torch.Tensor:
-        attended = self.attention(self.attention_norm(hidden), sequence)
-        hidden = hidden + self.attention_dropout(attended, sequence)
-        return hidden + self.mlp_dropout(self.mlp(self.mlp_norm(hidden)), sequence)
+        normalised = self.attention_norm(hidden)
+        attended = self.attention_dropout(self.attention(normalised, sequence), sequence)
+        residual = (normalised if self.residual_after_norm else hidden) + attended
+        normalised = self.mlp_norm(hidden if self.parallel_residual else residual)
+        if self.residual_after_norm:
+            residual = normalised
+        return residual + self.mlp_dropout(self.mlp(normalised), sequence)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from megallm.config.resolve import attention_window
 from megallm.config.tree import Config
 from megallm.layers.context import LayoutContext, SequenceContext
 from megallm.layers.dropout import HiddenDropout
@@ -13,7 +14,7 @@ from megallm.layers.embedding import embed_tokens, padded_vocab_size, vocabulary
 from megallm.layers.linear import column_parallel_linear
 from megallm.layers.norm import Norm
 from megallm.layers.positions import sinusoidal_table
-from megallm.model.block import TransformerLayer
+from megallm.model.block import TransformerLayer, norm_settings
 from megallm.model.positions import rotary_positions
 from megallm.parameter import Description, initialize, make_parameter, whole
 
@@ -35,6 +36,8 @@ class GPTEmbedding(nn.Module):
         self.word = vocabulary_parameter(
             WORD_EMBEDDING, model.vocab_size, padded_size, model.hidden_size, context, model.init_method_std, tie=tie
         )
+        # Rounded once, as the models were trained that scale their embeddings.
+        self.scale = float(torch.tensor(model.hidden_size**0.5, dtype=context.dtype)) if model.scale_embeddings else 1.0
         self.position = None
         sinusoids = None
         if model.position_embedding_type == "learned_absolute":
@@ -54,6 +57,8 @@ class GPTEmbedding(nn.Module):
 
     def forward(self, batch: Batch, sequence: SequenceContext) -> torch.Tensor:
         hidden = embed_tokens(batch["tokens"], self.word, self.context)
+        if self.scale != 1.0:
+            hidden = hidden * self.scale
         table = self.sinusoids if self.position is None else self.position
         if table is not None:
             # [batch, sequence] -> the tokens of this rank, [local sequence, batch]
@@ -73,7 +78,7 @@ class GPTHead(nn.Module):
         model = config.model
         assert model.vocab_size, "the configuration is resolved"
         self.context = context
-        self.norm = Norm("decoder.final_norm", model.normalization, model.hidden_size, model.norm_epsilon, context)
+        self.norm = Norm("decoder.final_norm", norm_settings(model), model.hidden_size, context)
         if shared is not None:
             self.weight = shared
             return
@@ -122,6 +127,7 @@ class GPTStage(nn.Module):
             shared = self.embedding.word if self.embedding is not None and model.tie_embeddings else None
             self.head = GPTHead(config, context, padded, shared)
         self.rotary = rotary_positions(model, context)
+        self.window = attention_window(model)
 
     def forward(
         self, inputs: tuple[torch.Tensor, ...], batch: Batch, step: torch.Tensor | None
@@ -147,19 +153,28 @@ class GPTStage(nn.Module):
         rotation = None
         if self.rotary is not None:
             rotation = self.rotary(length, batch["position_ids"] if self.config.data.reset_position_ids else None)
-        allowed = None
-        if "document_ids" in batch:
-            documents = batch["document_ids"]
-            same = documents.unsqueeze(1) == documents.unsqueeze(2)  # [batch, sequence, sequence]
-            allowed = same.tril().unsqueeze(1)
         return SequenceContext(
             sample_ids=batch["sample_ids"],
             sequence_length=length,
             local_positions=torch.arange(start, start + local, device=tokens.device),
             rotation=rotation,
-            allowed=allowed,
+            allowed=self.allowed_positions(batch),
             step=step,
         )
+
+    def allowed_positions(self, batch: Batch) -> torch.Tensor | None:
+        """Where attention may look: bool [batch or 1, 1, sequence, sequence], or None for all that came before."""
+        tokens = batch["tokens"]
+        length = tokens.shape[1]
+        reach = length - 1 if self.window is None else self.window
+        if "document_ids" in batch:
+            documents = batch["document_ids"]
+            allowed = (documents.unsqueeze(1) == documents.unsqueeze(2)).unsqueeze(1)  # [batch, 1, sequence, sequence]
+        elif reach < length - 1:
+            allowed = torch.ones(1, 1, length, length, dtype=torch.bool, device=tokens.device)
+        else:
+            return None
+        return allowed.tril().triu(-reach)
 
     def initialize(self) -> None:
         """Fills every parameter with its initial values, the same in every layout."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megallm.config.resolve import GATED_ACTIVATIONS, ffn_hidden_size, kv_channels, num_query_groups
+from megallm.config.resolve import GATED_ACTIVATIONS, attention_window, ffn_hidden_size, kv_channels, num_query_groups
 from megallm.config.tree import ModelConfig
 
 
@@ -36,17 +36,18 @@ class ModelFlops:
 
     A product of [m, k] and [k, n] takes 2 m k n operations, its backward pass twice as many. The two conventions for
     the products of queries, keys and values are both in use: `half` counts what a causal mask leaves (half of the
-    square), `full` counts the whole square. Recomputation, norms, activations, softmax and the lookup of the embedding
-    count in neither; the output layer counts in both.
+    square, or with a window its band in that half), `full` counts the whole square. Recomputation, norms, activations,
+    softmax and the lookup of the embedding count in neither; the output layer counts in both.
     """
 
     weights: int  # products with weights, output layer included
     attention_full: int  # scores and their product with values, over the whole square
+    seen: float  # the share of the square that the mask leaves
 
     @property
     def half(self) -> float:
-        """Operations per token with causal attention counted half."""
-        return self.weights + self.attention_full / 2
+        """Operations per token with attention counted where the mask lets it look."""
+        return self.weights + self.attention_full * self.seen
 
     @property
     def full(self) -> int:
@@ -67,11 +68,13 @@ def parameter_count(model: ModelConfig, sequence_length: int | None = None) -> P
         if length is None:
             raise ValueError("The length of the position table is not known: give --max-position-embeddings.")
         positions = length * model.hidden_size
-    norm = model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
+    vectors = 2 if model.normalization == "LayerNorm" else 1
+    norm = vectors * model.hidden_size
+    qk_norms = 2 * vectors * kv_channels(model) if model.qk_layernorm else 0
     return ParameterCount(
         embedding=vocabulary * model.hidden_size,
         positions=positions,
-        per_layer=_layer_weights(model) + _layer_biases(model) + 2 * norm,
+        per_layer=_layer_weights(model) + _layer_biases(model) + 2 * norm + qk_norms,
         num_layers=model.num_layers,
         final_norm=norm,
         head=0 if model.tie_embeddings else vocabulary * model.hidden_size,
@@ -88,7 +91,18 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> ModelFlops:
     return ModelFlops(
         weights=6 * model.num_layers * _layer_weights(model) + head_flops_per_token(model),
         attention_full=3 * model.num_layers * attention_forward,
+        seen=_share_seen(model, sequence_length),
     )
+
+
+def _share_seen(model: ModelConfig, sequence_length: int) -> float:
+    """Share of the square of scores that a causal mask, with the window if there is one, leaves: without one half.
+
+    A band of width w = share x length below the diagonal has length x w - w^2 / 2 places.
+    """
+    window = attention_window(model)
+    share = 1.0 if window is None else min(1.0, (window + 1) / sequence_length)
+    return share - share**2 / 2
 
 
 def head_flops_per_token(model: ModelConfig) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from megallm.config.resolve import ffn_hidden_size, kv_channels, num_query_groups, rotary_width
+from megallm.config.resolve import attention_window, ffn_hidden_size, kv_channels, num_query_groups, rotary_width
 from megallm.config.tree import Config, ModelConfig
 from megallm.plan.problem import Problem, divisors_near, multiples_near, rule
 
@@ -205,6 +205,29 @@ def rope_scaling_fades(config: Config, world_size: int) -> Iterator[Problem]:
             "band between them",
             f"{low:g} >= {high:g}",
             f"use --rope-scaling-high-freq-factor {4 * low:g}, or --rope-scaling-low-freq-factor {high / 4:g}",
+        )
+
+
+@rule()
+def window_is_two_numbers(config: Config, world_size: int) -> Iterator[Problem]:
+    """The window of attention is one that a decoder can have."""
+    try:
+        attention_window(config.model)
+    except ValueError as error:
+        yield Problem(
+            ("--window-size",), str(error), "", "use, for a token and the 1023 before it, --window-size 1023,0"
+        )
+
+
+@rule()
+def one_kind_of_residual(config: Config, world_size: int) -> Iterator[Problem]:
+    """A parallel residual has one sum a layer, so that no norm can stand between two."""
+    if config.model.parallel_residual and config.model.apply_residual_connection_post_layernorm:
+        yield Problem(
+            ("--parallel-residual", "--apply-residual-connection-post-layernorm"),
+            "in a layer where attention and MLP read the same input, no normalised sum of one is the other's input",
+            "",
+            "leave out --parallel-residual, or leave out --apply-residual-connection-post-layernorm",
         )
 
 

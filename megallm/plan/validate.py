@@ -36,6 +36,8 @@ RULES = (
     rules_model.rotary_width_is_even,
     rules_model.rotary_settings_act,
     rules_model.rope_scaling_fades,
+    rules_model.window_is_two_numbers,
+    rules_model.one_kind_of_residual,
     rules_model.sinusoidal_width_is_even,
     rules_parallel.layout_divides_world,
     rules_batches.ramp_up_leads_to_the_global_batch,

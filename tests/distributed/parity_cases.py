@@ -39,6 +39,20 @@ LLAMA_3_ROTARY = {
     "model.rope_scaling_original_length": 8,
     "model.rotary_seq_len_interpolation_factor": 2.0,
 }
+QK_NORM = {"model.qk_layernorm": True}
+ZERO_CENTERED = {"model.apply_layernorm_1p": True}
+WINDOW = {"model.window_size": "4,0"}
+QWEN_3 = LLAMA | QK_NORM | {"model.kv_channels": 12}
+GEMMA = (
+    LLAMA | ZERO_CENTERED | {"model.activation": "geglu", "model.scale_embeddings": True, "model.tie_embeddings": True}
+)
+NEOX = GPT | {
+    "model.position_embedding_type": "rope",
+    "model.rotary_percent": 0.5,
+    "model.parallel_residual": True,
+    "model.tie_embeddings": False,
+}
+POST_NORM = {"model.apply_residual_connection_post_layernorm": True}
 PARTIAL_INTERLEAVED = {"model.rotary_percent": 0.5, "model.rotary_interleaved": True}
 GEGLU = {"model.activation": "geglu"}
 SQUARED_RELU = {"model.activation": "squared_relu"}
@@ -86,6 +100,16 @@ CASES = [
     Case("gpt, tensor 2, three query groups", GPT | THREE_GROUPS, tp=2, layout=NO_SEQUENCE_PARALLEL),
     Case("gpt, tensor, sinusoidal positions, geglu", GPT | SINUSOIDAL | GEGLU, tp=2, layout=FULL),
     Case("llama, tensor, rotary scaled, partial, interleaved", LLAMA | LLAMA_3_ROTARY | PARTIAL_INTERLEAVED, tp=2),
+    Case("qwen 3, tensor", QWEN_3, tp=2),
+    Case(
+        "qwen 3, tensor, no sequence parallelism, zero-centred",
+        QWEN_3 | ZERO_CENTERED,
+        tp=2,
+        layout=NO_SEQUENCE_PARALLEL,
+    ),
+    Case("gemma, tensor, window", GEMMA | WINDOW, tp=2, layout=TWO_PER_MICRO_BATCH),
+    Case("gpt-neox, tensor, both dropouts", NEOX | DROPOUT, tp=2, layout=FOUR_PER_MICRO_BATCH),
+    Case("gpt, post-norm, zero-centred, 1f1b", GPT | POST_NORM | ZERO_CENTERED, pp=2),
     Case("llama, 1f1b", LLAMA, pp=2),
     Case("gpt tied, gpipe", GPT, pp=2, layout=GPIPE),
     Case("gpt tied, gpipe, sgd, growing weight decay", GPT | SGD, pp=2, layout=GPIPE),
@@ -109,6 +133,12 @@ CASES = [
         GPT | ONE_GROUP | DROPOUT,
         tp=4,
         layout=SELECTIVE | FOUR_PER_MICRO_BATCH,
+    ),
+    Case(
+        "qwen 3, tensor 4, fewer groups than ranks, window",
+        QWEN_3 | WINDOW | DROPOUT,
+        tp=4,
+        layout=FOUR_PER_MICRO_BATCH,
     ),
     Case("gpt tied, pipeline 4", GPT, pp=4),
     Case("llama, 8 layers, pipeline 4, interleaved", LLAMA | EIGHT_LAYERS, pp=4, layout=TWO_STAGES),

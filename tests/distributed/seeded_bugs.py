@@ -16,6 +16,7 @@ import torch
 import megallm.data_parallel.buckets
 import megallm.data_parallel.optimizer
 import megallm.data_parallel.reducer
+import megallm.layers.attention
 import megallm.layers.linear
 import megallm.layers.norm
 import megallm.model.gpt
@@ -30,6 +31,7 @@ from megallm.layers.attention import SelfAttention
 from megallm.layers.context import SequenceContext
 from megallm.layers.dropout import HiddenDropout
 from megallm.layers.linear import ColumnParallelLinear, _Linear
+from megallm.layers.norm import Norm
 from megallm.layers.regions import _GatherFeatures, gather_features
 from megallm.mesh import Mesh
 from megallm.model.gpt import GPTStage
@@ -71,6 +73,15 @@ def _describe(patch: pytest.MonkeyPatch, module: Any, **changes: Any) -> None:
 
 def norm_gradient_not_summed_over_tensor_ranks(patch: pytest.MonkeyPatch) -> None:
     _describe(patch, megallm.layers.norm, gradient_partial_over=())
+
+
+def norm_of_heads_summed_as_other_norms(patch: pytest.MonkeyPatch) -> None:
+    """Its rows are cut by heads, whether or not the sequence is cut."""
+    patch.setattr(
+        megallm.layers.attention,
+        "Norm",
+        lambda name, settings, width, context, gradient_partial_over: Norm(name, settings, width, context),
+    )
 
 
 def row_parallel_bias_gradient_not_summed_over_tensor_ranks(patch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from tests.distributed.parity_cases import (
     NO_SEQUENCE_PARALLEL,
     ODD_VOCABULARY,
     OVERLAPPED,
+    QK_NORM,
     SHARDED,
     THREE_GROUPS,
     TWO_PER_MICRO_BATCH,
@@ -47,6 +48,8 @@ TENSOR_PLAIN = case("tensor plain", CLIPPED, NO_SEQUENCE_PARALLEL, tp=2)
 TENSOR_DROPOUT = case("tensor dropout", DROPOUT, tp=2)
 TENSOR_PLAIN_DROPOUT = case("tensor plain dropout", DROPOUT, NO_SEQUENCE_PARALLEL, tp=2)
 TENSOR_GROUPS = case("tensor groups", THREE_GROUPS, NO_SEQUENCE_PARALLEL, tp=2)
+TENSOR_HEAD_NORMS = case("tensor head norms", QK_NORM, tp=2)
+TENSOR_PLAIN_HEAD_NORMS = case("tensor plain head norms", QK_NORM, layout=NO_SEQUENCE_PARALLEL, tp=2)
 TENSOR_VOCABULARY = case("tensor vocabulary", ODD_VOCABULARY, tp=2)
 PIPELINE = case("pipeline", CLIPPED, pp=2)
 PIPELINE_GPIPE = case("pipeline gpipe", layout=GPIPE, pp=2)
@@ -96,6 +99,13 @@ class Seeded:
 SEEDED = [
     # what parameters say of themselves
     Seeded(bugs.norm_gradient_not_summed_over_tensor_ranks, TENSOR, r".*norm\..*", blind=TENSOR_PLAIN),
+    Seeded(
+        bugs.norm_of_heads_summed_as_other_norms,
+        TENSOR_PLAIN_HEAD_NORMS,
+        # A shift of all keys shifts all scores of a query alike.
+        r".*query_norm\..*|.*key_norm\.weight",
+        blind=TENSOR_HEAD_NORMS,
+    ),
     Seeded(
         bugs.row_parallel_bias_gradient_not_summed_over_tensor_ranks,
         TENSOR,

@@ -29,6 +29,10 @@ FFN_HIDDEN_SIZE = 48
 ROTARY_BASE = 500.0
 NORM_EPSILON = 1e-6
 
+ROTARY_SHARE = 0.5
+WIDE_HEAD_DIM = 12
+WINDOW = 5
+
 LLAMA_3_SCALING = {
     "rope_type": "llama3",
     "rope_theta": ROTARY_BASE,
@@ -39,11 +43,25 @@ LLAMA_3_SCALING = {
 }
 
 
+class _RMSNormInDoubleWidth(nn.Module):
+    """RMSNorm without a step through float32; Gemma adds its weight to one."""
+
+    def __init__(self, width: int, offset: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, dtype=torch.float64))
+        self.offset = offset
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        root = (hidden.square().mean(-1, keepdim=True) + NORM_EPSILON).sqrt()
+        return hidden / root * (self.weight + self.offset)
+
+
 class _RotaryInDoubleWidth(nn.Module):
     """Cosines and sines in the dtype of the hidden states; those of transformers have the precision of float32."""
 
-    def __init__(self, parameters: Mapping[str, Any], head_dim: int) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
+        parameters, head_dim = config.rope_parameters, getattr(config, "head_dim", None) or HEAD_DIM
         width = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
         self.frequencies = [
             _scaled(parameters["rope_theta"] ** (-2 * pair / width), parameters) for pair in range(width // 2)
@@ -76,16 +94,20 @@ def _scaled(frequency: float, parameters: Mapping[str, Any]) -> float:
 def build_model(name: str, dtype: torch.dtype) -> nn.Module:
     """A model of transformers in evaluation mode with random values in every parameter, norms and biases too.
 
-    In float64 the parts that go through float32 (rotary angles and RMSNorm) are replaced by ones that do not.
+    In float64 the parts that go through float32 (rotary angles, RMSNorm, the scale of embeddings) are replaced by ones
+    that do not.
     """
     model = MODELS[name].build().to(dtype).eval()
     if dtype == torch.float64:
         for module in list(model.modules()):
             for child_name, child in list(module.named_children()):
                 if type(child).__name__.endswith("RMSNorm"):
-                    setattr(module, child_name, nn.RMSNorm(child.weight.shape, NORM_EPSILON, dtype=dtype))
+                    offset = 1.0 if type(child).__name__.startswith("Gemma") else 0.0
+                    setattr(module, child_name, _RMSNormInDoubleWidth(child.weight.numel(), offset))
                 elif type(child).__name__.endswith("RotaryEmbedding"):
-                    setattr(module, child_name, _RotaryInDoubleWidth(child.config.rope_parameters, HEAD_DIM))
+                    setattr(module, child_name, _RotaryInDoubleWidth(child.config))
+                elif hasattr(child, "embed_scale"):
+                    child.embed_scale.fill_(child.scalar_embed_scale)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -99,6 +121,57 @@ def _llama(**changes: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(LlamaConfig(**(_like_llama() | changes)))
+
+
+def _mistral() -> Any:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    return MistralForCausalLM(MistralConfig(**_like_llama(), sliding_window=WINDOW))
+
+
+def _qwen_2() -> Any:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(Qwen2Config(**_like_llama()))
+
+
+def _qwen_3() -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(Qwen3Config(**_like_llama(), head_dim=WIDE_HEAD_DIM))
+
+
+def _gemma() -> Any:
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    changes = {
+        "head_dim": WIDE_HEAD_DIM,
+        "tie_word_embeddings": True,
+        "hidden_activation": "gelu_pytorch_tanh",
+        # A padding token would get no gradient.
+        "pad_token_id": None,
+    }
+    return GemmaForCausalLM(GemmaConfig(**(_like_llama() | changes)))
+
+
+def _gpt_neox() -> Any:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=FFN_HIDDEN_SIZE,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=NUM_HEADS,
+        max_position_embeddings=MAX_POSITIONS,
+        layer_norm_eps=NORM_EPSILON,
+        rope_parameters={"rope_type": "default", "rope_theta": ROTARY_BASE, "partial_rotary_factor": ROTARY_SHARE},
+        hidden_act="gelu",
+        use_parallel_residual=True,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+    )
+    return GPTNeoXForCausalLM(config)
 
 
 def _like_llama() -> dict[str, Any]:
@@ -168,12 +241,15 @@ def logical_tensors(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str,
 
 
 def _from_llama(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Llama and those that keep its names: Mistral, Qwen, Gemma."""
     parts = {
         "input_layernorm": "attention_norm",
         "post_attention_layernorm": "mlp_norm",
         "self_attn.q_proj": "attention.query",
         "self_attn.k_proj": "attention.key",
         "self_attn.v_proj": "attention.value",
+        "self_attn.q_norm": "attention.query_norm",
+        "self_attn.k_norm": "attention.key_norm",
         "self_attn.o_proj": "attention.output",
         "mlp.gate_proj": "mlp.gate",
         "mlp.up_proj": "mlp.up",
@@ -185,9 +261,38 @@ def _from_llama(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
     if "lm_head.weight" in tensors:
         renamed["output.weight"] = tensors["lm_head.weight"]
+    for name, tensor in tensors.items():
+        if name.startswith("model.layers."):
+            layer, _, rest = name.removeprefix("model.layers.").partition(".")
+            part, _, suffix = rest.rpartition(".")
+            renamed[f"decoder.layers.{layer}.{parts[part]}.{suffix}"] = tensor
+    return renamed
+
+
+def _from_gpt_neox(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    parts = {
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "mlp_norm",
+        "attention.dense": "attention.output",
+        "mlp.dense_h_to_4h": "mlp.up",
+        "mlp.dense_4h_to_h": "mlp.down",
+    }
+    renamed = {
+        "embedding.word.weight": tensors["gpt_neox.embed_in.weight"],
+        "output.weight": tensors["lm_head.weight"],
+        "decoder.final_norm.weight": tensors["gpt_neox.final_layer_norm.weight"],
+        "decoder.final_norm.bias": tensors["gpt_neox.final_layer_norm.bias"],
+    }
     for layer in range(NUM_LAYERS):
-        for theirs, ours in parts.items():
-            renamed[f"decoder.layers.{layer}.{ours}.weight"] = tensors[f"model.layers.{layer}.{theirs}.weight"]
+        ours, theirs = f"decoder.layers.{layer}", f"gpt_neox.layers.{layer}"
+        for suffix in ("weight", "bias"):
+            for their_name, our_name in parts.items():
+                renamed[f"{ours}.{our_name}.{suffix}"] = tensors[f"{theirs}.{their_name}.{suffix}"]
+            qkv = tensors[f"{theirs}.attention.query_key_value.{suffix}"]
+            # [heads x 3 x head_dim, ..] -> [heads, 3, head_dim, ..]
+            heads = qkv.unflatten(0, (NUM_HEADS, 3, HEAD_DIM))
+            for number, which in enumerate(("query", "key", "value")):
+                renamed[f"{ours}.attention.{which}.{suffix}"] = heads[:, number].flatten(0, 1)
     return renamed
 
 
@@ -249,6 +354,36 @@ MODELS = {
         lambda: _llama(rope_parameters={"rope_type": "linear", "rope_theta": ROTARY_BASE, "factor": 2.0}),
         LLAMA_SETTINGS | {"model.rotary_seq_len_interpolation_factor": 2.0},
         _from_llama,
+    ),
+    # Their window holds the token itself, ours counts those before it.
+    "mistral": Family(_mistral, LLAMA_SETTINGS | {"model.window_size": f"{WINDOW - 1},0"}, _from_llama),
+    "qwen 2": Family(_qwen_2, LLAMA_SETTINGS | {"model.add_qkv_bias": True}, _from_llama),
+    "qwen 3": Family(
+        _qwen_3, LLAMA_SETTINGS | {"model.qk_layernorm": True, "model.kv_channels": WIDE_HEAD_DIM}, _from_llama
+    ),
+    "gemma": Family(
+        _gemma,
+        LLAMA_SETTINGS
+        | {
+            "model.kv_channels": WIDE_HEAD_DIM,
+            "model.apply_layernorm_1p": True,
+            "model.activation": "geglu",
+            "model.scale_embeddings": True,
+            "model.tie_embeddings": True,
+        },
+        _from_llama,
+    ),
+    "gpt-neox": Family(
+        _gpt_neox,
+        SETTINGS
+        | {
+            "model.position_embedding_type": "rope",
+            "model.rotary_base": ROTARY_BASE,
+            "model.rotary_percent": ROTARY_SHARE,
+            "model.parallel_residual": True,
+            "model.tie_embeddings": False,
+        },
+        _from_gpt_neox,
     ),
 }
 

@@ -10,6 +10,7 @@ from megallm.communication import Group, Transport
 from megallm.layers.context import LayoutContext, SequenceContext
 from megallm.layers.dropout import HiddenDropout, apply_dropout
 from megallm.layers.embedding import padded_vocab_size, vocabulary_cross_entropy
+from megallm.layers.norm import Norm, NormSettings
 from megallm.layers.positions import (
     FrequencyScaling,
     RotaryPositions,
@@ -17,6 +18,7 @@ from megallm.layers.positions import (
     rotary_table,
     sinusoidal_table,
 )
+from megallm.parameter import initialize
 from megallm.random import stream_key
 
 CPU = torch.device("cpu")
@@ -88,6 +90,24 @@ def test_position_ids_choose_the_rows_of_the_rotary_table() -> None:
     assert chosen.cosines.shape == (3, 2, 1, 4)
     assert torch.equal(chosen.cosines[:, 1, 0], plain.cosines[[4, 0, 7], 0, 0])
     assert torch.equal(chosen.sines[:, 0], plain.sines[:3, 0])
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+def test_zero_centred_norm_weights_keep_digits_that_bfloat16_has_not_around_one(kind: str) -> None:
+    context = LayoutContext(ALONE, False, torch.bfloat16, CPU, seed=1)
+    norm = Norm("norm", NormSettings(kind, 1e-5, zero_centered=True), 64, context)
+    for parameter in norm.parameters():
+        initialize(parameter, seed=1)
+        assert not parameter.any(), "a weight of one is kept as zero"
+    with torch.no_grad():
+        norm.weight.fill_(2.0**-9)
+        hidden = torch.randn(100, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+        got = norm(hidden)
+    centred = hidden.double() - (hidden.double().mean(-1, keepdim=True) if kind == "LayerNorm" else 0.0)
+    unscaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert got.dtype == torch.bfloat16
+    assert (got == (unscaled * (1 + 2.0**-9)).bfloat16()).float().mean() > 0.99
+    assert (got == unscaled.bfloat16()).float().mean() < 0.8, "1 + 2^-9 is 1 in bfloat16"
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,28 @@ QWEN_2_5_7B = replace(
     vocab_size=152064,
     add_qkv_bias=True,
 )
+QWEN_3_0_6B = replace(
+    LLAMA,
+    num_layers=28,
+    hidden_size=1024,
+    ffn_hidden_size=3072,
+    num_attention_heads=16,
+    num_query_groups=8,
+    kv_channels=128,
+    vocab_size=151936,
+    qk_layernorm=True,
+    tie_embeddings=True,
+)
+PYTHIA_160M = ModelConfig(
+    num_layers=12,
+    hidden_size=768,
+    num_attention_heads=12,
+    vocab_size=50304,
+    position_embedding_type="rope",
+    rotary_percent=0.25,
+    parallel_residual=True,
+    tie_embeddings=False,
+)
 GPT_2 = ModelConfig(
     num_layers=12, hidden_size=768, num_attention_heads=12, max_position_embeddings=1024, vocab_size=50257
 )
@@ -42,6 +64,8 @@ GPT_2 = ModelConfig(
         (LLAMA_2_7B, 6_738_415_616),
         (LLAMA_3_8B, 8_030_261_248),
         (QWEN_2_5_7B, 7_615_616_512),
+        (QWEN_3_0_6B, 596_049_920),
+        (PYTHIA_160M, 162_322_944),
         (GPT_2, 124_439_808),
     ],
 )
@@ -105,3 +129,15 @@ def test_position_table_takes_the_sequence_length_by_default() -> None:
 def test_unknown_vocabulary_is_a_sentence() -> None:
     with pytest.raises(ValueError, match="--vocab-size"):
         flops_per_token(LLAMA, 128)
+
+
+def test_a_window_counts_the_places_it_leaves() -> None:
+    """Query i sees min(i + 1, 1024) keys: their mean over 4096 queries, in the limit of long sequences."""
+    plain, windowed = (
+        flops_per_token(model, 4096) for model in (LLAMA_2_7B, replace(LLAMA_2_7B, window_size="1023,0"))
+    )
+    assert plain.full == windowed.full
+    seen = sum(min(i + 1, 1024) for i in range(4096)) / 4096**2
+    assert (windowed.half - windowed.weights) / windowed.attention_full == pytest.approx(seen, rel=1e-3)
+    assert flops_per_token(replace(LLAMA_2_7B, window_size="-1,0"), 4096) == plain
+    assert flops_per_token(replace(LLAMA_2_7B, window_size="5000,0"), 4096) == plain

@@ -140,6 +140,19 @@ CASES: dict[str, list[tuple[int, dict, dict]]] = {
         (1, {"model.rotary_seq_len_interpolation_factor": 2.0}, {"model.position_embedding_type": "rope"}),
         (1, {"model.use_rope_scaling": True}, {"model.position_embedding_type": "rope"}),
     ],
+    "window_is_two_numbers": [
+        (1, {"model.window_size": "4096"}, {"model.window_size": "1023,0"}),
+        (1, {"model.window_size": "many,0"}, {"model.window_size": "1023,0"}),
+        (1, {"model.window_size": "-2,0"}, {"model.window_size": "1023,0"}),
+        (1, {"model.window_size": "(128,128)"}, {"model.window_size": "1023,0"}),
+    ],
+    "one_kind_of_residual": [
+        (
+            1,
+            {"model.parallel_residual": True, "model.apply_residual_connection_post_layernorm": True},
+            {"model.parallel_residual": False},
+        ),
+    ],
     "rope_scaling_fades": [
         (
             1,
