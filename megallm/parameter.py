@@ -9,12 +9,13 @@ decides anything about a parameter a second time.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from megallm.random import normal_box
+from megallm.random import normal_box, uniform_box
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,36 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Initial:
+    """Initial values: all equal to `size` ("constant"), normal with standard deviation `size` ("normal"), or spread
+    evenly from -`size` to `size` ("uniform").
+    """
+
+    distribution: str
+    size: float
+
+
+# Shape of a whole matrix as it is stored, [rows, columns] over all ranks and pieces -> how it starts.
+InitialMethod = Callable[[tuple[int, int]], Initial]
+
+
+def normal(standard_deviation: float) -> InitialMethod:
+    """The same deviation for a matrix of any shape."""
+    return lambda shape: Initial("normal", standard_deviation)
+
+
+def xavier_uniform(shape: tuple[int, int]) -> Initial:
+    """As much variance forwards as backwards: uniform within sqrt(6 / (rows + columns)) (Glorot and Bengio, 2010)."""
+    return Initial("uniform", math.sqrt(6.0 / sum(shape)))
+
+
+@dataclass(frozen=True)
 class Description:
     """How a stored tensor is made up, initialised, reduced and updated.
 
     Attributes:
         pieces: the logical pieces, in storage order.
-        standard_deviation: of the initial normal values; None for a constant.
-        constant: initial value where `standard_deviation` is None.
+        initial: the values it starts with.
         replicated_over: axes along which every rank holds these same boxes (data axes are always meant and not listed).
         gradient_partial_over: those of them along which each rank computes only a part of the gradient, so that the
             parts must be summed.
@@ -56,8 +80,7 @@ class Description:
     """
 
     pieces: tuple[Piece, ...]
-    standard_deviation: float | None = None
-    constant: float = 0.0
+    initial: Initial = Initial("constant", 0.0)
     replicated_over: tuple[str, ...] = ()
     gradient_partial_over: tuple[str, ...] = ()
     tie: str | None = None
@@ -132,11 +155,13 @@ def initialize(parameter: torch.Tensor, seed: int) -> None:
     description = description_of(parameter)
     parameter.zero_()
     for piece, view in piece_views(parameter, description):
-        if description.standard_deviation is None:
-            view.fill_(description.constant)
+        distribution, size = description.initial.distribution, description.initial.size
+        if distribution == "constant":
+            view.fill_(size)
         elif view.numel():
-            normal = normal_box(seed, f"initial/{piece.name}", piece.global_shape, piece.offset, piece.shape)
-            view.copy_(normal * description.standard_deviation)
+            box = {"normal": normal_box, "uniform": uniform_box}[distribution]
+            values = box(seed, f"initial/{piece.name}", piece.global_shape, piece.offset, piece.shape)
+            view.copy_(values * size)
 
 
 def boxes_of_range(shape: tuple[int, ...], begin: int, end: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

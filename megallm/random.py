@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -86,11 +87,28 @@ def normal_box(
     The tensor is read as a matrix whose rows are all dims but the last. Box-Muller on pairs of words, in float64 and
     rounded to float32 once: every layout then gets the same bits.
     """
+    return _box(_normal_rows, stream_key(seed, name), global_shape, offset, shape)
+
+
+def uniform_box(
+    seed: int, name: str, global_shape: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...]
+) -> torch.Tensor:
+    """The box [offset, offset + shape) of a tensor of `global_shape` that is uniform from -1 to 1: float32."""
+    return _box(_uniform_rows, stream_key(seed, name), global_shape, offset, shape)
+
+
+def _box(
+    rows_of: Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor],
+    key: torch.Tensor,
+    global_shape: tuple[int, ...],
+    offset: tuple[int, ...],
+    shape: tuple[int, ...],
+) -> torch.Tensor:
+    """`rows_of` takes (key, rows, first column, number of columns)."""
     if len(global_shape) == 1:
-        return normal_box(seed, name, (1, *global_shape), (0, *offset), (1, *shape)).reshape(shape)
+        return _box(rows_of, key, (1, *global_shape), (0, *offset), (1, *shape)).reshape(shape)
     if 0 in shape:
         return torch.empty(shape, dtype=torch.float32)
-    key = stream_key(seed, name)
     rows = torch.zeros((), dtype=torch.int64)
     for size, begin, length in zip(global_shape[:-1], offset[:-1], shape[:-1], strict=True):
         rows = rows.unsqueeze(-1) * size + torch.arange(begin, begin + length)
@@ -100,8 +118,14 @@ def normal_box(
     rows_at_once = max(1, (1 << 20) // max(1, shape[-1]))
     for begin in range(0, len(flat_rows), rows_at_once):
         part = flat_rows[begin : begin + rows_at_once]
-        flat_result[begin : begin + rows_at_once] = _normal_rows(key, part, offset[-1], shape[-1])
+        flat_result[begin : begin + rows_at_once] = rows_of(key, part, offset[-1], shape[-1])
     return result
+
+
+def _uniform_rows(key: torch.Tensor, rows: torch.Tensor, start: int, num_columns: int) -> torch.Tensor:
+    """The middles of 2^32 equal parts of [-1, 1], rounded to float32 once."""
+    words = random_words(key, 0, rows, start, num_columns).double()
+    return ((words + 0.5) / 2.0**31 - 1.0).float()
 
 
 def _normal_rows(key: torch.Tensor, rows: torch.Tensor, start: int, num_columns: int) -> torch.Tensor:

@@ -120,7 +120,6 @@ IGNORED = (
 )
 
 REFUSED = (
-    Refused("--init-method-xavier-uniform", "weights are drawn from a normal distribution; use --init-method-std"),
     Refused("--window-attn-skip-freq", "all layers see the same window; leave it out"),
     Refused("--softmax-scale", "scores are divided by the root of a head's width; leave it out"),
     Refused("--qk-clip*", "queries and keys are not clipped; use --qk-layernorm"),

@@ -146,6 +146,17 @@ class ModelConfig:
         "standard deviation of the initial weights; output projections of each block use it divided by sqrt(2 x "
         "layers)",
     )
+    init_method_xavier_uniform: bool = option(
+        False,
+        "--init-method-xavier-uniform",
+        "initial weights of all matrices are uniform within sqrt(6 / (rows + columns)), query, key and value as one "
+        "matrix, and gate and up",
+    )
+    embedding_init_method_std: float | None = option(
+        None,
+        "--embedding-init-method-std",
+        "standard deviation of the initial embeddings of words and positions; default: as other matrices",
+    )
     vocab_size: int | None = option(None, "--vocab-size", "true size of the vocabulary; default: the tokenizer's")
     make_vocab_size_divisible_by: int = option(
         1,

@@ -13,6 +13,7 @@ from megallm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megallm.layers.norm import Norm, NormSettings
 from megallm.layers.regions import gather_features
 from megallm.ops import scaled_masked_softmax
+from megallm.parameter import InitialMethod
 from megallm.random import stream_key
 
 
@@ -71,8 +72,8 @@ class SelfAttention(nn.Module):
         *,
         bias: bool,
         qkv_bias: bool,
-        standard_deviation: float,
-        output_standard_deviation: float,
+        initial: InitialMethod,
+        output_initial: InitialMethod,
         dropout: float,
         recompute_core: bool,
         qk_norm: NormSettings | None = None,
@@ -96,7 +97,7 @@ class SelfAttention(nn.Module):
             hidden_size,
             context,
             bias=bias or qkv_bias,
-            standard_deviation=standard_deviation,
+            initial=initial,
         )
         self.output = RowParallelLinear(
             f"{name}.output",
@@ -104,7 +105,7 @@ class SelfAttention(nn.Module):
             hidden_size,
             context,
             bias=bias,
-            standard_deviation=output_standard_deviation,
+            initial=output_initial,
         )
         self.query_norm = self.key_norm = None
         if qk_norm is not None:

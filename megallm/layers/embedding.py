@@ -11,7 +11,7 @@ from torch.nn import functional
 from megallm.communication import Group
 from megallm.layers.context import LayoutContext, WeightGradients
 from megallm.layers.regions import scatter_sum_sequence, sum_over_group
-from megallm.parameter import Description, make_parameter, padded_part
+from megallm.parameter import Description, InitialMethod, make_parameter, padded_part
 
 
 def padded_vocab_size(vocab_size: int, multiple: int, tensor_parallel_size: int) -> int:
@@ -26,15 +26,14 @@ def vocabulary_parameter(
     padded_size: int,
     hidden_size: int,
     context: LayoutContext,
-    standard_deviation: float,
+    initial: InitialMethod,
     tie: str | None = None,
     counts: bool = True,
 ) -> nn.Parameter:
     """A [vocabulary, hidden] matrix of which this rank holds padded_size / tp rows."""
     piece = padded_part(name, (vocab_size, hidden_size), padded_size, context.tp.size, context.tp.rank)
-    description = Description(
-        (piece,), standard_deviation=standard_deviation, tie=tie, counts=counts, of_vocabulary=True
-    )
+    initial_values = initial((vocab_size, hidden_size))
+    description = Description((piece,), initial_values, tie=tie, counts=counts, of_vocabulary=True)
     return make_parameter(description, context.dtype, context.device)
 
 

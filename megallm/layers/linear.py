@@ -11,7 +11,7 @@ from torch.nn import functional
 from megallm.communication import Group, Work
 from megallm.layers.context import LayoutContext, WeightGradients
 from megallm.layers.regions import gather_first_dim, scatter_sum_sequence, sum_over_group
-from megallm.parameter import Description, Piece, make_parameter, part, whole
+from megallm.parameter import Description, Initial, InitialMethod, Piece, make_parameter, part, whole
 
 
 class _Linear(torch.autograd.Function):
@@ -79,14 +79,14 @@ class ColumnParallelLinear(nn.Module):
         context: LayoutContext,
         *,
         bias: bool,
-        standard_deviation: float,
+        initial: InitialMethod,
     ) -> None:
         super().__init__()
         self.context = context
         parts, index = context.tp.size, context.tp.rank
         self.local_sizes = [size // parts for size in names.values()]
         weight_pieces = [part(f"{name}.weight", (size, input_size), 0, parts, index) for name, size in names.items()]
-        self.weight = _parameter(weight_pieces, context, standard_deviation)
+        self.weight = _parameter(weight_pieces, context, initial((sum(names.values()), input_size)))
         self.bias = None
         if bias:
             bias_pieces = [part(f"{name}.bias", (size,), 0, parts, index) for name, size in names.items()]
@@ -113,12 +113,12 @@ class RowParallelLinear(nn.Module):
         context: LayoutContext,
         *,
         bias: bool,
-        standard_deviation: float,
+        initial: InitialMethod,
     ) -> None:
         super().__init__()
         self.context = context
         piece = part(f"{name}.weight", (output_size, input_size), 1, context.tp.size, context.tp.rank)
-        self.weight = _parameter([piece], context, standard_deviation)
+        self.weight = _parameter([piece], context, initial((output_size, input_size)))
         self.bias = None
         if bias:
             description = Description(
@@ -146,6 +146,5 @@ def column_parallel_linear(input: torch.Tensor, weight: nn.Parameter, context: L
     return _Linear.apply(input, weight, context.weight_gradients, context.tp, context.sequence_parallel)
 
 
-def _parameter(pieces: list[Piece], context: LayoutContext, standard_deviation: float) -> nn.Parameter:
-    description = Description(tuple(pieces), standard_deviation=standard_deviation)
-    return make_parameter(description, context.dtype, context.device)
+def _parameter(pieces: list[Piece], context: LayoutContext, initial: Initial) -> nn.Parameter:
+    return make_parameter(Description(tuple(pieces), initial), context.dtype, context.device)

@@ -8,6 +8,7 @@ from torch import nn
 from megallm.layers.context import LayoutContext
 from megallm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megallm.ops import geglu, gelu, gelu_tanh, relu, squared_relu, swiglu
+from megallm.parameter import InitialMethod
 
 _GATED = {"swiglu": swiglu, "geglu": geglu}
 _PLAIN = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu, "squared_relu": squared_relu}
@@ -28,8 +29,8 @@ class MLP(nn.Module):
         context: LayoutContext,
         *,
         bias: bool,
-        standard_deviation: float,
-        output_standard_deviation: float,
+        initial: InitialMethod,
+        output_initial: InitialMethod,
     ) -> None:
         super().__init__()
         self.activation = (_GATED | _PLAIN)[activation]
@@ -39,7 +40,7 @@ class MLP(nn.Module):
             hidden_size,
             context,
             bias=bias,
-            standard_deviation=standard_deviation,
+            initial=initial,
         )
         self.output = RowParallelLinear(
             f"{name}.down",
@@ -47,7 +48,7 @@ class MLP(nn.Module):
             hidden_size,
             context,
             bias=bias,
-            standard_deviation=output_standard_deviation,
+            initial=output_initial,
         )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 
 from megallm.layers.context import LayoutContext
 from megallm.ops import layer_norm, rms_norm
-from megallm.parameter import Description, make_parameter, whole
+from megallm.parameter import Description, Initial, make_parameter, whole
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Norm(nn.Module):
         def parameter(suffix: str, constant: float) -> nn.Parameter:
             description = Description(
                 (whole(f"{name}.{suffix}", (width,)),),
-                constant=constant,
+                initial=Initial("constant", constant),
                 replicated_over=("tp",),
                 gradient_partial_over=partial,
                 decays=False,

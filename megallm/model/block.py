@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 
@@ -13,6 +11,7 @@ from megallm.layers.context import LayoutContext, SequenceContext
 from megallm.layers.dropout import HiddenDropout
 from megallm.layers.mlp import MLP
 from megallm.layers.norm import Norm, NormSettings
+from megallm.model.initial import initial_methods
 
 
 def norm_settings(config: ModelConfig) -> NormSettings:
@@ -36,9 +35,7 @@ class TransformerLayer(nn.Module):
         self.parallel_residual = config.parallel_residual
         self.residual_after_norm = config.apply_residual_connection_post_layernorm
         hidden, norm = config.hidden_size, norm_settings(config)
-        deviation = config.init_method_std
-        # Each layer adds two outputs to the residual stream: their variance is kept down to that of one (GPT-2).
-        output_deviation = deviation / math.sqrt(2.0 * config.num_layers)
+        methods = initial_methods(config)
         self.attention_norm = Norm(f"{name}.attention_norm", norm, hidden, context)
         self.attention = SelfAttention(
             f"{name}.attention",
@@ -49,8 +46,8 @@ class TransformerLayer(nn.Module):
             context,
             bias=config.add_bias_linear,
             qkv_bias=config.add_qkv_bias,
-            standard_deviation=deviation,
-            output_standard_deviation=output_deviation,
+            initial=methods.inner,
+            output_initial=methods.output,
             dropout=config.attention_dropout,
             recompute_core=recompute_core_attention,
             qk_norm=norm if config.qk_layernorm else None,
@@ -64,8 +61,8 @@ class TransformerLayer(nn.Module):
             config.activation,
             context,
             bias=config.add_bias_linear,
-            standard_deviation=deviation,
-            output_standard_deviation=output_deviation,
+            initial=methods.inner,
+            output_initial=methods.output,
         )
         self.mlp_dropout = HiddenDropout(f"{name}.mlp_output", config.hidden_dropout, context)
 

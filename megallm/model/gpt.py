@@ -15,6 +15,7 @@ from megallm.layers.linear import column_parallel_linear
 from megallm.layers.norm import Norm
 from megallm.layers.positions import sinusoidal_table
 from megallm.model.block import TransformerLayer, norm_settings
+from megallm.model.initial import initial_methods
 from megallm.model.positions import rotary_positions
 from megallm.parameter import Description, initialize, make_parameter, whole
 
@@ -33,8 +34,9 @@ class GPTEmbedding(nn.Module):
         model = config.model
         assert model.vocab_size and model.max_position_embeddings, "the configuration is resolved"
         self.context = context
+        methods = initial_methods(model)
         self.word = vocabulary_parameter(
-            WORD_EMBEDDING, model.vocab_size, padded_size, model.hidden_size, context, model.init_method_std, tie=tie
+            WORD_EMBEDDING, model.vocab_size, padded_size, model.hidden_size, context, methods.embedding, tie=tie
         )
         # Rounded once, as the models were trained that scale their embeddings.
         self.scale = float(torch.tensor(model.hidden_size**0.5, dtype=context.dtype)) if model.scale_embeddings else 1.0
@@ -43,7 +45,7 @@ class GPTEmbedding(nn.Module):
         if model.position_embedding_type == "learned_absolute":
             description = Description(
                 (whole("embedding.position.weight", (model.max_position_embeddings, model.hidden_size)),),
-                standard_deviation=model.init_method_std,
+                methods.embedding((model.max_position_embeddings, model.hidden_size)),
                 replicated_over=("tp",),
                 gradient_partial_over=context.partial_axes,
             )
@@ -84,14 +86,14 @@ class GPTHead(nn.Module):
             return
         # With tied weights on another pipeline rank, this is a second holder of the embedding, equal from the first
         # step on.
-        tied = model.tie_embeddings
+        tied, methods = model.tie_embeddings, initial_methods(model)
         self.weight = vocabulary_parameter(
             WORD_EMBEDDING if tied else "output.weight",
             model.vocab_size,
             padded_size,
             model.hidden_size,
             context,
-            model.init_method_std,
+            methods.embedding if tied else methods.inner,
             tie=WORD_EMBEDDING if tied else None,
             counts=not tied,
         )

@@ -69,6 +69,7 @@ RANGES = {
     "model.attention_dropout": _PROBABILITY,
     "model.hidden_dropout": _PROBABILITY,
     "model.init_method_std": _NATURAL,
+    "model.embedding_init_method_std": _NATURAL,
     "model.vocab_size": _COUNT,
     "model.make_vocab_size_divisible_by": _COUNT,
     "parallel.tensor_model_parallel_size": _COUNT,

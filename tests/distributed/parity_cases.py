@@ -43,6 +43,7 @@ QK_NORM = {"model.qk_layernorm": True}
 ZERO_CENTERED = {"model.apply_layernorm_1p": True}
 WINDOW = {"model.window_size": "4,0"}
 QWEN_3 = LLAMA | QK_NORM | {"model.kv_channels": 12}
+XAVIER = {"model.init_method_xavier_uniform": True, "model.embedding_init_method_std": 0.5}
 GEMMA = (
     LLAMA | ZERO_CENTERED | {"model.activation": "geglu", "model.scale_embeddings": True, "model.tie_embeddings": True}
 )
@@ -221,8 +222,8 @@ CASES = [
         layout=NO_SEQUENCE_PARALLEL | SHARDED,
     ),
     Case(
-        "gpt untied, all axes, gpipe, squared relu",
-        GPT | UNTIED | SQUARED_RELU,
+        "gpt untied, all axes, gpipe, squared relu, xavier",
+        GPT | UNTIED | SQUARED_RELU | XAVIER,
         tp=2,
         pp=2,
         dp=2,

@@ -11,6 +11,7 @@ from megallm.data_parallel.buckets import build_buckets
 from megallm.mesh import Mesh, MeshShape
 from megallm.parameter import (
     Description,
+    Initial,
     Piece,
     boxes_of_range,
     description_of,
@@ -21,6 +22,7 @@ from megallm.parameter import (
     part,
     piece_views,
     whole,
+    xavier_uniform,
 )
 
 CPU = torch.device("cpu")
@@ -87,7 +89,7 @@ def test_part_cuts_any_dim_evenly() -> None:
 def _padded_description() -> Description:
     """Rows 0-2 are `a`, row 3 is padding, rows 4-5 are `b`."""
     return Description(
-        (Piece("a", (9, 4), (3, 0), (3, 4), padding=1), Piece("b", (2, 4), (0, 0), (2, 4))), standard_deviation=0.5
+        (Piece("a", (9, 4), (3, 0), (3, 4), padding=1), Piece("b", (2, 4), (0, 0), (2, 4))), Initial("normal", 0.5)
     )
 
 
@@ -105,7 +107,7 @@ def test_views_are_the_rows_of_each_piece_without_padding() -> None:
 
 
 def test_initial_values_are_those_of_the_whole_tensor_and_padding_is_zero() -> None:
-    one = make_parameter(Description((whole("a", (9, 4)),), standard_deviation=0.5), torch.float64, CPU)
+    one = make_parameter(Description((whole("a", (9, 4)),), Initial("normal", 0.5)), torch.float64, CPU)
     cut = make_parameter(_padded_description(), torch.float64, CPU)
     initialize(one, seed=3)
     initialize(cut, seed=3)
@@ -118,14 +120,25 @@ def test_initial_values_are_those_of_the_whole_tensor_and_padding_is_zero() -> N
 
 
 def test_standard_deviation_scales_the_initial_values() -> None:
-    parameter = make_parameter(Description((whole("a", (200, 200)),), standard_deviation=0.02), torch.float32, CPU)
+    parameter = make_parameter(Description((whole("a", (200, 200)),), Initial("normal", 0.02)), torch.float32, CPU)
     initialize(parameter, seed=0)
     # The estimate of a standard deviation from n values has a relative one of 1 / sqrt(2 n).
     assert float(parameter.detach().std()) == pytest.approx(0.02, rel=5 / math.sqrt(2 * 40_000))
 
 
+def test_uniform_values_fill_their_range() -> None:
+    initial = xavier_uniform((250, 350))
+    parameter = make_parameter(Description((whole("a", (100, 350)),), initial), torch.float32, CPU)
+    initialize(parameter, seed=0)
+    bound = math.sqrt(6 / 600)
+    assert initial == Initial("uniform", bound)
+    assert bound * (1 - 1e-3) < float(parameter.detach().abs().max()) <= bound
+    # A standard deviation has one of bound / sqrt(3) x sqrt((9 / 5 - 1) / 4 n), relative to itself, when estimated.
+    assert float(parameter.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=5 * math.sqrt(0.2 / 35_000))
+
+
 def test_constants() -> None:
-    parameter = make_parameter(Description((whole("a", (7,)),), constant=1.0), torch.float32, CPU)
+    parameter = make_parameter(Description((whole("a", (7,)),), Initial("constant", 1.0)), torch.float32, CPU)
     initialize(parameter, seed=0)
     assert parameter.tolist() == [1.0] * 7
 

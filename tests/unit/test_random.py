@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megallm.random import keep_mask, normal_box, philox, random_words, stream_key
+from megallm.random import keep_mask, normal_box, philox, random_words, stream_key, uniform_box
 
 STEP = torch.tensor(3)
 
@@ -49,14 +50,15 @@ def _cut(tensor: torch.Tensor, offset: tuple[int, ...], shape: tuple[int, ...]) 
     return tensor[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
 
 
-@given(boxes())
+@pytest.mark.parametrize("box", [normal_box, uniform_box])
+@given(case=boxes())
 @settings(deadline=None, max_examples=300)
-def test_a_box_of_normals_is_that_part_of_the_whole(
-    case: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+def test_a_box_is_that_part_of_the_whole(
+    box: Callable[..., torch.Tensor], case: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 ) -> None:
     global_shape, offset, shape = case
-    whole = normal_box(5, "weight", global_shape, (0,) * len(global_shape), global_shape)
-    part = normal_box(5, "weight", global_shape, offset, shape)
+    whole = box(5, "weight", global_shape, (0,) * len(global_shape), global_shape)
+    part = box(5, "weight", global_shape, offset, shape)
     assert part.shape == shape
     assert torch.equal(part, _cut(whole, offset, shape))
 
@@ -120,6 +122,17 @@ def test_normals_have_the_moments_of_a_standard_normal() -> None:
     # Cosine and sine of one angle, neighbouring pairs, neighbouring rows.
     for a, b in ((values[:, 0::2], values[:, 1::2]), (values[:, 1:-1:2], values[:, 2::2]), (values[1:], values[:-1])):
         assert abs(float((a * b).mean())) < 5 / math.sqrt(a.numel())
+
+
+def test_uniform_numbers_have_their_moments() -> None:
+    values = uniform_box(11, "uniform", (512, 512), (0, 0), (512, 512)).double()
+    # E x^k over [-1, 1], with the variances of their estimates from one value.
+    for power, expected, variance in ((1, 0.0, 1 / 3), (2, 1 / 3, 1 / 5 - 1 / 9), (3, 0.0, 1 / 7)):
+        estimate = float((values**power).mean())
+        assert abs(estimate - expected) < 5 * math.sqrt(variance / values.numel()), f"moment {power}"
+    assert float(values.abs().max()) <= 1.0
+    for a, b in ((values[:, 1:], values[:, :-1]), (values[1:], values[:-1])):
+        assert abs(float((a * b).mean())) < 5 / 3 / math.sqrt(a.numel())
 
 
 @pytest.mark.parametrize(
