@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megallm.config.resolve import GATED_ACTIVATIONS, attention_window, ffn_hidden_size, kv_channels, num_query_groups
+from megallm.config.resolve import attention_window, kv_channels
 from megallm.config.tree import ModelConfig
+from megallm.plan.parameters import known_vocab_size, layer_parameters, norm_elements
 
 
 @dataclass(frozen=True)
@@ -61,22 +62,19 @@ def parameter_count(model: ModelConfig, sequence_length: int | None = None) -> P
     `sequence_length` stands in for a `max_position_embeddings` that is not given. Raises ValueError where the
     vocabulary or a learned position table has no size.
     """
-    vocabulary = _vocab_size(model)
+    vocabulary = known_vocab_size(model)
     positions = 0
     if model.position_embedding_type == "learned_absolute":
         length = model.max_position_embeddings or sequence_length
         if length is None:
             raise ValueError("The length of the position table is not known: give --max-position-embeddings.")
         positions = length * model.hidden_size
-    vectors = 2 if model.normalization == "LayerNorm" else 1
-    norm = vectors * model.hidden_size
-    qk_norms = 2 * vectors * kv_channels(model) if model.qk_layernorm else 0
     return ParameterCount(
         embedding=vocabulary * model.hidden_size,
         positions=positions,
-        per_layer=_layer_weights(model) + _layer_biases(model) + 2 * norm + qk_norms,
+        per_layer=sum(tensor.elements for tensor in layer_parameters(model).values()),
         num_layers=model.num_layers,
-        final_norm=norm,
+        final_norm=norm_elements(model),
         head=0 if model.tie_embeddings else vocabulary * model.hidden_size,
     )
 
@@ -107,36 +105,13 @@ def _share_seen(model: ModelConfig, sequence_length: int) -> float:
 
 def head_flops_per_token(model: ModelConfig) -> int:
     """The part of the output layer in `flops_per_token`."""
-    return 6 * _vocab_size(model) * model.hidden_size
+    return 6 * known_vocab_size(model) * model.hidden_size
 
 
 def _layer_weights(model: ModelConfig) -> int:
     """Elements of the matrices of one layer."""
-    hidden, ffn = model.hidden_size, ffn_hidden_size(model)
-    return hidden * (_qkv_width(model) + _query_width(model) + ffn * _mlp_inputs(model) + ffn)
-
-
-def _layer_biases(model: ModelConfig) -> int:
-    """Elements of the biases of one layer."""
-    qkv = _qkv_width(model) if model.add_bias_linear or model.add_qkv_bias else 0
-    others = 2 * model.hidden_size + _mlp_inputs(model) * ffn_hidden_size(model) if model.add_bias_linear else 0
-    return qkv + others
-
-
-def _mlp_inputs(model: ModelConfig) -> int:
-    """Matrices from the residual stream into the MLP: gate and up, or one."""
-    return 2 if model.activation in GATED_ACTIVATIONS else 1
+    return sum(tensor.elements for tensor in layer_parameters(model).values() if tensor.is_matrix)
 
 
 def _query_width(model: ModelConfig) -> int:
     return model.num_attention_heads * kv_channels(model)
-
-
-def _qkv_width(model: ModelConfig) -> int:
-    return _query_width(model) + 2 * num_query_groups(model) * kv_channels(model)
-
-
-def _vocab_size(model: ModelConfig) -> int:
-    if model.vocab_size is None:
-        raise ValueError("The size of the vocabulary is not known: give --vocab-size, or a tokenizer that tells it.")
-    return model.vocab_size

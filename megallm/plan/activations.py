@@ -1,0 +1,241 @@
+"""What a micro-batch keeps between its forward and its backward pass, operator by operator. Needs no torch.
+
+Each table below has a line for each operator that keeps something, in the order of the code it describes: `_layer` of
+`model/block.py`, `_attention` of `layers/attention.py`, `_embedding` and `_output` of `model/gpt.py`. An operator that
+keeps other tensors than before (a fused kernel, a norm that saves its output, a new mask) changes its line and nothing
+else. tests/distributed/test_activation_formula.py counts what autograd really keeps, storage by storage, and holds the
+sums to it byte for byte, over random configurations on a CPU.
+
+Counted are the storages that autograd saves, the stage's input among them, each once; not parameters, tables and the
+micro-batch itself, which are there anyway. The native operators are assumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megallm.config.resolve import GATED_ACTIVATIONS, attention_window, kv_channels, num_query_groups, rotary_width
+from megallm.config.tree import Config
+from megallm.plan.parameters import padded_vocabulary
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes on one process, of a resolved configuration."""
+
+    config: Config
+    on_gpu: bool = True
+
+    @property
+    def tensor_size(self) -> int:
+        return self.config.parallel.tensor_model_parallel_size
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight or an activation."""
+        training = self.config.training
+        return 8 if training.fp64 else 2 if training.bf16 or training.fp16 else 4
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a number that 16 bits would be too few for."""
+        return max(4, self.element)
+
+    @property
+    def sequence(self) -> int:
+        return self.config.data.seq_length
+
+    @property
+    def batch(self) -> int:
+        return self.config.training.micro_batch_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch, as between the matrices of a tensor parallel pair."""
+        return self.sequence * self.batch
+
+    @property
+    def local_tokens(self) -> int:
+        """Tokens of a micro-batch as norms and the residual stream see them."""
+        return self.tokens // (self.tensor_size if self.config.parallel.sequence_parallel else 1)
+
+    @property
+    def hidden(self) -> int:
+        """Bytes of hidden states between the layers: also those of a message between stages."""
+        return self.local_tokens * self.config.model.hidden_size * self.element
+
+    @property
+    def norms_widen(self) -> bool:
+        """Whether norms keep a wide copy of their input: LayerNorm takes input and weights in one dtype."""
+        model = self.config.model
+        return model.apply_layernorm_1p and model.normalization == "LayerNorm" and self.element < self.wide
+
+    @property
+    def ffn(self) -> int:
+        """Bytes of one of the MLP's inner vectors for all tokens."""
+        width = self.config.model.ffn_hidden_size
+        assert width is not None, "the configuration is resolved"
+        return self.tokens * width // self.tensor_size * self.element
+
+    @property
+    def heads(self) -> int:
+        return self.config.model.num_attention_heads // self.tensor_size
+
+    @property
+    def groups_divide(self) -> bool:
+        return num_query_groups(self.config.model) % self.tensor_size == 0
+
+    @property
+    def groups(self) -> int:
+        """Key/value heads, as attention gets them: where they do not come out even, one for each query head."""
+        return num_query_groups(self.config.model) // self.tensor_size if self.groups_divide else self.heads
+
+    @property
+    def mask(self) -> int:
+        """Elements of the mask of attention, where it is not plainly causal."""
+        window = attention_window(self.config.model)
+        if self.config.data.reset_attention_mask:
+            return self.batch * self.sequence**2
+        return self.sequence**2 if window is not None and window < self.sequence - 1 else 0
+
+    @property
+    def logits(self) -> int:
+        """Elements of the logits."""
+        return self.tokens * padded_vocabulary(self.config) // self.tensor_size
+
+
+def saved_by_stage(sizes: Sizes, num_layers: int, *, is_first: bool, is_last: bool) -> int:
+    """Bytes that a stage keeps of one micro-batch until its backward pass has begun."""
+    total = num_layers * sum(kept_of_layer(sizes).values()) + sum(_shared(sizes, num_layers).values())
+    total += sum(_embedding(sizes).values()) if is_first else 0
+    return total + (sum(_output(sizes).values()) if is_last else 0)
+
+
+def kept_of_layer(sizes: Sizes) -> dict[str, int]:
+    """Bytes of one layer by operator: all of `layer`, or its input alone where layers are recomputed."""
+    if sizes.config.training.recompute_granularity == "full":
+        return {"layer input": sizes.hidden}
+    return layer(sizes)
+
+
+def layer(sizes: Sizes) -> dict[str, int]:
+    """Bytes by operator of a layer that is not recomputed as a whole."""
+    mask = sizes.hidden // sizes.element if sizes.config.model.hidden_dropout else 0
+    into_down = {"relu": sizes.ffn, "squared_relu": 2 * sizes.ffn}  # relu keeps its result, the others their argument
+    plain = 3 * sizes.ffn if sizes.config.model.activation in GATED_ACTIVATIONS else 2 * sizes.ffn
+    norm = _norm(sizes, sizes.local_tokens, sizes.config.model.hidden_size)
+    # The input of a layer whose norms both read it is kept once.
+    twice = sizes.hidden if sizes.config.model.parallel_residual and not sizes.norms_widen else 0
+    return {
+        "attention norm": norm,
+        "query, key and value": sizes.hidden,
+        **_attention(sizes),
+        "attention dropout": mask,
+        "MLP norm": norm - twice,
+        "up": sizes.hidden,
+        "activation and down": into_down.get(sizes.config.model.activation, plain),
+        "MLP dropout": mask,
+    }
+
+
+def _norm(sizes: Sizes, rows: int, width: int) -> int:
+    """Of a norm: its input; for each row one number (RMSNorm) or two (LayerNorm, which torch rounds on a CPU); weights
+    that are kept as what is added to 1, once they are."""
+    model = sizes.config.model
+    is_rms = model.normalization == "RMSNorm"
+    statistic = sizes.wide if is_rms or sizes.on_gpu or sizes.norms_widen else sizes.element
+    made = 0
+    if model.apply_layernorm_1p:
+        made = width * sizes.wide * (2 if sizes.norms_widen else 1)
+    input = rows * width * (sizes.wide if sizes.norms_widen else sizes.element)
+    return input + (1 if is_rms else 2) * rows * statistic + made
+
+
+def _attention(sizes: Sizes) -> dict[str, int]:
+    """The core, from the packed projection to the product with the output matrix, whose input is the result."""
+    model = sizes.config.model
+    square = sizes.batch * sizes.heads * sizes.sequence**2
+    query = sizes.tokens * sizes.heads * kv_channels(model) * sizes.element
+    core = {
+        "query and key norm": _query_and_key_norm(sizes),
+        "queries, keys, values": _queries_keys_values(sizes, query),
+        "output": query,
+    }
+    if sizes.config.training.recompute_granularity == "selective":
+        return core
+    if model.attention_dropout:
+        # Probabilities, the mask, and what is left of them for the product with the values.
+        return core | {"softmax and dropout": square * (2 * sizes.element + 1)}
+    mask = sizes.mask * sizes.element
+    return core | {"log of sums": sizes.tokens * sizes.heads * sizes.wide, "mask as numbers": mask}
+
+
+def _query_and_key_norm(sizes: Sizes) -> int:
+    """Their inputs are parts of the packed projection, but for keys that were collected, and for wide copies."""
+    model = sizes.config.model
+    if not model.qk_layernorm:
+        return 0
+    width = kv_channels(model)
+    queries, keys = (_norm(sizes, sizes.tokens * heads, width) for heads in (sizes.heads, sizes.groups))
+    if sizes.norms_widen:
+        return queries + keys
+    packed = sizes.heads + (sizes.groups if sizes.groups_divide else 0)
+    return queries + keys - sizes.tokens * packed * width * sizes.element
+
+
+def _queries_keys_values(sizes: Sizes, query: int) -> int:
+    """Bytes of the storages behind queries, keys and values.
+
+    They are parts of one packed tensor, which lives on while any of them is used as it is. Norm and rotation make
+    queries and keys of their own, collecting the groups makes keys and values of their own, and the core with dropout, written in
+    matrix products, copies what it cannot see as one batch of heads.
+    """
+    model = sizes.config.model
+    groups = sizes.groups
+    packed = query + 2 * query * num_query_groups(model) // model.num_attention_heads
+    key = query * groups // sizes.heads
+    is_made = model.position_embedding_type == "rope" or model.qk_layernorm
+    composed = bool(model.attention_dropout) and sizes.config.training.recompute_granularity != "selective"
+    repeats = composed and groups < sizes.heads
+    copies = composed and sizes.batch > 1 and sizes.heads > 1
+    indices = 0 if sizes.groups_divide else 2 * 8 * sizes.heads
+    # For each of the three: bytes of its own, or None where it is a part of the packed tensor.
+    own_query = query if is_made or copies else None
+    own_key = query if repeats else key if is_made or copies or not sizes.groups_divide else None
+    own_value = query if repeats else key if copies or not sizes.groups_divide else None
+    owned = (own_query, own_key, own_value)
+    is_read = None in owned or (model.qk_layernorm and not sizes.norms_widen)
+    return indices + sum(own or 0 for own in owned) + (packed if is_read else 0)
+
+
+def _shared(sizes: Sizes, num_layers: int) -> dict[str, int]:
+    """What all layers of a stage keep together. (Recomputed layers hold it without autograd's knowledge.)"""
+    config, tables, mask = sizes.config, 0, 0
+    if config.training.recompute_granularity == "full":
+        return {}
+    if config.model.position_embedding_type == "rope" and config.data.reset_position_ids and num_layers:
+        tables = 2 * sizes.tokens * rotary_width(config.model) * sizes.wide
+    if config.training.recompute_granularity == "selective" and num_layers:
+        mask = sizes.mask
+    return {"rotary angles": tables, "attention mask": mask}
+
+
+def _embedding(sizes: Sizes) -> dict[str, int]:
+    """Token ids as this rank's rows, and where they are not its own; positions; the dropout mask."""
+    model = sizes.config.model
+    learned = model.position_embedding_type == "learned_absolute"
+    return {
+        "rows": 9 * sizes.tokens if sizes.tensor_size > 1 else 0,
+        "positions": 8 * sizes.local_tokens if learned else 0,
+        "embedding dropout": sizes.hidden // sizes.element if model.hidden_dropout else 0,
+    }
+
+
+def _output(sizes: Sizes) -> dict[str, int]:
+    """Final norm, its output, and of the loss: exponentials, two sums, the target's column and whether it is here."""
+    return {
+        "final norm": _norm(sizes, sizes.local_tokens, sizes.config.model.hidden_size),
+        "output layer": sizes.hidden,
+        "exponentials of logits": sizes.logits * sizes.wide,
+        "loss": sizes.tokens * (2 * sizes.wide + 8 + 1),
+    }
