@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 
-from megallm.config import Config, fail, parse_arguments, stop
+from megallm.config import Config, PlanConfig, difference_yaml, fail, parse_arguments, stop
 from megallm.config.report import warn_once
+from megallm.plan.dry_run import dry_run
 from megallm.plan.validate import validate
 
 
@@ -24,9 +26,18 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if config.checkpoint.use_checkpoint_args:
         config = _with_saved_model(program, config)
-    problems = validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+    is_first = os.environ.get("RANK", "0") == "0"
+    if config.plan.print_config:
+        sys.stdout.write(difference_yaml(replace(config, plan=PlanConfig())) if is_first else "")
+        return
+    world_size = config.plan.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    problems = validate(config, world_size)
     if problems:
         stop(program, [str(problem) for problem in problems])
+    if config.plan.dry_run:
+        if is_first:
+            print(dry_run(config, world_size))
+        return
     # Imported late: a mistake on the command line is answered before torch is loaded.
     from megallm.train.loop import pretrain
     from megallm.train.saving import SaveError
@@ -40,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         fail(program, error)
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first:
             print(f"{program}: interrupted; --load continues from the last checkpoint", file=sys.stderr, flush=True)
         # Other ranks may be gone: leaving in an orderly way would wait for them.
         os._exit(ExitCode.INTERRUPTED)

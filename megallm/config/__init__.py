@@ -1,7 +1,7 @@
 """The configuration: the tree, its command line, its files, and its derived values. Needs neither torch nor numpy."""
 
 from megallm.config.arguments import build_parser, parse_arguments
-from megallm.config.dictionary import difference, from_dict, to_dict, to_yaml
+from megallm.config.dictionary import difference, difference_yaml, from_dict, to_dict, to_yaml
 from megallm.config.report import fail, numbered, stop
 from megallm.config.resolve import data_parallel_size, resolve
 from megallm.config.tree import (
@@ -12,6 +12,7 @@ from megallm.config.tree import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    PlanConfig,
     TrainingConfig,
 )
 
@@ -23,10 +24,12 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PlanConfig",
     "TrainingConfig",
     "build_parser",
     "data_parallel_size",
     "difference",
+    "difference_yaml",
     "fail",
     "from_dict",
     "numbered",

@@ -33,6 +33,17 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
+def difference_yaml(config: Config) -> str:
+    """The same for what differs from the defaults alone: short, and read back to an equal tree."""
+    import yaml
+
+    changed: dict[str, dict[str, Any]] = {}
+    for path, _, value in difference(Config(), config):
+        section, name = path.split(".")
+        changed.setdefault(section, {})[name] = value
+    return yaml.safe_dump(changed, sort_keys=False)
+
+
 def read_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
     """The values (`section.name` -> value) that a YAML file gives, and a sentence for each problem in it."""
     import yaml

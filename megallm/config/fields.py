@@ -6,6 +6,7 @@ import difflib
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from megallm.config.tree import Config
@@ -43,6 +44,7 @@ class Field:
         return f"{self.section}.{self.name}"
 
 
+@lru_cache(maxsize=1)
 def all_fields() -> tuple[Field, ...]:
     """Every field of the tree, in its order there."""
     found = []
@@ -55,6 +57,7 @@ def all_fields() -> tuple[Field, ...]:
     return tuple(found)
 
 
+@lru_cache(maxsize=1)
 def sections() -> tuple[tuple[str, type], ...]:
     """The sections of the tree: their names and their dataclasses."""
     return tuple(get_type_hints(Config).items())

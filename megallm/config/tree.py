@@ -613,6 +613,30 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig:
+    """What is told instead of training."""
+
+    dry_run: bool = option(
+        False,
+        "--dry-run",
+        "print what the run needs and does (memory, schedule, messages, time, better layouts) and leave; needs no GPU",
+    )
+    world_size: int | None = option(
+        None, "--world-size", "with --dry-run: processes of the run; default: those that are there"
+    )
+    gpu_type: str | None = option(
+        None,
+        "--gpu-type",
+        "with --dry-run: the GPU it is for; default: H100",
+        choices=("A100-40", "A100-80", "H100", "H200", "B200", "L40S", "RTX-4090"),
+    )
+    json: bool = option(False, "--json", "with --dry-run: print the plan as JSON")
+    print_config: bool = option(
+        False, "--print-config", "print what differs from the defaults, as a file for --config, and leave"
+    )
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything about a run."""
 
@@ -623,3 +647,4 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)

@@ -130,6 +130,7 @@ RANGES = {
     "checkpoint.save_keep_last": Range(2),
     "logging.log_interval": _COUNT,
     "logging.timeline_step": _COUNT,
+    "plan.world_size": _COUNT,
 }
 """The range of every number of the tree."""
 

@@ -9,6 +9,7 @@ from megallm.plan import (
     rules_data,
     rules_model,
     rules_parallel,
+    rules_plan,
     rules_rates,
     rules_run,
     rules_stages,
@@ -81,6 +82,8 @@ RULES = (
     rules_data.full_validation_has_no_weights,
     rules_run.tokenizer_has_a_model,
     rules_run.null_tokenizer_has_a_vocabulary,
+    rules_plan.plan_flags_belong_to_a_dry_run,
+    rules_plan.plan_knows_the_vocabulary,
 )
 """Rules about values that must fit together."""
 

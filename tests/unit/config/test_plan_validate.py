@@ -14,6 +14,7 @@ from megallm.plan import (
     rules_data,
     rules_model,
     rules_parallel,
+    rules_plan,
     rules_rates,
     rules_run,
     rules_stages,
@@ -418,6 +419,17 @@ CASES: dict[str, list[tuple[int, dict, dict]]] = {
             {"data.vocab_file": "vocab.json", "data.merge_file": "merges.txt"},
         ),
     ],
+    "plan_flags_belong_to_a_dry_run": [
+        (1, {"plan.world_size": 8}, {"plan.dry_run": True}),
+        (1, {"plan.gpu_type": "H200", "plan.json": True}, {"plan.gpu_type": None, "plan.json": False}),
+    ],
+    "plan_knows_the_vocabulary": [
+        (
+            1,
+            {"plan.dry_run": True, "model.vocab_size": None, "data.tokenizer_type": "HuggingFaceTokenizer"},
+            {"model.vocab_size": 32000},
+        ),
+    ],
     "null_tokenizer_has_a_vocabulary": [(1, {"model.vocab_size": None}, {"model.vocab_size": 32000})],
 }
 FLAT_CASES = [(name, *case) for name, cases in CASES.items() for case in cases]
@@ -456,6 +468,7 @@ def test_every_rule_of_the_files_is_asked() -> None:
         rules_rates,
         rules_run,
         rules_data,
+        rules_plan,
     )
     written = [value for module in modules for value in vars(module).values() if isinstance(value, Rule)]
     assert len(written) == len(VALUE_RULES + RULES)

@@ -1,0 +1,39 @@
+"""What `--dry-run` prints. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+from megallm.config import resolve
+from megallm.config.tree import Config
+from megallm.plan.alternatives import changes_that_fit, next_best
+from megallm.plan.gpus import DEFAULT_GPU, GPUS
+from megallm.plan.plan import make_plan
+from megallm.plan.report import plan_text
+from megallm.plan.stages import Layout
+from megallm.plan.vocabulary import USUAL_SIZES
+
+_NEXT_BEST = 3
+
+
+def dry_run(config: Config, world_size: int) -> str:
+    """The plan of a valid configuration for `world_size` processes, as text or as JSON."""
+    notes = []
+    if config.model.vocab_size is None:
+        kind = str(config.data.tokenizer_type)
+        config = replace(config, model=replace(config.model, vocab_size=USUAL_SIZES[kind]))
+        notes.append(f"the usual vocabulary of the {kind} is assumed: {USUAL_SIZES[kind]:,}; --vocab-size says another")
+    gpu = GPUS[config.plan.gpu_type or DEFAULT_GPU]
+    layout = Layout(resolve(config, world_size), world_size)
+    plan = make_plan(layout, gpu)
+    others = next_best(layout, gpu, _NEXT_BEST)
+    changes = [] if plan.fits else changes_that_fit(plan)
+    if config.plan.json:
+        told = plan.to_dict() | {
+            "next_best": [other.to_dict() for other in others],
+            "changes_that_fit": [{"flags": change.flags} | change.plan.to_dict() for change in changes],
+            "notes": notes,
+        }
+        return json.dumps(told, indent=2)
+    return plan_text(plan, others, changes, notes)

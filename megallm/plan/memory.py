@@ -1,0 +1,130 @@
+"""Bytes of one process by kind, at the moment of a step when they are most. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megallm.config.resolve import GATED_ACTIVATIONS, rotary_width
+from megallm.plan.gpus import COMMUNICATOR_BYTES, CONTEXT_BYTES
+from megallm.plan.stages import Layout
+from megallm.schedule import Action, Kind, LoweredSchedule
+from megallm.schedule.lowering import MAX_OUTSTANDING_SENDS
+
+KINDS = (
+    "weights",
+    "gradients",
+    "master weights",
+    "moments",
+    "activations",
+    "logits",
+    "working memory",
+    "buffers",
+    "communicators",
+)
+"""What memory holds. `activations` and `logits` are what micro-batches keep for their backward passes; `working memory`
+what one forward or backward pass needs for itself, an estimate; `buffers` messages, the batch and tables."""
+
+BYTES_OF_A_TOKEN = 8 + 8 + 8 + 4
+"""Of a batch on the device: token, label, position, loss mask."""
+
+
+def state_bytes(layout: Layout, rank: int) -> dict[str, int]:
+    """Weights, gradients, master weights and moments of a process on a pipeline rank. Padding of buckets is left out.
+
+    With 16-bit weights master weights are float32. With the distributed optimizer master weights and moments are
+    divided among the ranks over which a parameter's gradient is reduced.
+    """
+    sizes, sharded = layout.sizes, layout.config.parallel.use_distributed_optimizer
+    held = [stage.parameters for stage in layout.on_rank(rank)]
+    total = sum(parameters.total for parameters in held)
+    own = total
+    if sharded:
+        over_both = sum(parameters.over_tensor_and_data for parameters in held)
+        own = -(-(total - over_both) // layout.data) - (-over_both // (layout.data * layout.tensor))
+    return {
+        "weights": total * sizes.element,
+        "gradients": total * sizes.wide,
+        "master weights": own * sizes.wide if sizes.element == 2 else 0,
+        "moments": 2 * own * sizes.wide,
+    }
+
+
+def memory_of_rank(layout: Layout, rank: int, lowered: LoweredSchedule) -> dict[str, int]:
+    """Bytes by kind (`KINDS`) of a process on a pipeline rank at the peak of a step."""
+    slots = lowered.num_activation_slots[rank] + lowered.num_gradient_slots[rank]
+    return {
+        **state_bytes(layout, rank),
+        **peak_of_step(layout, rank, lowered.schedule.actions[rank]),
+        "buffers": buffer_bytes(layout, rank, slots),
+        "communicators": _communicators(layout),
+    }
+
+
+def peak_of_step(layout: Layout, rank: int, actions: Iterable[Action]) -> dict[str, int]:
+    """Activations, logits and working memory of the action at which they are most together, in a rank's order."""
+    stages = {stage.number: stage for stage in layout.on_rank(rank)}
+    kept = {number: (layout.kept(stage), layout.kept_logits(stage)) for number, stage in stages.items()}
+    working = {
+        (kind, number): _working_memory(layout, stage.is_last, len(stage.layers), kind)
+        for number, stage in stages.items()
+        for kind in (Kind.F, Kind.B)
+    }
+    activations = logits = 0
+    peak = (0, 0, 0)
+    for action in actions:
+        if action.kind is Kind.F:
+            activations += kept[action.stage][0]
+            logits += kept[action.stage][1]
+        moment = (activations, logits, working[action.kind, action.stage])
+        if sum(moment) > sum(peak):
+            peak = moment
+        if action.kind is Kind.B:
+            activations -= kept[action.stage][0]
+            logits -= kept[action.stage][1]
+    return {"activations": peak[0], "logits": peak[1], "working memory": peak[2]}
+
+
+def _working_memory(layout: Layout, is_last: bool, num_layers: int, kind: Kind) -> int:
+    """An estimate: gradients inside an MLP and of its gathered input; a layer computed again; logits in 16 bits.
+
+    The gradient of the logits is written over the exponentials, and copied to be rounded.
+    """
+    sizes = layout.sizes
+    whole = sizes.tokens * layout.config.model.hidden_size * sizes.element
+    inner = (3 if layout.config.model.activation in GATED_ACTIVATIONS else 2) * sizes.ffn
+    in_layer = 0
+    if num_layers:
+        in_layer = inner + 2 * whole if kind is Kind.B else whole
+        in_layer += layout.recomputed_bytes() if kind is Kind.B else 0
+    at_head = sizes.logits * sizes.element if is_last and sizes.element == 2 else 0
+    return max(in_layer, at_head)
+
+
+def buffer_bytes(layout: Layout, rank: int, slots: int) -> int:
+    """Messages that arrive (`slots` of them) and leave, the rank's share of the batch, and tables of positions."""
+    sizes, config = layout.sizes, layout.config
+    leaving = 2 * MAX_OUTSTANDING_SENDS if layout.pipeline > 1 else 0
+    document_ids = 8 if config.data.reset_attention_mask else 0
+    batch = layout.num_micro_batches * sizes.tokens * (BYTES_OF_A_TOKEN + document_ids)
+    length = config.model.max_position_embeddings or sizes.sequence
+    tables = 0
+    if config.model.position_embedding_type == "rope":
+        tables = len(layout.on_rank(rank)) * 2 * length * rotary_width(config.model) * sizes.wide
+    elif config.model.position_embedding_type == "sinusoidal" and rank == 0:
+        tables = length * config.model.hidden_size * sizes.element
+    return (slots + leaving) * sizes.hidden + batch + tables
+
+
+def num_communicators(layout: Layout) -> int:
+    """NCCL communicators of a process: one for each of its groups that is no smaller copy of another, four to its
+    pipeline neighbours."""
+    tensor, data, pipeline = layout.tensor, layout.data, layout.pipeline
+    sizes = {"tensor": tensor, "data": data, "pipeline": pipeline, "world": layout.world_size}
+    number = sum(size > 1 for name, size in sizes.items() if name == "world" or size != layout.world_size)
+    number += tensor > 1 and data > 1 and pipeline > 1
+    number += pipeline > 2  # first and last rank, for tied weights
+    return number + (0 if pipeline == 1 else 2 if pipeline == 2 else 4)
+
+
+def _communicators(layout: Layout) -> int:
+    return CONTEXT_BYTES + num_communicators(layout) * COMMUNICATOR_BYTES if layout.on_gpu else 0

@@ -1,0 +1,213 @@
+"""The plan that --dry-run prints: its parts against counts by hand, its whole without torch, for any number of GPUs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megallm.config import Config, difference_yaml, from_dict, resolve
+from megallm.config.dictionary import build
+from megallm.plan.alternatives import changes_that_fit, next_best
+from megallm.plan.dry_run import dry_run
+from megallm.plan.flops import parameter_count
+from megallm.plan.gpus import GPUS, SAFE_SHARE
+from megallm.plan.memory import KINDS, peak_of_step, state_bytes
+from megallm.plan.plan import make_plan
+from megallm.plan.schedule import schedule_of
+from megallm.plan.stages import Layout
+from megallm.plan.validate import validate
+from megallm.schedule import Kind
+
+LLAMA_7B: dict[str, Any] = {
+    "model.num_layers": 32,
+    "model.hidden_size": 4096,
+    "model.ffn_hidden_size": 11008,
+    "model.num_attention_heads": 32,
+    "model.position_embedding_type": "rope",
+    "model.normalization": "RMSNorm",
+    "model.activation": "swiglu",
+    "model.add_bias_linear": False,
+    "model.tie_embeddings": False,
+    "model.vocab_size": 32000,
+    "training.micro_batch_size": 1,
+    "training.global_batch_size": 128,
+    "training.train_iters": 10,
+    "training.bf16": True,
+    "optimizer.lr": 1e-4,
+    "data.seq_length": 4096,
+    "data.mock_data": True,
+    "data.tokenizer_type": "NullTokenizer",
+    "parallel.use_distributed_optimizer": True,
+}
+PIPELINE, TENSOR = "parallel.pipeline_model_parallel_size", "parallel.tensor_model_parallel_size"
+VIRTUAL = "parallel.num_virtual_stages_per_pipeline_rank"
+
+
+def laid_out(world_size: int, **changes: Any) -> Layout:
+    values = LLAMA_7B | {name.replace("__", "."): value for name, value in changes.items()}
+    return Layout(resolve(build(values), world_size), world_size)
+
+
+def configuration(changes: dict[str, Any]) -> Config:
+    return build(LLAMA_7B | changes)
+
+
+def test_stages_hold_every_parameter_once() -> None:
+    for sizes in ({}, {PIPELINE: 4}, {PIPELINE: 4, VIRTUAL: 2}, {PIPELINE: 2, TENSOR: 4}):
+        layout = Layout(resolve(configuration(sizes), 64), 64)
+        whole = parameter_count(layout.config.model).total
+        held = sum(stage.parameters.total for stage in layout.stages)
+        whole_on_each = sum(2 * len(stage.layers) + stage.is_last for stage in layout.stages) * 4096  # norms
+        assert held == (whole - whole_on_each) // layout.tensor + whole_on_each
+
+
+def test_the_state_of_a_process_is_what_the_optimizer_keeps() -> None:
+    parameters = 6_738_415_616
+    alone = state_bytes(laid_out(1), 0)
+    assert alone == {
+        "weights": 2 * parameters,
+        "gradients": 4 * parameters,
+        "master weights": 4 * parameters,
+        "moments": 8 * parameters,
+    }
+    assert sum(alone.values()) == 18 * parameters
+    assert sum(state_bytes(laid_out(8), 0).values()) == pytest.approx((6 + 12 / 8) * parameters)
+    assert sum(state_bytes(laid_out(8, parallel__use_distributed_optimizer=False), 0).values()) == 18 * parameters
+    assert sum(state_bytes(laid_out(4, training__bf16=False), 0).values()) == pytest.approx((8 + 8 / 4) * parameters)
+
+
+@pytest.mark.parametrize("changes", [{}, {VIRTUAL: 2}, {"parallel.pipeline_schedule": "gpipe"}])
+def test_activations_are_those_of_the_schedules_peak(changes: dict[str, Any]) -> None:
+    config = resolve(configuration({PIPELINE: 4, "training.global_batch_size": 12} | changes), 4)
+    layout = Layout(config, 4)
+    for rank in range(4):
+        actions = schedule_of(config.parallel, 12).actions[rank]
+        stages = {stage.number: stage for stage in layout.on_rank(rank)}
+        at_most = 0
+        for end in range(len(actions)):
+            begun = {(a.stage, a.micro_batch) for a in actions[: end + 1] if a.kind is Kind.F}
+            done = {(a.stage, a.micro_batch) for a in actions[:end] if a.kind is Kind.B}
+            kept = sum(layout.kept(stages[s]) + layout.kept_logits(stages[s]) for s, _ in begun - done)
+            at_most = max(at_most, kept)
+        peak = peak_of_step(layout, rank, actions)
+        # Where a backward pass needs more of its own, the peak may be there, not where most is kept.
+        assert at_most - peak["working memory"] <= peak["activations"] + peak["logits"] <= at_most
+
+
+def test_the_first_rank_of_1f1b_holds_as_many_micro_batches_as_ranks() -> None:
+    layout = laid_out(4, parallel__pipeline_model_parallel_size=4)
+    one = peak_of_step(layout, 0, schedule_of(layout.config.parallel, 1).actions[0])["activations"]
+    for number, times in ((2, 2), (4, 4), (8, 4), (32, 4)):
+        assert peak_of_step(layout, 0, schedule_of(layout.config.parallel, number).actions[0])["activations"] == (
+            times * one
+        )
+
+
+def test_full_recompute_keeps_the_input_of_each_layer() -> None:
+    layout = laid_out(1, training__recompute_granularity="full")
+    hidden = 4096 * 4096 * 2
+    (stage,) = layout.stages
+    # The inputs of 32 layers, of the final norm and of the output layer; statistics of a norm, what the loss keeps.
+    assert layout.kept(stage) == 34 * hidden + 4096 * 4 + 4096 * 17
+    assert layout.kept_logits(stage) == 4096 * 32000 * 4
+
+
+@pytest.mark.parametrize("virtual", [1, 2])
+def test_the_bubble_of_even_stages_is_the_formulas(virtual: int) -> None:
+    even = {PIPELINE: 4, VIRTUAL: virtual, "training.global_batch_size": 16, "model.vocab_size": 1}
+    layout = Layout(resolve(configuration(even), 4), 4)
+    fast = replace(GPUS["H100"], link=1e30, network=1e30)
+    plan = make_plan(layout, fast)
+    assert plan.step.bubble == pytest.approx(3 / (16 * virtual + 3), abs=1e-4)
+    assert plan.ideal_bubble == pytest.approx(3 / (16 * virtual + 3))
+
+
+def test_a_long_step_is_as_long_as_if_every_micro_batch_were_timed() -> None:
+    layout = laid_out(8, parallel__pipeline_model_parallel_size=8, training__global_batch_size=128)
+    whole, part = make_plan(layout, GPUS["H100"]), make_plan(layout, GPUS["H100"], most_timed=200)
+    assert len(part.step.timeline.events) < len(whole.step.timeline.events) / 3
+    assert part.step.pipeline == pytest.approx(whole.step.pipeline, rel=0.01)
+    assert part.memory == whole.memory
+
+
+def test_a_step_takes_what_the_operations_take_and_not_much_more() -> None:
+    plan = make_plan(laid_out(1), GPUS["H200"])
+    assert plan.flops.half * plan.tokens == pytest.approx(42.86e9 * 128 * 4096, rel=1e-3)
+    assert 0.45 < plan.flops_of_a_gpu / GPUS["H200"].flops < 0.70
+    assert plan.step.bubble == pytest.approx(0.0, abs=1e-9)
+
+
+def test_changes_that_fit_do_and_other_layouts_are_valid() -> None:
+    layout = laid_out(8)
+    small = replace(GPUS["A100-40"], name="small")
+    plan = make_plan(layout, small)
+    assert not plan.fits
+    changes = changes_that_fit(plan)
+    assert len(changes) == 3
+    assert all(change.plan.peak <= SAFE_SHARE * small.memory for change in changes)
+    assert all(validate(change.plan.layout.config, 8) == [] for change in changes)
+    others = next_best(layout, small, 3)
+    assert [other.step.total for other in others] == sorted(other.step.total for other in others)
+    assert all(other.fits and validate(other.layout.config, 8) == [] for other in others)
+    assert changes_that_fit(plan, memory=2**30) == []
+
+
+def test_the_text_fits_a_screen_and_says_what_it_assumes() -> None:
+    config = configuration({"plan.dry_run": True, PIPELINE: 4, VIRTUAL: 2, TENSOR: 2})
+    text = dry_run(config, 16)
+    lines = text.splitlines()
+    assert len(lines) <= 52
+    assert max(map(len, lines)) <= 112
+    assert "6.74 B parameters on 16 x H100: fits" in lines[0]
+    for word in ("interleaved: bubble", "rank 3", "master weights", "tokens/s", "next best", "not from a measurement"):
+        assert word in text
+    known = replace(config, model=replace(config.model, vocab_size=None))
+    assumed = dry_run(replace(known, data=replace(config.data, tokenizer_type="GPT2BPETokenizer")), 16)
+    assert "50,257; --vocab-size says another" in assumed
+    tight = dry_run(replace(config, plan=replace(config.plan, gpu_type="RTX-4090")), 16)
+    assert "does not fit" in tight
+    assert "to fit" in tight
+
+
+def test_json_holds_the_same_in_bytes_and_seconds() -> None:
+    plan = json.loads(dry_run(configuration({"plan.dry_run": True, "plan.json": True, PIPELINE: 2}), 8))
+    assert plan["parameters"] == 6_738_415_616
+    assert [stage["layers"] for stage in plan["stages"]] == [16, 16]
+    assert set(plan["memory_bytes"][0]) == set(KINDS)
+    assert plan["memory_peak_bytes"] == max(sum(kinds.values()) for kinds in plan["memory_bytes"])
+    assert plan["seconds"]["step"] == pytest.approx(
+        sum(plan["seconds"][part] for part in ("pipeline", "gradients", "parameters", "optimizer"))
+    )
+    assert plan["traffic"]["pipeline"] == {"messages": 32, "bytes": 32 * 4096 * 4096 * 2}
+    assert plan["next_best"]
+
+
+def test_a_large_plan_needs_neither_torch_nor_numpy() -> None:
+    words = """
+        --num-layers 96 --hidden-size 12288 --num-attention-heads 96 --seq-length 2048 --vocab-size 50257 --bf16
+        --micro-batch-size 1 --global-batch-size 1536 --train-iters 100 --lr 1e-4 --tokenizer-type NullTokenizer
+        --mock-data --tensor-model-parallel-size 8 --pipeline-model-parallel-size 16 --use-distributed-optimizer
+        --num-virtual-stages-per-pipeline-rank 3 --dry-run --world-size 1024
+    """
+    program = (
+        "import sys, pretrain_gpt; pretrain_gpt.main(sys.argv[1:]); "
+        "assert not {'torch', 'numpy'} & set(sys.modules), 'a plan is slow to start'"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *words.split()], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "175 B parameters on 1,024 x H100" in done.stdout
+
+
+def test_what_differs_from_the_defaults_is_read_back() -> None:
+    import yaml
+
+    config = configuration({PIPELINE: 2})
+    text = difference_yaml(config)
+    assert from_dict(yaml.safe_load(text)) == config
+    assert "adam_beta1" not in text
+    assert difference_yaml(Config()) == "{}\n"
