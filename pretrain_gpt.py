@@ -12,7 +12,6 @@ from dataclasses import replace
 
 from megallm.config import Config, PlanConfig, difference_yaml, fail, parse_arguments, stop
 from megallm.config.report import warn_once
-from megallm.plan.dry_run import dry_run
 from megallm.plan.validate import validate
 
 
@@ -35,6 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
     if problems:
         stop(program, [str(problem) for problem in problems])
     if config.plan.dry_run:
+        from megallm.plan.dry_run import dry_run
+
         if is_first:
             print(dry_run(config, world_size))
         return

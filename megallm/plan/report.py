@@ -47,7 +47,7 @@ def _model(plan: Plan) -> str:
     virtual = f" x {layout.virtual} stages" if layout.virtual > 1 else ""
     switches = (
         next((name for name in ("bf16", "fp16", "fp64") if getattr(training, name)), "fp32"),
-        f"recompute {training.recompute_granularity}" if training.recompute_granularity else "no recompute",
+        f"recompute {training.recompute_granularity}" if training.recompute_granularity else "",
         "distributed optimizer" if parallel.use_distributed_optimizer else "",
     )
     micro_batches = "micro-batch" if layout.num_micro_batches == 1 else "micro-batches"
