@@ -187,8 +187,8 @@ def _queries_keys_values(sizes: Sizes, query: int) -> int:
     """Bytes of the storages behind queries, keys and values.
 
     They are parts of one packed tensor, which lives on while any of them is used as it is. Norm and rotation make
-    queries and keys of their own, collecting the groups makes keys and values of their own, and the core with dropout, written in
-    matrix products, copies what it cannot see as one batch of heads.
+    queries and keys of their own, collecting the groups makes keys and values of their own, and the core with dropout,
+    written in matrix products, copies what it cannot see as one batch of heads.
     """
     model = sizes.config.model
     groups = sizes.groups

@@ -59,7 +59,7 @@ def _stage_seconds(layout: Layout, gpu: Gpu, stage: Stage) -> tuple[float, float
     head = head_flops_per_token(config.model)
     per_layer = (flops.weights - head) / config.model.num_layers / 3  # forward
     products = (num_layers * per_layer + (head / 3 if stage.is_last else 0)) * sizes.tokens / layout.tensor
-    attention = num_layers * flops.attention_full / 2 / config.model.num_layers / 3 * sizes.tokens / layout.tensor
+    attention = num_layers * (flops.half - flops.weights) / config.model.num_layers / 3 * sizes.tokens / layout.tensor
     peak = gpu.flops if sizes.element == 2 else gpu.flops_32
     product_seconds = products / (peak * PRODUCT_EFFICIENCY)
     attention_seconds = attention / (peak * ATTENTION_EFFICIENCY)
