@@ -1,3 +1,5 @@
+#include <pybind11/stl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -7,6 +9,7 @@
 #include <limits>
 #include <numeric>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "helpers.h"
@@ -23,6 +26,9 @@ struct ReadFailed {
 };
 struct WrongIndex {
   std::string what;
+};
+struct NoSample {
+  int64_t index;
 };
 
 // The arrays of an index file lie behind a header of 34 bytes, so that their elements may be unaligned.
@@ -45,22 +51,25 @@ struct Stream {
 
 // Samples, and the rows of a matrix [height, width] that they fill.
 struct Rows {
-  const int64_t* samples;
+  const int64_t* indices;
   const int64_t* places;
   int64_t num_samples;
   int64_t height;
   int64_t width;
+  int64_t padding;
   int64_t* text;
 };
 
-struct Extremes {
+// Of all tokens that were read; and how many were missing at the ends of samples.
+struct Found {
   int64_t lowest = std::numeric_limits<int64_t>::max();
   int64_t highest = std::numeric_limits<int64_t>::min();
+  int64_t missing = 0;
 };
 
 // Tokens [count] from byte `offset` of the file, widened.
 template <typename Token>
-void read_tokens(int descriptor, int64_t offset, int64_t count, int64_t* text, Extremes& extremes, Token* block) {
+void read_tokens(int descriptor, int64_t offset, int64_t count, int64_t* text, Found& found, Token* block) {
   constexpr int64_t kBlock = kBlockBytes / static_cast<int64_t>(sizeof(Token));
   Token lowest = std::numeric_limits<Token>::max();
   Token highest = std::numeric_limits<Token>::min();
@@ -82,14 +91,14 @@ void read_tokens(int descriptor, int64_t offset, int64_t count, int64_t* text, E
     offset += bytes;
     count -= wanted;
   }
-  extremes.lowest = std::min(extremes.lowest, static_cast<int64_t>(lowest));
-  extremes.highest = std::max(extremes.highest, static_cast<int64_t>(highest));
+  found.lowest = std::min(found.lowest, static_cast<int64_t>(lowest));
+  found.highest = std::max(found.highest, static_cast<int64_t>(highest));
 }
 
 // Tokens [width] of the stream from token `offset` of the document at `position` on; returns how many there are.
 template <typename Token>
-int64_t read_sample(const Stream& stream, int64_t position, int64_t offset, int64_t width, int64_t* text,
-                    Extremes& extremes, Token* block) {
+int64_t read_sample(const Stream& stream, int64_t position, int64_t offset, int64_t width, int64_t* text, Found& found,
+                    Token* block) {
   int64_t filled = 0;
   if (position < 0 || offset < 0) throw WrongIndex{"a sample starts at a negative place"};
   for (; filled < width && position < stream.num_documents; ++position, offset = 0) {
@@ -104,85 +113,124 @@ int64_t read_sample(const Stream& stream, int64_t position, int64_t offset, int6
     const int64_t count = std::min(length - offset, width - filled);
     if (count == 0) continue;
     const int64_t start = load(stream.offsets, document) + offset * static_cast<int64_t>(sizeof(Token));
-    read_tokens<Token>(stream.descriptor, start, count, text + filled, extremes, block);
+    read_tokens<Token>(stream.descriptor, start, count, text + filled, found, block);
     filled += count;
   }
   return filled;
 }
 
-template <typename Token, typename Index>
-Extremes read_samples(const Stream& stream, const Index* starts, int64_t num_starts, const Rows& rows,
-                      int64_t* filled) {
-  Extremes extremes;
-  std::vector<Token> block(std::min(kBlockBytes / static_cast<int64_t>(sizeof(Token)), rows.width));
-  for (int64_t number = 0; number < rows.num_samples; ++number) {
-    const int64_t sample = rows.samples[number];
-    const int64_t row = rows.places[number];
-    if (row < 0 || row >= rows.height)
-      throw WrongIndex{"row " + std::to_string(row) + " is not among " + std::to_string(rows.height)};
-    if (sample < 0 || sample >= num_starts)
-      throw WrongIndex{"sample " + std::to_string(sample) + " is not among " + std::to_string(num_starts)};
-    const int64_t position = load(starts, 2 * sample);
-    const int64_t offset = load(starts, 2 * sample + 1);
-    filled[number] =
-        read_sample<Token>(stream, position, offset, rows.width, rows.text + row * rows.width, extremes, block.data());
+// See SampleReader in megallm/data/samples/fetch.py. Holds its arrays; each is looked at once, when this is made.
+class SampleReader {
+ public:
+  SampleReader(int descriptor, const py::dtype& dtype, Array<int32_t> sequence_lengths, Array<int64_t> sequence_offsets,
+               Array<int32_t> document_index, py::array sample_index, py::array shuffle_index,
+               std::vector<std::pair<int, int64_t>> files)
+      : kind_(dtype.kind()),
+        itemsize_(dtype.itemsize()),
+        lengths_(std::move(sequence_lengths)),
+        offsets_(std::move(sequence_offsets)),
+        documents_(std::move(document_index)),
+        starts_(std::move(sample_index)),
+        order_(std::move(shuffle_index)),
+        files_(std::move(files)) {
+    if (lengths_.size() != offsets_.size())
+      throw py::value_error("there must be one length and one offset for each sequence");
+    wide_starts_ = py::isinstance<Array<int64_t>>(starts_);
+    if (starts_.ndim() != 2 || starts_.shape(1) != 2 || !(wide_starts_ || py::isinstance<Array<int32_t>>(starts_)))
+      throw py::value_error("sample_index must be [samples, 2], contiguous, int32 or int64");
+    wide_order_ = py::isinstance<Array<int64_t>>(order_);
+    if (order_.ndim() != 1 || !(wide_order_ || py::isinstance<Array<uint32_t>>(order_)))
+      throw py::value_error("shuffle_index must be [samples], contiguous, uint32 or int64");
+    stream_ = {lengths_.data(), offsets_.data(), lengths_.size(), documents_.data(), documents_.size(), descriptor};
   }
-  return extremes;
-}
 
-template <typename Index>
-Extremes read_any_dtype(char kind, int64_t itemsize, const Stream& stream, const Index* starts, int64_t num_starts,
-                        const Rows& rows, int64_t* filled) {
-  const auto read = [&](auto token) {
-    return read_samples<decltype(token), Index>(stream, starts, num_starts, rows, filled);
-  };
-  if (kind == 'u' && itemsize == 1) return read(uint8_t{});
-  if (kind == 'u' && itemsize == 2) return read(uint16_t{});
-  if (kind == 'i' && itemsize == 1) return read(int8_t{});
-  if (kind == 'i' && itemsize == 2) return read(int16_t{});
-  if (kind == 'i' && itemsize == 4) return read(int32_t{});
-  if (kind == 'i' && itemsize == 8) return read(int64_t{});
-  throw WrongIndex{"tokens must be integers of 1, 2, 4 or 8 bytes"};
-}
-
-py::tuple fetch_samples(int descriptor, const py::dtype& dtype, const Array<int32_t>& sequence_lengths,
-                        const Array<int64_t>& sequence_offsets, const Array<int32_t>& document_index,
-                        const py::array& sample_index, const Array<int64_t>& samples, const Array<int64_t>& places,
-                        Array<int64_t>& text) {
-  if (sequence_lengths.size() != sequence_offsets.size())
-    throw py::value_error("there must be one length and one offset for each sequence");
-  if (text.ndim() != 2 || samples.size() != places.size())
-    throw py::value_error("text must be [rows, width], and there must be one row for each sample");
-  const bool wide = py::isinstance<Array<int64_t>>(sample_index);
-  if (sample_index.ndim() != 2 || sample_index.shape(1) != 2 || !(wide || py::isinstance<Array<int32_t>>(sample_index)))
-    throw py::value_error("sample_index must be [samples, 2], contiguous, int32 or int64");
-  const Stream stream{sequence_lengths.data(), sequence_offsets.data(), sequence_lengths.size(),
-                      document_index.data(),   document_index.size(),   descriptor};
-  const Rows rows{samples.data(), places.data(), samples.size(), text.shape(0), text.shape(1), text.mutable_data()};
-  const char kind = dtype.kind();
-  const int64_t itemsize = dtype.itemsize();
-  const void* starts = sample_index.data();
-  const int64_t num_starts = sample_index.shape(0);
-  Array<int64_t> filled(samples.size());
-  int64_t* counts = filled.mutable_data();
-  Extremes extremes;
-  try {
-    py::gil_scoped_release release;
-    extremes =
-        wide ? read_any_dtype(kind, itemsize, stream, static_cast<const int64_t*>(starts), num_starts, rows, counts)
-             : read_any_dtype(kind, itemsize, stream, static_cast<const int32_t*>(starts), num_starts, rows, counts);
-  } catch (const EndOfFile&) {
-    PyErr_SetString(PyExc_EOFError, "the file ends before a sample does");
-    throw py::error_already_set();
-  } catch (const ReadFailed& failure) {
-    errno = failure.code;
-    PyErr_SetFromErrno(PyExc_OSError);
-    throw py::error_already_set();
-  } catch (const WrongIndex& wrong) {
-    throw py::value_error(wrong.what);
+  py::tuple fetch(const Array<int64_t>& indices, const Array<int64_t>& places, Array<int64_t>& text,
+                  int64_t padding) const {
+    if (text.ndim() != 2 || indices.size() != places.size())
+      throw py::value_error("text must be [rows, width], and there must be one row for each sample");
+    const Rows rows{indices.data(), places.data(), indices.size(),     text.shape(0),
+                    text.shape(1),  padding,       text.mutable_data()};
+    Found found;
+    try {
+      py::gil_scoped_release release;
+      require_whole_files();
+      found = wide_starts_ ? read_any_dtype(static_cast<const int64_t*>(starts_.data()), rows)
+                           : read_any_dtype(static_cast<const int32_t*>(starts_.data()), rows);
+    } catch (const EndOfFile&) {
+      PyErr_SetString(PyExc_EOFError, "a file ends before a sample does");
+      throw py::error_already_set();
+    } catch (const ReadFailed& failure) {
+      errno = failure.code;
+      PyErr_SetFromErrno(PyExc_OSError);
+      throw py::error_already_set();
+    } catch (const WrongIndex& wrong) {
+      throw py::value_error(wrong.what);
+    } catch (const NoSample& wrong) {
+      throw py::index_error("there are samples 0 to " + std::to_string(order_.size() - 1) + ", not " +
+                            std::to_string(wrong.index));
+    }
+    return py::make_tuple(found.lowest, found.highest, found.missing);
   }
-  return py::make_tuple(filled, extremes.lowest, extremes.highest);
-}
+
+ private:
+  void require_whole_files() const {
+    for (const auto& [descriptor, size] : files_) {
+      struct stat status;
+      if (fstat(descriptor, &status) != 0) throw ReadFailed{errno};
+      if (status.st_size < size) throw EndOfFile{};
+    }
+  }
+
+  int64_t sample_at(int64_t index) const {
+    if (index < 0 || index >= order_.size()) throw NoSample{index};
+    return wide_order_ ? load(static_cast<const int64_t*>(order_.data()), index)
+                       : load(static_cast<const uint32_t*>(order_.data()), index);
+  }
+
+  template <typename Token, typename Index>
+  Found read_samples(const Index* starts, const Rows& rows) const {
+    Found found;
+    std::vector<Token> block(std::min(kBlockBytes / static_cast<int64_t>(sizeof(Token)), rows.width));
+    for (int64_t number = 0; number < rows.num_samples; ++number) {
+      const int64_t sample = sample_at(rows.indices[number]);
+      const int64_t row = rows.places[number];
+      if (row < 0 || row >= rows.height)
+        throw WrongIndex{"row " + std::to_string(row) + " is not among " + std::to_string(rows.height)};
+      if (sample < 0 || sample >= starts_.shape(0))
+        throw WrongIndex{"sample " + std::to_string(sample) + " is not among " + std::to_string(starts_.shape(0))};
+      int64_t* text = rows.text + row * rows.width;
+      const int64_t filled = read_sample<Token>(stream_, load(starts, 2 * sample), load(starts, 2 * sample + 1),
+                                                rows.width, text, found, block.data());
+      std::fill(text + filled, text + rows.width, rows.padding);
+      found.missing += rows.width - filled;
+    }
+    return found;
+  }
+
+  template <typename Index>
+  Found read_any_dtype(const Index* starts, const Rows& rows) const {
+    const auto read = [&](auto token) { return read_samples<decltype(token), Index>(starts, rows); };
+    if (kind_ == 'u' && itemsize_ == 1) return read(uint8_t{});
+    if (kind_ == 'u' && itemsize_ == 2) return read(uint16_t{});
+    if (kind_ == 'i' && itemsize_ == 1) return read(int8_t{});
+    if (kind_ == 'i' && itemsize_ == 2) return read(int16_t{});
+    if (kind_ == 'i' && itemsize_ == 4) return read(int32_t{});
+    if (kind_ == 'i' && itemsize_ == 8) return read(int64_t{});
+    throw WrongIndex{"tokens must be integers of 1, 2, 4 or 8 bytes"};
+  }
+
+  char kind_;
+  int64_t itemsize_;
+  Array<int32_t> lengths_;
+  Array<int64_t> offsets_;
+  Array<int32_t> documents_;
+  py::array starts_;
+  py::array order_;
+  std::vector<std::pair<int, int64_t>> files_;
+  bool wide_starts_;
+  bool wide_order_;
+  Stream stream_;
+};
 
 // Documents of each row of text [n, width], of which all but the last token are inputs: where they end, and what
 // follows from that for each input. What is not asked for is empty.
@@ -214,10 +262,14 @@ void mark_documents(const Array<int64_t>& text, int64_t end, Array<float>& loss_
 }  // namespace
 
 void add_fetch(py::module_& module) {
-  module.def("fetch_samples", &fetch_samples, py::arg("descriptor"), py::arg("dtype"),
-             py::arg("sequence_lengths").noconvert(), py::arg("sequence_offsets").noconvert(),
-             py::arg("document_index").noconvert(), py::arg("sample_index").noconvert(), py::arg("samples").noconvert(),
-             py::arg("places").noconvert(), py::arg("text").noconvert());
+  py::class_<SampleReader>(module, "SampleReader")
+      .def(py::init<int, const py::dtype&, Array<int32_t>, Array<int64_t>, Array<int32_t>, py::array, py::array,
+                    std::vector<std::pair<int, int64_t>>>(),
+           py::arg("descriptor"), py::arg("dtype"), py::arg("sequence_lengths").noconvert(),
+           py::arg("sequence_offsets").noconvert(), py::arg("document_index").noconvert(),
+           py::arg("sample_index").noconvert(), py::arg("shuffle_index").noconvert(), py::arg("files"))
+      .def("fetch", &SampleReader::fetch, py::arg("indices").noconvert(), py::arg("places").noconvert(),
+           py::arg("text").noconvert(), py::arg("padding"));
   module.def("mark_documents", &mark_documents, py::arg("text").noconvert(), py::arg("end"),
              py::arg("loss_mask").noconvert(), py::arg("position_ids").noconvert(),
              py::arg("document_ids").noconvert());

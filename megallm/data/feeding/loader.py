@@ -23,7 +23,7 @@ class SampleSource(Protocol):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
 
     def get_batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Several samples at once, `indices` int64 [n]: arrays [n, ...] that nobody else holds, as a fresh read."""
+        """Several samples at once, `indices` int64 [n]: arrays [n, ...]; what all batches have alike may be shared."""
         ...
 
 

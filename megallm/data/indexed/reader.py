@@ -121,6 +121,11 @@ class IndexedDataset:
         if self._mmap:
             self._idx.check_size()
 
+    def sizes_at_opening(self) -> list[tuple[int, int]]:
+        """Descriptors and sizes in bytes of the files that `check_size` looks at."""
+        files = [self._bin, self._idx] if self._mmap else [self._bin]
+        return [(file.descriptor, file.size) for file in files]
+
     def get(self, index: int, offset: int = 0, length: int | None = None) -> np.ndarray:
         """Tokens [length] of sequence `index` from token `offset` on (without `length` to its end), read-only.
 

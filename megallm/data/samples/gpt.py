@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,12 +13,14 @@ import numpy as np
 
 from megallm.data.indexed.reader import IndexedDataset
 from megallm.data.samples import index_cache
-from megallm.data.samples.fetch import fetch_samples, mark_documents
+from megallm.data.samples.fetch import Reader, fetch_samples, mark_documents, sample_reader
 from megallm.data.samples.open_datasets import OpenDatasets
 from megallm.data.samples.order import build_sample_order, plan_epochs
 
 # What fills up where no token is padding.
 NO_PADDING = -1
+# Samples that are asked for at once, at most.
+MOST_SAMPLES = 1 << 20
 # Raised when the meaning of what is cached changes.
 CACHE_VERSION = 1
 
@@ -67,11 +70,22 @@ class GPTDatasetSettings:
             asked = ", ".join(name for name, value in needs_eod.items() if value)
             raise ValueError(f"{asked} needs to know the token that ends a document, and the tokenizer has none.")
 
+    @cached_property
+    def no_mask(self) -> np.ndarray:
+        """float32 [MOST_SAMPLES, L], loss masks of samples in which nothing is masked, all one row in memory."""
+        return _equal_rows(np.ones(self.sequence_length, np.float32))
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """int64 [MOST_SAMPLES, L], positions 0 to L - 1 that do not start again, all one row in memory."""
+        return _equal_rows(np.arange(self.sequence_length))
+
 
 class _Opened(NamedTuple):
     """What a dataset reads from; see `build_sample_order`."""
 
     indexed_dataset: IndexedDataset
+    reader: Reader
     document_index: np.ndarray
     sample_index: np.ndarray
     shuffle_index: np.ndarray
@@ -173,7 +187,8 @@ class GPTDataset:
             order = index_cache.load_or_build(Path(settings.cache_path), self._key, build)
         else:
             order = self._order = self._order or build()
-        return _Opened(indexed_dataset, order["document_index"], order["sample_index"], order["shuffle_index"])
+        indices = order["document_index"], order["sample_index"], order["shuffle_index"]
+        return _Opened(indexed_dataset, sample_reader(indexed_dataset, *indices), *indices)
 
     def _check_size(self, dataset: IndexedDataset) -> None:
         """Raise ValueError where the range has no sample."""
@@ -215,7 +230,7 @@ class GPTDataset:
 
     def get_batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """Several samples at once: each array of an item with a leading dim [n]. Arrays may share memory with another,
-        or rows with each other."""
+        or rows with each other, and what is the same in every batch is: it must not be written into."""
         chosen = np.asarray(indices, np.int64)
         text = np.empty((len(chosen), self.settings.sequence_length + 1), np.int64)
         has_padding = self.read_text(chosen, np.arange(len(chosen)), text)
@@ -227,25 +242,14 @@ class GPTDataset:
         Returns:
             Whether there may be padding among them.
         """
-        # Python's own minimum: numpy's takes longer to begin than a micro-batch to look at.
-        numbers = indices.tolist()
-        if numbers and not 0 <= min(numbers) <= max(numbers) < len(self):
-            wrong = next(number for number in numbers if not 0 <= number < len(self))
-            raise IndexError(f"The dataset has samples 0 to {len(self) - 1}, not {wrong}.")
         opened = self._open()
-        samples = np.asarray(opened.shuffle_index[indices], np.int64)
-        counts, lowest, highest = fetch_samples(
-            opened.indexed_dataset, opened.document_index, opened.sample_index, samples, rows, text
+        lowest, highest, missing = fetch_samples(
+            opened.indexed_dataset, opened.reader, indices, rows, text, self.pad_id
         )
-        if numbers:
+        assert not missing or self._keep_partial, f"a sample among {indices} runs over the end of the documents"
+        if len(indices):
             self._check_tokens(lowest, highest)
-        has_padding = lowest <= self.pad_id <= highest
-        for number, count in enumerate(counts.tolist()):
-            if count < text.shape[1]:
-                assert self._keep_partial, f"sample {samples[number]} runs over the end of the documents"
-                text[rows[number], count:] = self.pad_id
-                has_padding = True
-        return has_padding
+        return missing > 0 or lowest <= self.pad_id <= highest
 
     def _check_tokens(self, lowest: int, highest: int) -> None:
         """Refuse tokens that the model does not have."""
@@ -263,12 +267,15 @@ def make_batch(text: np.ndarray, settings: GPTDatasetSettings, pad_id: int | Non
     """Inputs, labels, masks and positions from `text`, int64 [n, L + 1]; the result is described at `GPTDataset`.
 
     Padding is masked where it is the label, and then replaced by token 0, which every embedding has. `tokens` and
-    `labels` are views of `text`, and rows that cannot differ are one row in memory: filling fresh memory takes longer
-    than reading the tokens.
+    `labels` are views of `text`, and rows that cannot differ are one row in memory, the same in every batch: filling
+    fresh memory takes longer than reading the tokens.
     """
     tokens, labels = text[:, :-1], text[:, 1:]
-    loss_mask = _rows(np.ones(tokens.shape[1], np.float32), len(text), settings.eod_mask_loss or pad_id is not None)
-    position_ids = _rows(np.arange(tokens.shape[1]), len(text), settings.reset_position_ids)
+    loss_mask, position_ids = settings.no_mask[: len(text)], settings.positions[: len(text)]
+    if settings.eod_mask_loss or pad_id is not None:
+        loss_mask = loss_mask.copy()
+    if settings.reset_position_ids:
+        position_ids = position_ids.copy()
     batch = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
     if settings.reset_attention_mask:
         batch["document_ids"] = np.empty(tokens.shape, np.int64)
@@ -287,8 +294,6 @@ def make_batch(text: np.ndarray, settings: GPTDatasetSettings, pad_id: int | Non
     return batch
 
 
-def _rows(row: np.ndarray, count: int, may_differ: bool) -> np.ndarray:
-    """`row` so many times, [count, L]: copies where the rows may differ, or else the same memory."""
-    if may_differ:
-        return np.tile(row, (count, 1))
-    return np.ndarray((count, len(row)), row.dtype, row, strides=(0, row.itemsize))
+def _equal_rows(row: np.ndarray) -> np.ndarray:
+    """`row` as [MOST_SAMPLES, L], all of them the same memory."""
+    return np.ndarray((MOST_SAMPLES, len(row)), row.dtype, row, strides=(0, row.itemsize))

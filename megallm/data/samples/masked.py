@@ -148,7 +148,7 @@ class MaskedDataset(ABC):
         lengths = np.asarray(dataset.sequence_lengths[first:last])
         # Sentences of one document lie back to back in the file.
         start = int(dataset.sequence_offsets[first]) // dataset.dtype.itemsize
-        tokens = dataset.tokens(start, start + int(lengths.sum(dtype=np.int64))).astype(np.int64)
+        tokens = dataset.read_tokens(start, start + int(lengths.sum(dtype=np.int64))).astype(np.int64)
         self._check_tokens(tokens)
         return tokens, lengths
 
