@@ -4,7 +4,7 @@ import json
 import time
 from pathlib import Path
 
-from megallm.data.command_line import ToolParser, progress_of
+from megallm.data.command_line import ToolParser, output_prefix, progress_of
 from megallm.data.indexed.merge import datasets_in, merge_datasets
 from megallm.data.indexed.transfer import bytes_of
 
@@ -28,7 +28,9 @@ def build_parser() -> ToolParser:
         metavar="PATH",
         help="a folder, whose datasets are taken in the order of their names; or datasets, without .bin or .idx",
     )
-    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="path of the output without .bin")
+    parser.add_argument(
+        "--output-prefix", required=True, type=output_prefix, metavar="PREFIX", help="path of the output without .bin"
+    )
     parser.add_argument("--multimodal", action="store_true", help="of Megatron; refused: such datasets are not read")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser

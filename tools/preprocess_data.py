@@ -8,6 +8,7 @@ from megallm.data.command_line import (
     ToolParser,
     add_bad_input_arguments,
     add_tokenizer_arguments,
+    output_prefix,
     positive,
     tokenizer_settings,
 )
@@ -57,7 +58,9 @@ def build_parser() -> ToolParser:
     parser = ToolParser(DESCRIPTION, EPILOG)
     group = parser.add_argument_group("input and output")
     group.add_argument("--input", nargs="+", metavar="FILE", help="text files, patterns, folders, or -")
-    group.add_argument("--output-prefix", required=True, metavar="PREFIX", help="start of the output's paths")
+    group.add_argument(
+        "--output-prefix", required=True, type=output_prefix, metavar="PREFIX", help="start of the output's paths"
+    )
     group.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys of the texts (text)")
     group.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
     group.add_argument("--split-sentences", action="store_true", help="a sequence for each sentence of a document")
@@ -181,7 +184,7 @@ def _tell(outcome: Outcome, settings: JobSettings, progress: Progress) -> None:
         parts.append(f"{totals.seconds:.1f} s, {progress.rates(totals)}")
     if skipped:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(totals.skipped.items()))
-        parts.append(f"{skipped:,} bad documents skipped ({kinds})")
+        parts.append(f"{skipped:,} bad document{'s' * (skipped > 1)} skipped ({kinds})")
     if totals.blank_lines:
         parts.append(f"{totals.blank_lines:,} blank lines passed over")
     print("; ".join(parts))

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 
-from megallm.data.command_line import ToolParser, positive, progress_of
+from megallm.data.command_line import ToolParser, output_prefix, positive, progress_of
 from megallm.data.indexed.split import counts_of_shares, split_dataset
 
 DESCRIPTION = """\
@@ -21,7 +21,9 @@ examples:
 def build_parser() -> ToolParser:
     parser = ToolParser(DESCRIPTION, EPILOG)
     parser.add_argument("--input", required=True, metavar="PREFIX", help="the dataset, without .bin or .idx")
-    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="start of the paths of the parts")
+    parser.add_argument(
+        "--output-prefix", required=True, type=output_prefix, metavar="PREFIX", help="start of the paths of the parts"
+    )
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--shares", metavar="A,B,...", help="parts in proportion to these numbers, by documents")
     how.add_argument("--documents", metavar="N,M,...", help="documents of each part; the last may be: rest")

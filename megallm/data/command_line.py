@@ -91,6 +91,13 @@ def natural(text: str) -> int:
     return value
 
 
+def output_prefix(text: str) -> str:
+    """An argparse type: the path of an output to which endings are added."""
+    if not text or text.endswith("/"):
+        raise argparse.ArgumentTypeError(f"{text!r} has no name behind its folder: add one, {text}my_data for example")
+    return text
+
+
 @contextmanager
 def progress_of(total_bytes: int | None = None) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, nothing elsewhere; it is moved by calling what this gives with the bytes done since."""

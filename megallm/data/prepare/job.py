@@ -18,6 +18,7 @@ from megallm.data.prepare.settings import JobSettings
 from megallm.data.prepare.shards import Shard
 from megallm.data.prepare.work_folder import WorkFolder
 from megallm.data.prepare.worker import WorkerDied, out_of_memory
+from megallm.data.text.inputs import name_of
 from megallm.data.text.shards import cut
 from megallm.data.tokenizer.record import describe, read_record, record_path, write_record
 
@@ -199,7 +200,7 @@ class Job:
         # A shard may well have nothing; the merged output is looked at when the shards are merged.
         if self.settings.shard:
             return
-        names = list(map(str, self.settings.paths))
+        names = list(map(name_of, self.settings.paths))
         where = ", ".join(names[:3]) + (f" and {len(names) - 3} other files" if len(names) > 3 else "")
         if totals.documents == 0:
             bad = sum(totals.skipped.values())

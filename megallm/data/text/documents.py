@@ -127,7 +127,8 @@ def _record(content: str, document: RawDocument) -> dict[str, object]:
     try:
         record = _DECODER.decode(content)
     except json.JSONDecodeError as error:
-        what = f"{error.msg} at character {error.pos + 1}"
+        # Some of the parser's sentences end in "starting at" themselves.
+        what = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
         raise BadDocument("no_json", f"{document.place}: no JSON: {what} of the document.") from None
     except RecursionError:
         raise BadDocument("no_json", f"{document.place}: the JSON is nested too deep.") from None

@@ -88,9 +88,11 @@ def _matches(name: str) -> list[Path]:
 
 
 def _files_of(path: Path) -> list[Path]:
-    if not path.is_dir():
+    if path.is_file():
         kind_of(path)
         return [path]
+    if not path.is_dir():
+        raise ValueError(f"{path} is a pipe or a device: lead it to the standard input, which is --input -.")
     files = sorted(_walk(path))
     if not files:
         raise ValueError(f"The folder {path} has no file of a known kind; read are {KINDS}.")

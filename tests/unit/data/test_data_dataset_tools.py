@@ -150,6 +150,8 @@ def test_split_and_merge_refuse(tool, prefix, tmp_path):
         ([*merge, prefix, tmp_path / "wide"], "uint16 in"),
         ([*merge, tmp_path / "nothing"], "nothing.idx does not exist"),
         ([*merge, prefix, "--multimodal"], "cannot be merged"),
+        ([*merge, prefix, "--output-prefix", "x/"], "'x/' has no name behind its folder"),
+        ([*split, "--parts", "2", "--output-prefix", "x/"], "'x/' has no name behind its folder"),
     ):
         code, _, err = tool(*words)
         assert (code, err.count("\n")) == (2, 1), err

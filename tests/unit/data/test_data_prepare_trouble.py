@@ -127,6 +127,8 @@ def test_mistakes_on_the_command_line(tool, tokenizer_json, tmp_path):
         (command[2:], "the following arguments are required: --input"),
         (command[:-4], "the following arguments are required: --tokenizer-type"),
         (command, "There is no document in"),
+        ([*command, "--output-prefix", f"{tmp_path}/out/"], f"'{tmp_path}/out/' has no name behind its folder"),
+        ([*command, "--output-prefix", ""], "'' has no name behind its folder: add one, my_data for example"),
         ([*command, "--tokenizer-type", "HuggingfaceTokenizer"], "Did you mean HuggingFaceTokenizer?\n"),
         ([*command, "--tokenizer-type", "NullTokenizer", "--vocab-size", 2**31], "is above 2147483647"),
         ([*command, "--workers", "0"], "'0' is not a whole number above 0"),

@@ -134,6 +134,7 @@ def bad_kinds(path, **arguments):
         (b"", "blank", "the line is blank"),
         (b" \t\r", "blank", "the line is blank"),
         (b'{"text": "a"', "no_json", "no JSON: .* at character 13"),
+        (b'{"text": "a', "no_json", "no JSON: Unterminated string starting at character 10 of"),
         (b'{"text": "a"} x', "no_json", "no JSON: Extra data at character 15"),
         (b"[" * 200_000, "no_json", "nested too deep"),
         (b'{"n": ' + b"1" * 5000 + b"}", "no_json", "no JSON that can be read: Exceeds the limit"),

@@ -74,6 +74,7 @@ def test_standard_input_is_a_name():
         (["{}/notes.md"], r"notes.md is of an unknown kind; read are .jsonl, .json and .txt"),
         (["{}/x*"], "No file matches the pattern"),
         (["{}/bare"], "has no file of a known kind"),
+        (["/dev/null"], "/dev/null is a pipe or a device: lead it to the standard input, which is --input -"),
         (["-", "-"], "named twice"),
         ([], "There is no input"),
     ],
