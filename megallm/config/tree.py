@@ -313,9 +313,23 @@ class TrainingConfig:
     recompute_granularity: str | None = option(
         None,
         "--recompute-granularity",
-        "full: keep only each layer's input and compute the layer again in the backward pass; selective: the core "
-        "of attention only",
+        "full: keep only the inputs of layers and compute the layers again in the backward pass; selective: some "
+        "modules of each layer only",
         choices=("full", "selective"),
+    )
+    recompute_method: str = option(
+        "uniform",
+        "--recompute-method",
+        "with full granularity: uniform cuts the layers of a stage into runs of --recompute-num-layers and keeps the "
+        "input of each run; block computes so many layers of each stage again, each by itself, and keeps all of the "
+        "others",
+        choices=("uniform", "block"),
+    )
+    recompute_num_layers: int = option(1, "--recompute-num-layers", "number of layers for --recompute-method")
+    recompute_modules: list[str] = option(  # noqa: RUF009 (a fresh list for each tree: see `option`)
+        ["core_attn"],
+        "--recompute-modules",
+        "with selective granularity: core_attn (scores, softmax and their product with the values), mlp, or both",
     )
     device: str = option("auto", "--device", "where to run", choices=("auto", "cpu", "cuda"))
     ops: list[str] = option(  # noqa: RUF009 (a fresh list for each tree: see `option`)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
+from megallm.layers import recompute
 from megallm.layers.context import LayoutContext, SequenceContext
 from megallm.layers.dropout import apply_dropout
 from megallm.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -125,12 +125,7 @@ class SelfAttention(nn.Module):
         # [s, b, heads, head_dim] -> [b, heads, s, head_dim]
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         dropout = self._dropout(sequence)
-        if self.recompute_core and torch.is_grad_enabled():
-            attended = checkpoint(
-                attend, query, key, value, sequence.allowed, dropout, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            attended = attend(query, key, value, sequence.allowed, dropout)
+        attended = recompute.run(attend, query, key, value, sequence.allowed, dropout, again=self.recompute_core)
         # [b, heads, s, head_dim] -> [s, b, heads x head_dim]
         return self.output(attended.permute(2, 0, 1, 3).flatten(2))
 

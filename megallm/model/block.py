@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from megallm.config.tree import ModelConfig
+from megallm.layers import recompute
 from megallm.layers.attention import SelfAttention
 from megallm.layers.context import LayoutContext, SequenceContext
 from megallm.layers.dropout import HiddenDropout
@@ -25,13 +28,18 @@ class TransformerLayer(nn.Module):
     With a parallel residual, attention and MLP both read the layer's input. With the residual taken after the norm,
     attention and MLP are added to their own normalised inputs: then a norm stands between any two sums, as in a
     post-norm layer, only that the layer begins with it instead of ending with it.
+
+    Of `recompute_modules`, "core_attn" and "mlp" are computed again in the backward pass instead of being kept.
     """
 
-    def __init__(self, name: str, config: ModelConfig, context: LayoutContext, recompute_core_attention: bool) -> None:
+    def __init__(
+        self, name: str, config: ModelConfig, context: LayoutContext, recompute_modules: Sequence[str]
+    ) -> None:
         super().__init__()
         assert config.kv_channels and config.num_query_groups and config.ffn_hidden_size, (
             "the configuration is resolved"
         )
+        self.recompute_mlp = "mlp" in recompute_modules
         self.parallel_residual = config.parallel_residual
         self.residual_after_norm = config.apply_residual_connection_post_layernorm
         hidden, norm = config.hidden_size, norm_settings(config)
@@ -49,7 +57,7 @@ class TransformerLayer(nn.Module):
             initial=methods.inner,
             output_initial=methods.output,
             dropout=config.attention_dropout,
-            recompute_core=recompute_core_attention,
+            recompute_core="core_attn" in recompute_modules,
             qk_norm=norm if config.qk_layernorm else None,
         )
         self.attention_dropout = HiddenDropout(f"{name}.attention_output", config.hidden_dropout, context)
@@ -73,4 +81,5 @@ class TransformerLayer(nn.Module):
         normalised = self.mlp_norm(hidden if self.parallel_residual else residual)
         if self.residual_after_norm:
             residual = normalised
-        return residual + self.mlp_dropout(self.mlp(normalised), sequence)
+        widened = recompute.run(self.mlp, normalised, again=self.recompute_mlp)
+        return residual + self.mlp_dropout(widened, sequence)

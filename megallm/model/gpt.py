@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from megallm.config.resolve import attention_window
 from megallm.config.tree import Config
@@ -14,9 +13,10 @@ from megallm.layers.embedding import embed_tokens, padded_vocab_size, vocabulary
 from megallm.layers.linear import column_parallel_linear
 from megallm.layers.norm import Norm
 from megallm.layers.positions import sinusoidal_table
-from megallm.model.block import TransformerLayer, norm_settings
+from megallm.model.block import norm_settings
 from megallm.model.initial import initial_methods
 from megallm.model.positions import rotary_positions
+from megallm.model.stack import LayerStack
 from megallm.parameter import Description, initialize, make_parameter, whole
 
 Batch = dict[str, torch.Tensor]
@@ -116,14 +116,10 @@ class GPTStage(nn.Module):
         assert model.vocab_size, "the configuration is resolved"
         self.config = config
         self.context = context
-        self.recompute_layers = training.recompute_granularity == "full"
         padded = padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by, context.tp.size)
         tie = WORD_EMBEDDING if model.tie_embeddings and not is_last else None
         self.embedding = GPTEmbedding(config, context, padded, tie) if is_first else None
-        self.layers = nn.ModuleList(
-            TransformerLayer(f"decoder.layers.{number}", model, context, training.recompute_granularity == "selective")
-            for number in layers
-        )
+        self.layers = LayerStack("decoder.layers", layers, model, training, context)
         self.head = None
         if is_last:
             shared = self.embedding.word if self.embedding is not None and model.tie_embeddings else None
@@ -137,12 +133,7 @@ class GPTStage(nn.Module):
         """`step`, an int64 scalar, keys dropout; None switches it off."""
         sequence = self.describe_sequence(batch, step)
         hidden = inputs[0] if self.embedding is None else self.embedding(batch, sequence)
-        for layer in self.layers:
-            if self.recompute_layers and torch.is_grad_enabled():
-                # Random numbers are a function of the step and the element, so there is no generator state to preserve.
-                hidden = checkpoint(layer, hidden, sequence, use_reentrant=False, preserve_rng_state=False)
-            else:
-                hidden = layer(hidden, sequence)
+        hidden = self.layers(hidden, sequence)
         return (hidden,) if self.head is None else (self.head(hidden),)
 
     def describe_sequence(self, batch: Batch, step: torch.Tensor | None) -> SequenceContext:

@@ -10,6 +10,9 @@ from megallm.config.tree import Config
 from megallm.plan.problem import Problem, rule
 from megallm.plan.rules_batches import BATCH_SIZE_FIELDS, batch_sizes_or_none
 
+RECOMPUTED_MODULES = ("core_attn", "mlp")
+"""Modules of a layer that selective recomputation knows."""
+
 
 @rule()
 def one_precision(config: Config, world_size: int) -> Iterator[Problem]:
@@ -34,6 +37,40 @@ def operators_are_known(config: Config, world_size: int) -> Iterator[Problem]:
     except ValueError as error:
         wrong, _, way_out = str(error).partition("; ")
         yield Problem(("--ops",), wrong, "", way_out)
+
+
+@rule("training.recompute_method")
+def recompute_settings_act(config: Config, world_size: int) -> Iterator[Problem]:
+    """Settings of one granularity of recomputation under another would change nothing, in silence."""
+    training = config.training
+    of_full = {
+        "--recompute-method": training.recompute_method != "uniform",
+        "--recompute-num-layers": training.recompute_num_layers != 1,
+    }
+    for_full = tuple(flag for flag, given in of_full.items() if given)
+    for_selective = ("--recompute-modules",) if training.recompute_modules != ["core_attn"] else ()
+    for wanted, flags in (("full", for_full), ("selective", for_selective)):
+        if flags and training.recompute_granularity != wanted:
+            present = training.recompute_granularity or "none"
+            yield Problem(
+                (*flags, "--recompute-granularity"),
+                f"what is computed again is chosen for {wanted} granularity, but there is {present}",
+                "",
+                f"add --recompute-granularity {wanted}, or leave out {' and '.join(flags)}",
+            )
+
+
+@rule()
+def recomputed_modules_are_known(config: Config, world_size: int) -> Iterator[Problem]:
+    """Modules that can be computed again by themselves."""
+    unknown = [module for module in config.training.recompute_modules if module not in RECOMPUTED_MODULES]
+    if unknown or not config.training.recompute_modules:
+        yield Problem(
+            ("--recompute-modules",),
+            f"{' '.join(unknown) or 'nothing'} cannot be computed again by itself",
+            "",
+            f"use --recompute-modules {' '.join(RECOMPUTED_MODULES)}, or one of them",
+        )
 
 
 @rule("training.initial_loss_scale", "training.min_loss_scale")

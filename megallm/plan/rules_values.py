@@ -88,6 +88,7 @@ RANGES = {
     "training.eval_iters": _NATURAL,
     "training.exit_interval": _COUNT,
     "training.exit_duration_in_mins": _POSITIVE,
+    "training.recompute_num_layers": _COUNT,
     "training.loss_scale": _POSITIVE,
     "training.initial_loss_scale": _POSITIVE,
     "training.min_loss_scale": _POSITIVE,

@@ -58,6 +58,8 @@ RULES = (
     rules_parallel.backend_runs_on_device,
     rules_run.one_precision,
     rules_run.operators_are_known,
+    rules_run.recompute_settings_act,
+    rules_run.recomputed_modules_are_known,
     rules_run.loss_scale_starts_above_its_minimum,
     rules_rates.minimum_is_below_peak,
     rules_rates.warmup_starts_below_peak,

@@ -21,6 +21,9 @@ ODD_VOCABULARY = {"model.vocab_size": 51}
 CLIPPED = {"optimizer.clip_grad": 0.5}
 FULL = {"training.recompute_granularity": "full"}
 SELECTIVE = {"training.recompute_granularity": "selective"}
+RUNS_OF_TWO = FULL | {"training.recompute_num_layers": 2}
+ONE_OF_EACH_STAGE = FULL | {"training.recompute_method": "block"}
+BOTH_MODULES = SELECTIVE | {"training.recompute_modules": ["core_attn", "mlp"]}
 TWO_PER_MICRO_BATCH = {"training.micro_batch_size": 2}
 FOUR_PER_MICRO_BATCH = {"training.micro_batch_size": 4}
 EIGHT_LAYERS = {"model.num_layers": 8}
@@ -99,7 +102,7 @@ CASES = [
     Case("gpt, tensor, both dropouts, no sequence parallelism", GPT | DROPOUT, tp=2, layout=NO_SEQUENCE_PARALLEL),
     Case("gpt, tensor, multi-query (1 group)", GPT | ONE_GROUP, tp=2),
     Case("gpt, tensor 2, three query groups", GPT | THREE_GROUPS, tp=2, layout=NO_SEQUENCE_PARALLEL),
-    Case("gpt, tensor, sinusoidal positions, geglu", GPT | SINUSOIDAL | GEGLU, tp=2, layout=FULL),
+    Case("gpt, tensor, sinusoidal positions, geglu, selective", GPT | SINUSOIDAL | GEGLU, tp=2, layout=BOTH_MODULES),
     Case("llama, tensor, rotary scaled, partial, interleaved", LLAMA | LLAMA_3_ROTARY | PARTIAL_INTERLEAVED, tp=2),
     Case("qwen 3, tensor", QWEN_3, tp=2),
     Case(
@@ -143,7 +146,12 @@ CASES = [
     ),
     Case("gpt tied, pipeline 4", GPT, pp=4),
     Case("llama, 8 layers, pipeline 4, interleaved", LLAMA | EIGHT_LAYERS, pp=4, layout=TWO_STAGES),
-    Case("gpt, 7 layers, pipeline 4, no positions", GPT | SEVEN_LAYERS | NO_POSITIONS, pp=4, layout=FULL),
+    Case(
+        "gpt, 7 layers, pipeline 4, no positions, block recompute",
+        GPT | SEVEN_LAYERS | NO_POSITIONS,
+        pp=4,
+        layout=ONE_OF_EACH_STAGE,
+    ),
     Case("gpt tied, pipeline 2 data 2, sharded", GPT, pp=2, dp=2, layout=SHARDED),
     Case("gpt tied, pipeline 2 data 2, sharded, overlapped, delayed", GPT, pp=2, dp=2, layout=OVERLAPPED, delayed=True),
     Case(
@@ -211,7 +219,7 @@ CASES = [
         pp=2,
         dp=2,
         mask="ragged",
-        layout=SHARDED | FULL,
+        layout=SHARDED | RUNS_OF_TWO,
     ),
     Case(
         "gpt tied, all axes, no sequence parallelism",

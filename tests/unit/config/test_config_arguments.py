@@ -225,7 +225,7 @@ def test_flags_without_effect_are_listed_in_one_warning(
 ) -> None:
     words = (
         "--use-mcore-models --transformer-impl local --no-rope-fusion --attention-softmax-in-fp32 "
-        "--context-parallel-size 1 --wandb-project mine --recompute-method uniform --use-mcore-models --num-layers 2"
+        "--context-parallel-size 1 --wandb-project mine --mtp-num-layers 0 --use-mcore-models --num-layers 2"
     ).split()
     assert changed(parse(*words)) == {"model.num_layers": 2}
     warning = capsys.readouterr().err
@@ -245,7 +245,7 @@ def test_flags_without_effect_are_listed_in_one_warning(
         ("--num-experts 8", "leave it out"),
         ("--moe-router-topk 2", "leave it out"),
         ("--decrease-batch-size-if-needed", "give sizes that divide"),
-        ("--recompute-method block", "--recompute-method uniform"),
+        ("--distribute-saved-activations", "leave it out"),
     ],
 )
 def test_flags_that_would_change_the_run_are_refused(

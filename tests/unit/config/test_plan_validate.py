@@ -141,6 +141,26 @@ CASES: dict[str, list[tuple[int, dict, dict]]] = {
         (1, {"model.rotary_seq_len_interpolation_factor": 2.0}, {"model.position_embedding_type": "rope"}),
         (1, {"model.use_rope_scaling": True}, {"model.position_embedding_type": "rope"}),
     ],
+    "recompute_settings_act": [
+        (1, {"training.recompute_method": "block"}, {"training.recompute_granularity": "full"}),
+        (
+            1,
+            {"training.recompute_granularity": "selective", "training.recompute_num_layers": 2},
+            {"training.recompute_granularity": "full"},
+        ),
+        (
+            1,
+            {"training.recompute_granularity": "full", "training.recompute_modules": ["mlp"]},
+            {"training.recompute_granularity": "selective"},
+        ),
+    ],
+    "recomputed_modules_are_known": [
+        (
+            1,
+            {"training.recompute_granularity": "selective", "training.recompute_modules": ["mlp", "layernorm"]},
+            {"training.recompute_modules": ["core_attn", "mlp"]},
+        ),
+    ],
     "window_is_two_numbers": [
         (1, {"model.window_size": "4096"}, {"model.window_size": "1023,0"}),
         (1, {"model.window_size": "many,0"}, {"model.window_size": "1023,0"}),
