@@ -25,6 +25,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if config.checkpoint.use_checkpoint_args:
         config = _with_saved_model(program, config)
+    if config.checkpoint.load_hf:
+        config = _with_hugging_face_model(program, config)
     is_first = os.environ.get("RANK", "0") == "0"
     if config.plan.print_config:
         sys.stdout.write(difference_yaml(replace(config, plan=PlanConfig())) if is_first else "")
@@ -69,6 +71,15 @@ def _with_saved_model(program: str, config: Config) -> Config:
         fail(program, error)
     warn_once(program, notes)
     return config
+
+
+def _with_hugging_face_model(program: str, config: Config) -> Config:
+    from megallm.train.hugging_face import with_hugging_face_model
+
+    try:
+        return with_hugging_face_model(config)
+    except ValueError as error:
+        fail(program, error)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Converts models between Hugging Face folders and megallm checkpoints, in bounded memory and without a GPU.
 
-    python tools/convert_checkpoint.py --from hf --to megallm --load LLAMA_FOLDER --save CHECKPOINTS
+    python tools/convert_checkpoint.py --from hf --to megallm --load LLAMA_FOLDER --save CHECKPOINTS --verify
     python tools/convert_checkpoint.py --from megallm --to hf --load CHECKPOINTS --save FOLDER --dtype bfloat16
+    python tools/convert_checkpoint.py --from megallm --to megallm --load CHECKPOINTS --save OTHERS --weights-only
+    python tools/convert_checkpoint.py --from megallm --to hf --load CHECKPOINTS --compare FOLDER
 
 The kind of model is read from config.json, or from the checkpoint.
 """
@@ -12,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megallm.config import fail
+from megallm.config import ParallelConfig, fail
 
 PROGRAM = "convert_checkpoint.py"
 FORMATS = ("hf", "megallm")
@@ -26,51 +28,58 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--from", dest="source", required=True, choices=FORMATS, help="format of what is read")
     parser.add_argument("--to", dest="target", required=True, choices=FORMATS, help="format of what is written")
     parser.add_argument("--load", required=True, help="folder of the model, or of checkpoints")
-    parser.add_argument("--save", required=True, help="folder to write")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--save", help="folder to write")
+    where.add_argument(
+        "--compare",
+        metavar="OTHER",
+        help="write nothing; tell how the model here, in the format of --to, differs: exit code 1 if it does",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as they are")
     parser.add_argument("--ckpt-step", type=int, help="iteration of the checkpoint that is read; default: the newest")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --save")
+    parser.add_argument("--verify", action="store_true", help="read what was written and compare it with its source")
+    parser.add_argument("--verify-text", metavar="FILE", help="text on which --verify compares logits and losses")
+    parser.add_argument("--weights-only", action="store_true", help="megallm to megallm: leave the optimizer behind")
     parser.add_argument(
         "--max-shard-size", type=float, default=5.0, metavar="GB", help="size of a file of weights (hf; default 5)"
     )
+    layout = parser.add_argument_group("layout", "for whose ranks the files are cut")
+    layout.add_argument("--target-tensor-parallel-size", type=int, default=1, metavar="N")
+    layout.add_argument("--target-pipeline-parallel-size", type=int, default=1, metavar="N")
+    layout.add_argument("--target-num-virtual-stages-per-pipeline-rank", type=int, default=1, metavar="N")
     return parser.parse_args(arguments)
 
 
 def main() -> None:
     arguments = parse(sys.argv[1:])
     try:
-        run(arguments)
+        sys.exit(run(arguments))
     except ValueError as error:
         fail(PROGRAM, error)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     # Imported late, so that --help is quick.
     import torch
 
-    from megallm.convert.huggingface import open_folder, write_folder
-    from megallm.convert.native import find_native, open_native, write_native
-    from megallm.convert.output import log_line
+    from megallm.convert.command import Output, Place, check, convert, report_comparison
 
+    source = Place(arguments.source, Path(arguments.load), arguments.ckpt_step)
+    if arguments.compare:
+        return int(report_comparison(source, Place(arguments.target, Path(arguments.compare)), print))
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    if arguments.source == "hf":
-        opened = open_folder(Path(arguments.load))
-    else:
-        opened = open_native(find_native(arguments.load, arguments.ckpt_step))
-    save = Path(arguments.save)
-    with opened as weights:
-        if arguments.target == "hf":
-            write_folder(
-                save,
-                weights,
-                dtype,
-                overwrite=arguments.overwrite,
-                max_shard_bytes=int(arguments.max_shard_size * 1e9),
-                log=log_line,
-            )
-        else:
-            save = write_native(save, weights, dtype, overwrite=arguments.overwrite, log=log_line)
-    print(f"wrote {save}")
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=arguments.target_tensor_parallel_size,
+        pipeline_model_parallel_size=arguments.target_pipeline_parallel_size,
+        num_virtual_stages_per_pipeline_rank=arguments.target_num_virtual_stages_per_pipeline_rank,
+    )
+    output = Output(dtype, parallel, arguments.overwrite, int(arguments.max_shard_size * 1e9), arguments.weights_only)
+    target = convert(source, Place(arguments.target, Path(arguments.save)), output)
+    print(f"wrote {target.path}")
+    if arguments.verify:
+        check(source, target, dtype, Path(arguments.verify_text) if arguments.verify_text else None, print)
+    return 0
 
 
 if __name__ == "__main__":

@@ -573,6 +573,11 @@ class CheckpointConfig:
         "--pretrained-checkpoint",
         "folder whose weights a new run begins with where --load holds no checkpoint: the same command goes on later",
     )
+    load_hf: str | None = option(
+        None,
+        "--load-hf",
+        "Hugging Face folder whose model, weights and tokenizer a new run begins with where --load holds no checkpoint",
+    )
     no_load_optim: bool = option(
         False,
         "--no-load-optim",
@@ -589,6 +594,14 @@ class CheckpointConfig:
     )
     exit_on_missing_checkpoint: bool = option(
         False, "--exit-on-missing-checkpoint", "refuse to start where --load holds no checkpoint"
+    )
+    save_hf: str | None = option(
+        None,
+        "--save-hf",
+        "folder that takes a Hugging Face folder iter_NNNNNNN of the last checkpoint, in the run's precision",
+    )
+    save_hf_interval: int | None = option(
+        None, "--save-hf-interval", "steps between further checkpoints that are written to --save-hf, too"
     )
     save_interval: int | None = option(None, "--save-interval", "steps between checkpoints; default: only at the end")
     non_persistent_save_interval: int | None = option(

@@ -19,9 +19,7 @@ from megallm.config.tree import ModelConfig
 from megallm.convert.stored import Part, Stored, whole_part
 
 # Settings that do not change what a trained model computes.
-_OF_TRAINING = frozenset(
-    {"attention_dropout", "hidden_dropout", "init_method_std", "make_vocab_size_divisible_by", "group_query_attention"}
-)
+OF_TRAINING = frozenset({"attention_dropout", "hidden_dropout", "init_method_std", "make_vocab_size_divisible_by"})
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -73,6 +71,7 @@ class Family:
         only: values of theirs without which the model computes something else than ours, and what that is.
         special: settings that need more than a name.
         prefix: begins the names of all but the head; models that were saved without a head leave it away.
+        head: their name of the output layer.
         surplus: tensors that hold nothing learned, which older versions saved.
     """
 
@@ -85,6 +84,7 @@ class Family:
     only: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     special: tuple[Special, ...] = ()
     prefix: str = ""
+    head: str = "lm_head"
     surplus: str = r"(?!)"
 
     def read_settings(self, theirs: Mapping[str, Any]) -> ModelConfig:
@@ -93,15 +93,15 @@ class Family:
         Raises:
             ValueError: it uses something that we do not have, or lacks a setting.
         """
-        given = {**self.defaults, **{key: value for key, value in theirs.items() if value is not None}}
+        given = {**self.defaults, **theirs}
         lost = [
             f"{key} = {given[key]!r} ({meaning}; this works with {wanted!r} only)"
             for key, (wanted, meaning) in self.only.items()
-            if key in given and given[key] != wanted
+            if given.get(key) not in (None, wanted)
         ]
         if lost:
             raise ValueError(f"the {self.model_type} model uses what megallm does not have: {'; '.join(lost)}")
-        missing = [key for key in self.settings.values() if key not in given]
+        missing = [key for key in self.settings.values() if given.get(key) is None]
         if missing:
             raise ValueError(f"config.json of a {self.model_type} model needs {', '.join(missing)}")
         values = {ours: given[key] for ours, key in self.settings.items()} | dict(self.always)
@@ -116,7 +116,12 @@ class Family:
             ValueError: the architecture lacks something that the model uses; all such things are named.
         """
         wanted = dict(self.always)
-        answered = {*self.settings, *_OF_TRAINING, *(name for special in self.special for name in special.ours)}
+        answered = {
+            *self.settings,
+            *OF_TRAINING,
+            "group_query_attention",
+            *(name for special in self.special for name in special.ours),
+        }
         for entry in fields(ModelConfig):
             if entry.name not in answered:
                 # What the family has no name for is what it does not have: the default means that nothing is asked.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megallm.config.tree import Config, DataConfig
+from megallm.config.tree import Config, DataConfig, ModelConfig
 from megallm.convert.families import FAMILIES
 from megallm.convert.family import Family, is_surplus
 from megallm.convert.model import Weights, config_of, logical_shapes
@@ -40,13 +40,11 @@ def open_folder(folder: Path) -> Iterator[Weights]:
         ValueError: a sentence about what is wrong: an architecture or a feature that megallm does not have, a missing
             or broken file, a tensor that is missing, surplus, or of another shape, a tokenizer that is too large.
     """
-    theirs = read_config(folder)
-    family = family_of(theirs, folder)
-    model = family.read_settings(theirs)
-    config = config_of(model, DataConfig(**tokenizer_settings(folder)))
+    family = family_of(read_config(folder), folder)
+    config = config_of(read_settings(folder), DataConfig(**tokenizer_settings(folder)))
     check_tokenizer(folder, config.model.vocab_size or 0)
     shapes = logical_shapes(config)
-    found = _find_tensors(folder)
+    found = find_tensors(folder, family)
     stored = _match(folder, family, family.stored(config.model, shapes), found)
     with RawFiles() as files:
         _check_tied_head(folder, family, config, found, files)
@@ -70,6 +68,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def read_settings(folder: Path) -> ModelConfig:
+    """Our settings of the model in a folder. Raises ValueError where it is none that megallm has."""
+    theirs = read_config(folder)
+    return family_of(theirs, folder).read_settings(theirs)
+
+
 def family_of(theirs: Mapping[str, Any], folder: Path) -> Family:
     """The family of a model by its architecture, or where none is given by its type.
 
@@ -91,8 +95,20 @@ def family_of(theirs: Mapping[str, Any], folder: Path) -> Family:
     return family
 
 
-def _find_tensors(folder: Path) -> dict[str, RawTensor]:
-    """All tensors of a folder by their names, with every shard that the index names."""
+def find_tensors(folder: Path, family: Family) -> dict[str, RawTensor]:
+    """All tensors of a folder by their full names.
+
+    Raises ValueError for a file that is missing or broken.
+    """
+    found = _all_tensors(folder)
+    # Models that were saved without their head leave the prefix away.
+    if not family.prefix or any(name.startswith(family.prefix) for name in found):
+        return found
+    return {name if name.startswith(f"{family.head}.") else family.prefix + name: raw for name, raw in found.items()}
+
+
+def _all_tensors(folder: Path) -> dict[str, RawTensor]:
+    """With every shard that the index names."""
     index = folder / INDEX
     if not index.exists():
         if (folder / SINGLE).exists():
@@ -126,13 +142,9 @@ def _match(
     folder: Path, family: Family, wanted: list[Stored], found: Mapping[str, RawTensor]
 ) -> list[tuple[Stored, RawTensor]]:
     """Each wanted tensor with its place. Raises ValueError for one that is missing, surplus or of another shape."""
-    # Models that were saved without their head leave the prefix away.
-    prefix = family.prefix
-    bare = bool(prefix) and not any(name.startswith(prefix) for name in found)
-    named = {prefix + name if bare and not name.startswith("lm_head.") else name: raw for name, raw in found.items()}
     pairs, problems = [], []
     for stored in wanted:
-        raw = named.get(stored.name)
+        raw = found.get(stored.name)
         if raw is None:
             problems.append(f"{stored.name} of shape {list(stored.shape)} is missing")
         elif raw.shape != stored.shape:
@@ -141,10 +153,10 @@ def _match(
             problems.append(f"{stored.name} is of a type that weights do not have")
         else:
             pairs.append((stored, raw))
-    known = {stored.name for stored in wanted} | {"lm_head.weight"}
+    known = {stored.name for stored in wanted} | {f"{family.head}.weight"}
     problems += [
         f"{name} of shape {list(raw.shape)} is none of a {family.architecture}"
-        for name, raw in named.items()
+        for name, raw in found.items()
         if name not in known and not is_surplus(family, name)
     ]
     if problems:
@@ -157,7 +169,7 @@ def _check_tied_head(
     folder: Path, family: Family, config: Config, found: Mapping[str, RawTensor], files: RawFiles
 ) -> None:
     """A head in the file of a model whose head is its embedding must be just that."""
-    head = found.get("lm_head.weight")
+    head = found.get(f"{family.head}.weight")
     if head is None or head.dtype is None or not config.model.tie_embeddings:
         return
     embedding = next(
@@ -175,8 +187,8 @@ def _check_tied_head(
         else:
             return
     raise ValueError(
-        f"{folder} ties its head to the embedding, but lm_head.weight is another matrix; set tie_word_embeddings to "
-        "false in config.json to keep it"
+        f"{folder} ties its head to the embedding, but {family.head}.weight is another matrix; to keep it, set "
+        "tie_word_embeddings to false in config.json"
     )
 
 

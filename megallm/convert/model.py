@@ -55,7 +55,7 @@ def config_of(model: ModelConfig, data: DataConfig | None = None) -> Config:
     return resolve(Config(model=model, data=data, training=training), 1)
 
 
-def layout_context(dtype: torch.dtype, device: torch.device, place: Rank = ALONE) -> LayoutContext:
+def rank_context(dtype: torch.dtype, device: torch.device, place: Rank = ALONE) -> LayoutContext:
     """One process that computes for itself, or stands for a tensor rank without computing."""
     group = Group(tuple(range(place.size)), place.rank, Transport(None))
     return LayoutContext(tp=group, sequence_parallel=False, dtype=dtype, device=device, seed=0)
@@ -63,11 +63,18 @@ def layout_context(dtype: torch.dtype, device: torch.device, place: Rank = ALONE
 
 def logical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all logical tensors of a model, in the order of the model. Takes no memory."""
-    if config.model.position_embedding_type != "learned_absolute":
-        # Other positions are no parameters, and torch would load its compiler to compute their tables without memory.
-        config = replace(config, model=replace(config.model, position_embedding_type="none"))
-    context = layout_context(torch.float32, torch.device("meta"))
-    stage = GPTStage(config, range(config.model.num_layers), context, is_first=True, is_last=True)
+    context = rank_context(torch.float32, torch.device("meta"))
+    stage = GPTStage(positionless(config), range(config.model.num_layers), context, is_first=True, is_last=True)
     return {
         piece.name: piece.global_shape for parameter in stage.parameters() for piece in description_of(parameter).pieces
     }
+
+
+def positionless(config: Config) -> Config:
+    """`config` without tables of positions, which are no parameters.
+
+    To compute them without memory, torch would load its compiler.
+    """
+    if config.model.position_embedding_type == "learned_absolute":
+        return config
+    return replace(config, model=replace(config.model, position_embedding_type="none"))

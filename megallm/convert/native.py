@@ -20,7 +20,7 @@ from megallm.checkpoint.save import save_stream
 from megallm.config import from_dict, to_dict
 from megallm.config.tree import Config
 from megallm.convert.model import Weights, config_of, logical_shapes
-from megallm.convert.output import Progress
+from megallm.convert.output import Progress, check_absent
 from megallm.convert.tokenizer_files import keep_companions, tokenizer_settings
 
 KEPT = "huggingface"
@@ -92,8 +92,7 @@ def write_native(
     written.
     """
     final = checkpoint_folder(root, weights.iteration)
-    if final.exists() and not overwrite:
-        raise ValueError(f"{final} is there already; give another folder, or --overwrite to replace it")
+    check_absent(final, overwrite)
     config = weights.config
     if weights.origin is not None:
         _keep(weights.origin, root)

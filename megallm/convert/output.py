@@ -24,8 +24,7 @@ def new_folder(final: Path, needed: int, overwrite: bool) -> Iterator[Path]:
     Raises ValueError if `final` is there and `overwrite` does not allow to replace it, if it cannot be written, or if
     less than `needed` bytes are free.
     """
-    if final.exists() and not overwrite:
-        raise ValueError(f"{final} is there already; give another folder, or --overwrite to replace it")
+    check_absent(final, overwrite)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         for left in final.parent.glob(f"{final.name}.????????????????.tmp"):
@@ -60,6 +59,12 @@ def _replace(temporary: Path, final: Path) -> None:
     flush_folder(final.parent)
     if before.exists():
         shutil.rmtree(before)
+
+
+def check_absent(final: Path, overwrite: bool) -> None:
+    """Raises ValueError if `final` is there and may not be replaced."""
+    if final.exists() and not overwrite:
+        raise ValueError(f"{final} is there already; give another folder, or --overwrite to replace it")
 
 
 def check_space(folder: Path, needed: int) -> None:

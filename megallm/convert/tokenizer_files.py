@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megallm.config.tree import DataConfig
-from megallm.data.tokenizer.base import TokenizerSettings
+from megallm.data.tokenizer.base import Tokenizer, TokenizerSettings
 from megallm.data.tokenizer.build import build_tokenizer
 from megallm.data.tokenizer.special_tokens import read_config
 
@@ -128,12 +128,15 @@ def _for_both_versions(content: bytes) -> bytes:
     return content if changed == config else json.dumps(changed, indent=2, ensure_ascii=False).encode()
 
 
-def _write_own(folder: Path, data: DataConfig) -> dict[str, Any]:
-    """The files of a tokenizer that a run of ours was given."""
-    kind, path = data.tokenizer_type or "", Path(data.tokenizer_model or data.vocab_file or "")
-    tokenizer = build_tokenizer(
+def build_tokenizer_of(data: DataConfig, origin: Path | None) -> Tokenizer:
+    """The tokenizer in `origin`, or the one that `data` names. Raises ValueError where there is none."""
+    if origin is not None and has_tokenizer(origin):
+        return build_tokenizer(TokenizerSettings("HuggingFaceTokenizer", str(origin)))
+    if data.tokenizer_type not in _CLASSES:
+        raise ValueError("the model names no tokenizer of text")
+    return build_tokenizer(
         TokenizerSettings(
-            kind,
+            data.tokenizer_type,
             data.tokenizer_model,
             vocab_file=data.vocab_file,
             merge_file=data.merge_file,
@@ -141,6 +144,12 @@ def _write_own(folder: Path, data: DataConfig) -> dict[str, Any]:
             tokenizer_sentencepiece_legacy=data.tokenizer_sentencepiece_legacy,
         )
     )
+
+
+def _write_own(folder: Path, data: DataConfig) -> dict[str, Any]:
+    """The files of a tokenizer that a run of ours was given."""
+    kind, path = data.tokenizer_type or "", Path(data.tokenizer_model or data.vocab_file or "")
+    tokenizer = build_tokenizer_of(data, None)
     if data.vocab_file and data.merge_file:
         shutil.copyfile(data.vocab_file, folder / "vocab.json")
         shutil.copyfile(data.merge_file, folder / "merges.txt")

@@ -124,6 +124,8 @@ def evaluation_has_batches(config: Config, world_size: int) -> Iterator[Problem]
 
 _SAVING = (
     "save_interval",
+    "save_hf",
+    "save_hf_interval",
     "non_persistent_save_interval",
     "save_retain_interval",
     "save_keep_last",
@@ -142,6 +144,38 @@ def saving_has_a_folder(config: Config, world_size: int) -> Iterator[Problem]:
             f"{' and '.join(given)} speak{'s' if len(given) == 1 else ''} of checkpoints, but no folder is given",
             "",
             f"add --save FOLDER, or leave out {', '.join(given)}",
+        )
+
+
+@rule("checkpoint.save_hf", "checkpoint.save_hf_interval")
+def exporting_has_a_folder(config: Config, world_size: int) -> Iterator[Problem]:
+    """An interval alone says nothing of where to."""
+    if config.checkpoint.save_hf_interval and not config.checkpoint.save_hf:
+        yield Problem(
+            ("--save-hf-interval", "--save-hf"),
+            "Hugging Face folders are to be written, but nothing says where",
+            "",
+            "add --save-hf FOLDER, or leave out --save-hf-interval",
+        )
+
+
+@rule("checkpoint.load_hf", "checkpoint.pretrained_checkpoint", "checkpoint.finetune", "checkpoint.use_checkpoint_args")
+def one_origin_of_weights(config: Config, world_size: int) -> Iterator[Problem]:
+    """A new run begins with the weights of one model."""
+    settings = config.checkpoint
+    others = {
+        "--pretrained-checkpoint": settings.pretrained_checkpoint,
+        "--finetune": settings.finetune,
+        "--use-checkpoint-args": settings.use_checkpoint_args,
+    }
+    flags = [flag for flag, given in others.items() if given]
+    if settings.load_hf and flags:
+        yield Problem(
+            ("--load-hf", *flags),
+            f"model and weights are to come from a Hugging Face folder, but {' and '.join(flags)} "
+            f"take{'s' if len(flags) == 1 else ''} them from a checkpoint",
+            "",
+            f"{' and '.join(f'leave out {flag}' for flag in flags)}, or leave out --load-hf",
         )
 
 

@@ -124,6 +124,7 @@ RANGES = {
     "data.num_dataset_builder_threads": _COUNT,
     "data.mid_level_dataset_surplus": _NATURAL,
     "checkpoint.save_interval": _COUNT,
+    "checkpoint.save_hf_interval": _COUNT,
     "checkpoint.ckpt_step": _COUNT,
     "checkpoint.non_persistent_save_interval": _COUNT,
     "checkpoint.save_retain_interval": _COUNT,

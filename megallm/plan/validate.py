@@ -72,6 +72,8 @@ RULES = (
     rules_run.one_length_of_the_run,
     rules_run.evaluation_has_batches,
     rules_run.saving_has_a_folder,
+    rules_run.exporting_has_a_folder,
+    rules_run.one_origin_of_weights,
     rules_run.loading_has_a_folder,
     rules_run.retained_checkpoints_are_saved,
     rules_run.timeline_step_is_in_the_run,

@@ -24,6 +24,7 @@ from megallm.schedule import Event, Timeline, simulate
 from megallm.train.data_order import data_order
 from megallm.train.datasets import Datasets, build_datasets, build_tokenizer_of, with_vocabulary
 from megallm.train.engine import Engine, build_engine, check_schedules
+from megallm.train.hugging_face import check_export
 from megallm.train.metrics import Reporter, log_on_rank_zero, mean_losses
 from megallm.train.outputs import try_outputs
 from megallm.train.processes import joined_processes
@@ -57,6 +58,7 @@ def pretrain_on(mesh: Mesh, config: Config, make_task: Callable[[Config], Task],
 def _take_outputs(config: Config, stack: ExitStack) -> None:
     """The first rank sees that everything can be written, and has the folder of checkpoints for this job alone."""
     try_outputs(config)
+    check_export(config)
     if config.checkpoint.save:
         stack.enter_context(own_folder(Path(config.checkpoint.save), log_on_rank_zero(0)))
 

@@ -14,7 +14,7 @@ def try_outputs(config: Config) -> None:
     Raises ValueError naming the flag and the place where that fails.
     """
     checkpoint, logging = config.checkpoint, config.logging
-    folders = {"--save": checkpoint.save, "--tensorboard-dir": logging.tensorboard_dir}
+    folders = {"--save": checkpoint.save, "--save-hf": checkpoint.save_hf, "--tensorboard-dir": logging.tensorboard_dir}
     files = {"--metrics-jsonl": logging.metrics_jsonl, "--timeline": logging.timeline}
     for flag, file in files.items():
         if file is not None and flag == "--metrics-jsonl" and Path(file).is_dir():

@@ -22,6 +22,7 @@ from megallm.optimizer.rates import RateSchedules
 from megallm.train.changes import changes, check_same_model
 from megallm.train.data_order import check_data_order
 from megallm.train.engine import Engine, Model
+from megallm.train.hugging_face import begin_with
 
 # What a run needs to go on besides tensors.
 _COUNTS = ("consumed_samples", "consumed_valid_samples")
@@ -45,7 +46,8 @@ class Loaded(NamedTuple):
 
 
 def take_up(engine: Engine, order: dict[str, str] | None = None) -> Loaded | None:
-    """Continues from --load, or begins with the weights of --pretrained-checkpoint where that holds no checkpoint.
+    """Continues from --load, or where that holds no checkpoint, begins with the weights of --pretrained-checkpoint or
+    of --load-hf.
 
     Returns None where there is nothing to take up. Raises ValueError, on all ranks alike, where that is not allowed, or
     as `load_engine` does.
@@ -56,6 +58,9 @@ def take_up(engine: Engine, order: dict[str, str] | None = None) -> Loaded | Non
         loaded = load_engine(engine, settings.pretrained_checkpoint, order, TakenUp.WEIGHTS)
         if loaded is None:
             raise ValueError(f"--pretrained-checkpoint {settings.pretrained_checkpoint} holds no checkpoint")
+    if loaded is None and settings.load_hf:
+        begin_with(engine, settings.load_hf)
+        loaded = Loaded(Path(settings.load_hf), [], TakenUp.WEIGHTS)
     if loaded is None and (settings.finetune or settings.exit_on_missing_checkpoint):
         flag = "--finetune" if settings.finetune else "--exit-on-missing-checkpoint"
         raise ValueError(f"--load {settings.load} holds no checkpoint, and {flag} allows no start without one")

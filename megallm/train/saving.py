@@ -15,12 +15,14 @@ import megallm
 from megallm.agreement import on_every_rank
 from megallm.checkpoint.background import BackgroundSaver
 from megallm.checkpoint.boxes import WEIGHTS, LocalBox, local_boxes
+from megallm.checkpoint.commit import checkpoint_folder
 from megallm.checkpoint.retention import Retention
 from megallm.checkpoint.save import Saved, save_checkpoint
 from megallm.config import to_dict
 from megallm.config.tree import CheckpointConfig
 from megallm.file_lock import LOCK
 from megallm.train.engine import Engine
+from megallm.train.hugging_face import export
 from megallm.train.metrics import Reporter
 
 
@@ -73,11 +75,18 @@ class Saving:
         if not self._settings.save:
             return
         done = self._engine.progress.iteration
+        export_interval = self._settings.save_hf_interval
+        # Who is in a hurry has no time for a second form.
+        exports = bool(self._settings.save_hf) and (
+            (last and not now) or bool(export_interval and done % export_interval == 0)
+        )
         intervals = (self._settings.save_interval, self._settings.non_persistent_save_interval)
-        if now or last or any(interval and done % interval == 0 for interval in intervals):
+        if now or last or exports or any(interval and done % interval == 0 for interval in intervals):
             self._reporter.flush()
             resume = self._reporter.pause()
             self._save(last)
+            if exports and self._last_saved == done:
+                self._export(last)
             resume()
 
     def finish(self) -> None:
@@ -113,6 +122,20 @@ class Saving:
             if last:
                 raise SaveError(str(error)) from None
             self._written(error, time.perf_counter() - begin)
+
+    def _export(self, last: bool) -> None:
+        """Writes the checkpoint that was just saved for Hugging Face, too."""
+        assert self._settings.save is not None, "there is a folder"
+        begin = time.perf_counter()
+        try:
+            self.finish()
+            folder = export(self._engine, checkpoint_folder(self._settings.save, self._last_saved))
+        except ValueError as error:
+            if last:
+                raise SaveError(str(error)) from None
+            self._log(f"{error}; training goes on")
+            return
+        self._log(f"wrote {folder} for Hugging Face in {time.perf_counter() - begin:.2f} s")
 
     def _written(self, outcome: Saved | ValueError, seconds: float) -> None:
         """Logs how a save went; with background saving, called by its thread once that is known."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from megallm.config.dictionary import build
 from megallm.layers.context import LayoutContext
 from megallm.mesh import Mesh, MeshShape
 from megallm.train.engine import Engine, build_engine
+from megallm.train.hugging_face import begin_with
 from megallm.train.loss import LossTerm
 from megallm.train.step import evaluate_step, train_step
 from megallm.train.tasks.gpt import GPTTask
@@ -28,7 +30,6 @@ from tests.distributed.transformers_weights import (
     SEQUENCE_LENGTH,
     VOCAB_SIZE,
     build_model,
-    load_weights,
     logical_tensors,
 )
 
@@ -83,9 +84,10 @@ def batch_of_step(step: int) -> dict[str, torch.Tensor]:
     return global_batch(step, BATCH_SIZE, SEQUENCE_LENGTH, VOCAB_SIZE, "ragged" if step % 2 else "full")
 
 
-def run_theirs(rank: int, name: str, dtype: torch.dtype) -> Run:
-    """The model in transformers, with torch's clipping and AdamW."""
+def run_theirs(rank: int, name: str, dtype: torch.dtype, folder: Path) -> Run:
+    """The model in transformers, with torch's clipping and AdamW. Its first weights are left in a folder."""
     model = build_model(name, dtype)
+    model.save_pretrained(folder)
     parameters = dict(model.named_parameters())
     run = Run(weights=logical_tensors(name, parameters))
     groups = [
@@ -132,8 +134,8 @@ class _KeepingTask(GPTTask):
         return super().loss_terms(outputs, batch, context)
 
 
-def run_ours(rank: int, name: str, dtype: torch.dtype, tp: int, pp: int, weights: dict[str, np.ndarray]) -> RankRun:
-    """The engine on this rank, started from transformers' weights."""
+def run_ours(rank: int, name: str, dtype: torch.dtype, tp: int, pp: int, folder: Path) -> RankRun:
+    """The engine on this rank, begun with the model that transformers has saved."""
     settings = MODELS[name].settings | {
         "parallel.tensor_model_parallel_size": tp,
         "parallel.pipeline_model_parallel_size": pp,
@@ -152,7 +154,7 @@ def run_ours(rank: int, name: str, dtype: torch.dtype, tp: int, pp: int, weights
     mesh = Mesh(MeshShape(tp=tp, pp=pp), rank, torch.device("cpu"))
     task = _KeepingTask(VOCAB_SIZE)
     engine = build_engine(resolve(build(settings), tp * pp), task, mesh)
-    load_weights(engine, weights)
+    begin_with(engine, str(folder))
     sums, counts = evaluate_step(engine, micro_batches(engine, batch_of_step(1)))
     task.logits.clear()
     outcome = Outcome([], [], [], [], _boxes(engine, "master"))
@@ -203,12 +205,22 @@ def difference(got: np.ndarray, want: np.ndarray, floor: float = 0.0) -> float:
 
 
 @pytest.fixture(scope="module")
-def theirs(pool: WorkerPool) -> dict[tuple[str, torch.dtype], Run]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("transformers")
+
+
+def folder_of(folders: Path, name: str, dtype: torch.dtype) -> Path:
+    """Where a model is saved before its first step."""
+    return folders / f"{name} {dtype}"
+
+
+@pytest.fixture(scope="module")
+def theirs(pool: WorkerPool, folders: Path) -> dict[tuple[str, torch.dtype], Run]:
     """Each model's run in transformers, made when first asked for."""
 
     class Known(dict[tuple[str, torch.dtype], Run]):
         def __missing__(self, key: tuple[str, torch.dtype]) -> Run:
-            self[key] = pool.run(1, run_theirs, *key)[0]
+            self[key] = pool.run(1, run_theirs, *key, folder_of(folders, *key))[0]
             return self[key]
 
     return Known()
@@ -231,11 +243,16 @@ def _cases() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("name", "dtype", "layout"), list(_cases()))
 def test_same_weights_give_the_same_numbers(
-    pool: WorkerPool, theirs: dict[tuple[str, torch.dtype], Run], name: str, dtype: torch.dtype, layout: str
+    pool: WorkerPool,
+    theirs: dict[tuple[str, torch.dtype], Run],
+    folders: Path,
+    name: str,
+    dtype: torch.dtype,
+    layout: str,
 ) -> None:
     want = theirs[name, dtype]
     tp, pp = LAYOUTS[layout]
-    got = whole_run(pool.run(tp * pp, run_ours, name, dtype, tp, pp, want.weights))
+    got = whole_run(pool.run(tp * pp, run_ours, name, dtype, tp, pp, folder_of(folders, name, dtype)))
     bound = BOUNDS[dtype]
 
     assert got.weights.keys() == want.weights.keys()

@@ -14,8 +14,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from megallm.parameter import description_of, piece_views
-from megallm.train.engine import Engine
+from megallm.config import resolve
+from megallm.config.dictionary import build
+from megallm.convert.families.gpt2 import GPT2
+from megallm.convert.families.gpt_neox import GPT_NEOX
+from megallm.convert.families.llama import GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3
+from megallm.convert.family import Family
+from megallm.convert.model import logical_shapes
 
 VOCAB_SIZE = 51
 SEQUENCE_LENGTH = 16
@@ -236,109 +241,36 @@ LLAMA_SETTINGS = SETTINGS | {
 
 def logical_tensors(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """Tensors by transformers' parameter names (weights, or gradients) as copies by our global names."""
-    renamed = MODELS[name].renamed(tensors)
-    return {key: tensor.detach().numpy().copy() for key, tensor in renamed.items()}
-
-
-def _from_llama(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Llama and those that keep its names: Mistral, Qwen, Gemma."""
-    parts = {
-        "input_layernorm": "attention_norm",
-        "post_attention_layernorm": "mlp_norm",
-        "self_attn.q_proj": "attention.query",
-        "self_attn.k_proj": "attention.key",
-        "self_attn.v_proj": "attention.value",
-        "self_attn.q_norm": "attention.query_norm",
-        "self_attn.k_norm": "attention.key_norm",
-        "self_attn.o_proj": "attention.output",
-        "mlp.gate_proj": "mlp.gate",
-        "mlp.up_proj": "mlp.up",
-        "mlp.down_proj": "mlp.down",
-    }
-    renamed = {
-        "embedding.word.weight": tensors["model.embed_tokens.weight"],
-        "decoder.final_norm.weight": tensors["model.norm.weight"],
-    }
-    if "lm_head.weight" in tensors:
-        renamed["output.weight"] = tensors["lm_head.weight"]
-    for name, tensor in tensors.items():
-        if name.startswith("model.layers."):
-            layer, _, rest = name.removeprefix("model.layers.").partition(".")
-            part, _, suffix = rest.rpartition(".")
-            renamed[f"decoder.layers.{layer}.{parts[part]}.{suffix}"] = tensor
-    return renamed
-
-
-def _from_gpt_neox(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    parts = {
-        "input_layernorm": "attention_norm",
-        "post_attention_layernorm": "mlp_norm",
-        "attention.dense": "attention.output",
-        "mlp.dense_h_to_4h": "mlp.up",
-        "mlp.dense_4h_to_h": "mlp.down",
-    }
-    renamed = {
-        "embedding.word.weight": tensors["gpt_neox.embed_in.weight"],
-        "output.weight": tensors["lm_head.weight"],
-        "decoder.final_norm.weight": tensors["gpt_neox.final_layer_norm.weight"],
-        "decoder.final_norm.bias": tensors["gpt_neox.final_layer_norm.bias"],
-    }
-    for layer in range(NUM_LAYERS):
-        ours, theirs = f"decoder.layers.{layer}", f"gpt_neox.layers.{layer}"
-        for suffix in ("weight", "bias"):
-            for their_name, our_name in parts.items():
-                renamed[f"{ours}.{our_name}.{suffix}"] = tensors[f"{theirs}.{their_name}.{suffix}"]
-            qkv = tensors[f"{theirs}.attention.query_key_value.{suffix}"]
-            # [heads x 3 x head_dim, ..] -> [heads, 3, head_dim, ..]
-            heads = qkv.unflatten(0, (NUM_HEADS, 3, HEAD_DIM))
-            for number, which in enumerate(("query", "key", "value")):
-                renamed[f"{ours}.attention.{which}.{suffix}"] = heads[:, number].flatten(0, 1)
-    return renamed
-
-
-def _from_gpt2(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    renamed = {
-        "embedding.word.weight": tensors["transformer.wte.weight"],
-        "embedding.position.weight": tensors["transformer.wpe.weight"],
-        "decoder.final_norm.weight": tensors["transformer.ln_f.weight"],
-        "decoder.final_norm.bias": tensors["transformer.ln_f.bias"],
-    }
-    linear = {"attn.c_proj": "attention.output", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}
-    for layer in range(NUM_LAYERS):
-        ours, theirs = f"decoder.layers.{layer}", f"transformer.h.{layer}"
-        for suffix in ("weight", "bias"):
-            renamed[f"{ours}.attention_norm.{suffix}"] = tensors[f"{theirs}.ln_1.{suffix}"]
-            renamed[f"{ours}.mlp_norm.{suffix}"] = tensors[f"{theirs}.ln_2.{suffix}"]
-            # Their linear layers keep weights as [in, out]; a vector is its own transpose.
-            qkv = (
-                tensors[f"{theirs}.attn.c_attn.{suffix}"].T
-                if suffix == "weight"
-                else tensors[f"{theirs}.attn.c_attn.bias"]
-            )
-            for which, part in zip(("query", "key", "value"), qkv.chunk(3), strict=True):
-                renamed[f"{ours}.attention.{which}.{suffix}"] = part
-            for their_name, our_name in linear.items():
-                tensor = tensors[f"{theirs}.{their_name}.{suffix}"]
-                renamed[f"{ours}.{our_name}.{suffix}"] = tensor.T if suffix == "weight" else tensor
-    return renamed
+    model = MODELS[name]
+    config = resolve(build(model.settings | {"training.micro_batch_size": 1, "training.train_iters": 1}), 1)
+    shapes = logical_shapes(config)
+    dtype = next(iter(tensors.values())).detach().numpy().dtype
+    found = {key: np.zeros(shape, dtype) for key, shape in shapes.items()}
+    for stored in model.family.stored(config.model, shapes):
+        # In memory the head has one name in all families.
+        tensor = tensors[stored.name.replace(model.family.head, "lm_head")].detach()
+        rows = (tensor.t() if stored.transposed else tensor).split([part.shape[0] for part in stored.parts])
+        for part, values in zip(stored.parts, rows, strict=True):
+            found[part.name][part.offset[0] : part.offset[0] + part.shape[0]] = values.numpy()
+    return found
 
 
 @dataclass(frozen=True)
-class Family:
-    """A model of transformers, our configuration of it, and its tensors by our names."""
+class SmallModel:
+    """A model of transformers, our configuration of it, and the table of its names."""
 
     build: Callable[[], Any]
     settings: dict[str, Any]
-    renamed: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+    family: Family
 
 
 MODELS = {
-    "llama": Family(_llama, LLAMA_SETTINGS, _from_llama),
-    "llama tied": Family(
-        lambda: _llama(tie_word_embeddings=True), LLAMA_SETTINGS | {"model.tie_embeddings": True}, _from_llama
+    "llama": SmallModel(_llama, LLAMA_SETTINGS, LLAMA),
+    "llama tied": SmallModel(
+        lambda: _llama(tie_word_embeddings=True), LLAMA_SETTINGS | {"model.tie_embeddings": True}, LLAMA
     ),
-    "gpt2": Family(_gpt2, GPT_2_SETTINGS, _from_gpt2),
-    "llama 3": Family(
+    "gpt2": SmallModel(_gpt2, GPT_2_SETTINGS, GPT2),
+    "llama 3": SmallModel(
         lambda: _llama(rope_parameters=LLAMA_3_SCALING),
         LLAMA_SETTINGS
         | {
@@ -348,20 +280,20 @@ MODELS = {
             "model.rope_scaling_high_freq_factor": LLAMA_3_SCALING["high_freq_factor"],
             "model.rope_scaling_original_length": LLAMA_3_SCALING["original_max_position_embeddings"],
         },
-        _from_llama,
+        LLAMA,
     ),
-    "llama, interpolated": Family(
+    "llama, interpolated": SmallModel(
         lambda: _llama(rope_parameters={"rope_type": "linear", "rope_theta": ROTARY_BASE, "factor": 2.0}),
         LLAMA_SETTINGS | {"model.rotary_seq_len_interpolation_factor": 2.0},
-        _from_llama,
+        LLAMA,
     ),
     # Their window holds the token itself, ours counts those before it.
-    "mistral": Family(_mistral, LLAMA_SETTINGS | {"model.window_size": f"{WINDOW - 1},0"}, _from_llama),
-    "qwen 2": Family(_qwen_2, LLAMA_SETTINGS | {"model.add_qkv_bias": True}, _from_llama),
-    "qwen 3": Family(
-        _qwen_3, LLAMA_SETTINGS | {"model.qk_layernorm": True, "model.kv_channels": WIDE_HEAD_DIM}, _from_llama
+    "mistral": SmallModel(_mistral, LLAMA_SETTINGS | {"model.window_size": f"{WINDOW - 1},0"}, MISTRAL),
+    "qwen 2": SmallModel(_qwen_2, LLAMA_SETTINGS | {"model.add_qkv_bias": True}, QWEN2),
+    "qwen 3": SmallModel(
+        _qwen_3, LLAMA_SETTINGS | {"model.qk_layernorm": True, "model.kv_channels": WIDE_HEAD_DIM}, QWEN3
     ),
-    "gemma": Family(
+    "gemma": SmallModel(
         _gemma,
         LLAMA_SETTINGS
         | {
@@ -371,9 +303,9 @@ MODELS = {
             "model.scale_embeddings": True,
             "model.tie_embeddings": True,
         },
-        _from_llama,
+        GEMMA,
     ),
-    "gpt-neox": Family(
+    "gpt-neox": SmallModel(
         _gpt_neox,
         SETTINGS
         | {
@@ -383,20 +315,6 @@ MODELS = {
             "model.parallel_residual": True,
             "model.tie_embeddings": False,
         },
-        _from_gpt_neox,
+        GPT_NEOX,
     ),
 }
-
-
-@torch.no_grad()
-def load_weights(engine: Engine, weights: dict[str, np.ndarray]) -> None:
-    """Copies this rank's boxes of the logical tensors into the engine. Their shapes must be the described ones."""
-    for chunk in engine.chunks.values():
-        for parameter in dict.fromkeys(chunk.parameters()):
-            for piece, view in piece_views(parameter, description_of(parameter)):
-                weight = weights[piece.name]
-                assert weight.shape == piece.global_shape, (
-                    f"{piece.name}: {weight.shape}, described {piece.global_shape}"
-                )
-                box = tuple(slice(at, at + size) for at, size in zip(piece.offset, piece.shape, strict=True))
-                view.copy_(torch.from_numpy(weight[box]))

@@ -40,7 +40,7 @@ GPT2 = Family(
         "add_cross_attention": (False, "attention to an encoder"),
     },
     special=(
-        Activation("activation_function", {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu"}),
+        Activation(("activation_function",), {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu"}),
         InnerWidth("n_inner", "n_embd"),
         PlainHeads("n_head", "n_embd"),
     ),

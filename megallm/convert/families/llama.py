@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megallm.convert.families.settings import Activation, GroupedHeads, Rotary
+from megallm.convert.families.settings import Activation, GroupedHeads, Rotary, SlidingWindow
 from megallm.convert.family import Family
 
 _MODULES = {
@@ -11,6 +11,8 @@ _MODULES = {
     "model.layers.{}.self_attn.q_proj": "decoder.layers.{}.attention.query",
     "model.layers.{}.self_attn.k_proj": "decoder.layers.{}.attention.key",
     "model.layers.{}.self_attn.v_proj": "decoder.layers.{}.attention.value",
+    "model.layers.{}.self_attn.q_norm": "decoder.layers.{}.attention.query_norm",
+    "model.layers.{}.self_attn.k_norm": "decoder.layers.{}.attention.key_norm",
     "model.layers.{}.self_attn.o_proj": "decoder.layers.{}.attention.output",
     "model.layers.{}.post_attention_layernorm": "decoder.layers.{}.mlp_norm",
     "model.layers.{}.mlp.gate_proj": "decoder.layers.{}.mlp.gate",
@@ -30,7 +32,7 @@ _SETTINGS = {
 }
 _ALWAYS = {"position_embedding_type": "rope", "normalization": "RMSNorm", "add_bias_linear": False}
 _DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu"}
-_SPECIAL = (GroupedHeads(), Activation("hidden_act", {"silu": "swiglu"}), Rotary())
+_SPECIAL = (GroupedHeads(), Activation(("hidden_act",), {"silu": "swiglu"}), Rotary())
 _SURPLUS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
 LLAMA = Family(
@@ -45,6 +47,75 @@ LLAMA = Family(
         "mlp_bias": (False, "biases in the MLP alone"),
     },
     special=_SPECIAL,
+    prefix="model.",
+    surplus=_SURPLUS,
+)
+
+MISTRAL = Family(
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    modules=_MODULES,
+    settings=_SETTINGS,
+    always=_ALWAYS,
+    defaults=_DEFAULTS | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    special=(*_SPECIAL, SlidingWindow("sliding_window")),
+    prefix="model.",
+    surplus=_SURPLUS,
+)
+
+QWEN2 = Family(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    modules=_MODULES,
+    settings=_SETTINGS,
+    always=_ALWAYS | {"add_qkv_bias": True},
+    defaults=_DEFAULTS | {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    only={"use_sliding_window": (False, "a window in some layers only")},
+    special=_SPECIAL,
+    prefix="model.",
+    surplus=_SURPLUS,
+)
+
+QWEN3 = Family(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    modules=_MODULES,
+    settings=_SETTINGS,
+    always=_ALWAYS | {"qk_layernorm": True},
+    defaults=_DEFAULTS | {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    only={
+        "attention_bias": (False, "biases of all four projections of the attention, without any in the MLP"),
+        "use_sliding_window": (False, "a window in some layers only"),
+    },
+    special=_SPECIAL,
+    prefix="model.",
+    surplus=_SURPLUS,
+)
+
+GEMMA = Family(
+    model_type="gemma",
+    architecture="GemmaForCausalLM",
+    modules=_MODULES,
+    settings=_SETTINGS,
+    always=_ALWAYS | {"apply_layernorm_1p": True, "scale_embeddings": True},
+    defaults=_DEFAULTS
+    | {
+        "max_position_embeddings": 8192,
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "tie_word_embeddings": True,
+        "hidden_act": "gelu_pytorch_tanh",
+    },
+    only={
+        "attention_bias": (False, "biases of all four projections of the attention, without any in the MLP"),
+        "use_bidirectional_attention": (False, "attention to what comes after"),
+    },
+    special=(
+        GroupedHeads(),
+        # The first models say "gelu" and mean this one, as the library knows.
+        Activation(("hidden_act", "hidden_activation"), {"gelu_pytorch_tanh": "geglu", "gelu": "geglu"}),
+        Rotary(),
+    ),
     prefix="model.",
     surplus=_SURPLUS,
 )

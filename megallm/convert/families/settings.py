@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megallm.config.resolve import kv_channels, num_query_groups
+from megallm.config.resolve import attention_window, kv_channels, num_query_groups
 from megallm.config.tree import ModelConfig
 from megallm.convert.family import Special
 
@@ -19,8 +19,8 @@ class GroupedHeads(Special):
 
     def read(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
         heads = theirs["num_attention_heads"]
-        groups = theirs.get("num_key_value_heads", heads)
-        width = theirs.get("head_dim", theirs["hidden_size"] // heads)
+        groups = theirs.get("num_key_value_heads") or heads
+        width = theirs.get("head_dim") or theirs["hidden_size"] // heads
         values = {"num_attention_heads": heads, "num_query_groups": groups, "kv_channels": width}
         return values | {"group_query_attention": groups != heads}
 
@@ -59,14 +59,14 @@ class PlainHeads(Special):
 
 @dataclass(frozen=True)
 class Activation(Special):
-    """The activation of the MLP: our name for each of theirs."""
+    """The activation of the MLP: our name for each of theirs. Of several keys the first one that is given counts."""
 
-    key: str
+    keys: tuple[str, ...]
     names: Mapping[str, str]
     ours = ("activation",)
 
     def read(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
-        name = theirs[self.key]
+        name = next(theirs[key] for key in self.keys if theirs.get(key) is not None)
         if name not in self.names:
             raise ValueError(f"the activation {name!r} is not one that megallm has; known are {', '.join(self.names)}")
         return {"activation": self.names[name]}
@@ -74,7 +74,7 @@ class Activation(Special):
     def write(self, model: ModelConfig) -> dict[str, Any]:
         for theirs, ours in self.names.items():
             if ours == model.activation:
-                return {self.key: theirs}
+                return dict.fromkeys(self.keys, theirs)
         raise ValueError(f"activation {model.activation!r} (it has {', '.join(self.names.values())})")
 
 
@@ -87,10 +87,26 @@ class InnerWidth(Special):
     ours = ("ffn_hidden_size",)
 
     def read(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
-        return {"ffn_hidden_size": theirs.get(self.key, 4 * theirs[self.hidden_key])}
+        return {"ffn_hidden_size": theirs.get(self.key) or 4 * theirs[self.hidden_key]}
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         return {self.key: model.ffn_hidden_size}
+
+
+@dataclass(frozen=True)
+class SlidingWindow(Special):
+    """How many positions a token looks at: theirs counts its own, ours those before it."""
+
+    key: str
+    ours = ("window_size",)
+
+    def read(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
+        window = theirs.get(self.key)
+        return {"window_size": None if window is None else f"{window - 1},0"}
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        before = attention_window(model)
+        return {self.key: None if before is None else before + 1}
 
 
 @dataclass(frozen=True)
@@ -117,7 +133,7 @@ class Rotary(Special):
     )
 
     def read(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
-        rope = theirs.get("rope_parameters", {}) | (theirs.get("rope_scaling") or {})
+        rope = (theirs.get("rope_parameters") or {}) | (theirs.get("rope_scaling") or {})
         if any(isinstance(value, dict) for value in rope.values()):
             raise ValueError(f"megallm has rotary positions of one kind in all layers, not of {', '.join(rope)}")
         share = rope.get("partial_rotary_factor", theirs.get(self.share_key or "partial_rotary_factor", self.share))

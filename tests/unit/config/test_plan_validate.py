@@ -367,6 +367,21 @@ CASES: dict[str, list[tuple[int, dict, dict]]] = {
         (1, {"checkpoint.save_interval": 5}, {"checkpoint.save": "FOLDER"}),
         (1, {"checkpoint.async_save": True}, {"checkpoint.save": "FOLDER"}),
     ],
+    "exporting_has_a_folder": [
+        (1, {"checkpoint.save": "OTHER", "checkpoint.save_hf_interval": 5}, {"checkpoint.save_hf": "FOLDER"}),
+    ],
+    "one_origin_of_weights": [
+        (
+            1,
+            {"checkpoint.load_hf": "FOLDER", "checkpoint.pretrained_checkpoint": "OTHER"},
+            {"checkpoint.pretrained_checkpoint": None},
+        ),
+        (
+            1,
+            {"checkpoint.load_hf": "FOLDER", "checkpoint.load": "OTHER", "checkpoint.finetune": True},
+            {"checkpoint.load_hf": None},
+        ),
+    ],
     "loading_has_a_folder": [
         (1, {"checkpoint.ckpt_step": 5}, {"checkpoint.load": "FOLDER"}),
         (1, {"checkpoint.finetune": True}, {"checkpoint.load": "FOLDER"}),

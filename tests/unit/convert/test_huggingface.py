@@ -231,7 +231,7 @@ BAD_FOLDERS = [
     (
         {"architectures": ["LlamaForCausalML"]},
         None,
-        r"architecture 'LlamaForCausalML'; known are LlamaForCausalLM, GPT",
+        r"architecture 'LlamaForCausalML'; known are LlamaForCausalLM, M",
     ),
     ({"architectures": ["LlamaForCausalML"]}, None, r"the nearest is LlamaForCausalLM"),
     ({"architectures": [], "model_type": "mamba"}, None, r"describes the architecture 'mamba'; known are"),

@@ -1,0 +1,146 @@
+"""What `tools/convert_checkpoint.py` does: any format opened, any written, two compared, and the work checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from megallm.config.tree import ParallelConfig
+from megallm.convert.compare import compare, settings_apart
+from megallm.convert.huggingface import open_folder, write_folder
+from megallm.convert.model import Weights
+from megallm.convert.native import find_native, open_native, write_native
+from megallm.convert.output import Progress, log_line
+from megallm.convert.relayout import relayout
+from megallm.convert.verify import BOUNDS, has_transformers, judge, our_logits, their_logits, tokens_for
+
+FORMATS = ("hf", "megallm")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A model in one of `FORMATS`; `iteration` names one of several checkpoints there, by default the newest."""
+
+    kind: str
+    path: Path
+    iteration: int | None = None
+
+    def open(self) -> AbstractContextManager[Weights]:
+        """The model, for as long as the block lasts. Raises ValueError for what is wrong with it."""
+        if self.kind == "hf":
+            return open_folder(self.path)
+        return open_native(find_native(str(self.path), self.iteration))
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a model is written.
+
+    Attributes:
+        dtype: of the weights; None keeps theirs.
+        parallel: the layout for whose ranks files are cut.
+        overwrite: whether what is there may be replaced.
+        max_shard_bytes: size of a Hugging Face file.
+        weights_only: whether a checkpoint that is written from another leaves the optimizer behind.
+    """
+
+    dtype: torch.dtype | None
+    parallel: ParallelConfig
+    overwrite: bool
+    max_shard_bytes: int
+    weights_only: bool
+
+
+def convert(source: Place, target: Place, output: Output) -> Place:
+    """Writes the model at `source` to `target`; returns where exactly it is.
+
+    Raises ValueError for what is wrong with the model or the place.
+    """
+    if source.kind == target.kind == "megallm":
+        folder = relayout(
+            find_native(str(source.path), source.iteration),
+            target.path,
+            output.parallel,
+            output.dtype,
+            weights_only=output.weights_only,
+            overwrite=output.overwrite,
+            log=log_line,
+        )
+        return replace(target, path=folder)
+    with source.open() as weights:
+        if target.kind == "hf":
+            write_folder(
+                target.path,
+                weights,
+                output.dtype,
+                overwrite=output.overwrite,
+                max_shard_bytes=output.max_shard_bytes,
+                log=log_line,
+            )
+            return target
+        folder = write_native(target.path, weights, output.dtype, overwrite=output.overwrite, log=log_line)
+        return replace(target, path=folder)
+
+
+def report_comparison(one: Place, other: Place, log: Callable[[str], None]) -> bool:
+    """Logs how two models differ, with the largest difference of each tensor that does; returns whether they do."""
+    with one.open() as first, other.open() as second:
+        apart = settings_apart(first.config, second.config)
+        for sentence in apart:
+            log(sentence)
+        progress = Progress(_num_bytes(second), log_line)
+        differing = 0
+        for found in compare(first, second, progress.advance):
+            if found.largest:
+                differing += 1
+                log(f"{found.name}: largest difference {found.largest:.3e}, at {list(found.element)}")
+        progress.finish()
+        log(f"{differing} of {len(first.shapes)} tensors differ")
+        return bool(differing or apart)
+
+
+def check(
+    source: Place, target: Place, dtype: torch.dtype | None, text: Path | None, log: Callable[[str], None]
+) -> None:
+    """Reads what was written and compares it with its source: tensor by tensor, bit for bit after rounding, and where
+    one of them is a Hugging Face model and the library is there, by the logits that both give to a text.
+
+    Raises ValueError where they are not the same within `BOUNDS`.
+    """
+    with source.open() as first, target.open() as second:
+        progress = Progress(_num_bytes(second), log_line)
+        for found in compare(first, second, progress.advance, rounded_to=dtype):
+            if found.largest:
+                raise ValueError(
+                    f"{found.name} differs by {found.largest:.3e} at {list(found.element)} after conversion"
+                )
+        log(f"verified tensor by tensor: all {len(first.shapes)} are equal")
+        if "hf" not in (source.kind, target.kind):
+            return
+        if not has_transformers():
+            log("transformers is not installed: logits were not compared")
+            return
+        tokens = tokens_for(first.config, first.origin, text)
+        verdict = judge(_logits(source, first, tokens), _logits(target, second, tokens), tokens)
+        bound = BOUNDS[dtype]
+        log(
+            f"verified on {verdict.num_tokens} tokens: largest difference of logits {verdict.largest:.2e}, "
+            f"{verdict.share:.2e} of the largest (bound {bound:.0e}); loss {verdict.losses[0]:.6f} and "
+            f"{verdict.losses[1]:.6f}"
+        )
+        if not verdict.share <= bound:
+            raise ValueError(f"logits differ by {verdict.share:.2e} of the largest, more than the bound of {bound:.0e}")
+
+
+def _logits(place: Place, weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
+    return their_logits(place.path, tokens) if place.kind == "hf" else our_logits(weights, tokens)
+
+
+def _num_bytes(weights: Weights) -> int:
+    return sum(
+        torch.Size(shape).numel() * weights.tensors.dtypes[name].itemsize for name, shape in weights.shapes.items()
+    )

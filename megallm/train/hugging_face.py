@@ -1,0 +1,90 @@
+"""A run that begins with a Hugging Face model, and one that leaves some behind: --load-hf, --save-hf."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+
+from megallm.agreement import on_every_rank
+from megallm.checkpoint.boxes import WEIGHTS, local_boxes
+from megallm.config.tree import Config, ModelConfig, TrainingConfig
+from megallm.convert.family import OF_TRAINING
+from megallm.convert.huggingface import choose_family, open_folder, read_settings, write_folder
+from megallm.convert.native import open_native
+from megallm.convert.tokenizer_files import tokenizer_settings
+from megallm.train.engine import Engine
+
+
+def with_hugging_face_model(config: Config) -> Config:
+    """`config` with the model that the folder of --load-hf describes, and its tokenizer where no flag names one.
+
+    Raises:
+        ValueError: the folder describes none that megallm has, or a flag of the model says something else.
+    """
+    folder = config.checkpoint.load_hf
+    assert folder is not None, "there is a folder"
+    theirs, given, default = read_settings(Path(folder)), config.model, ModelConfig()
+    kept = {name: getattr(given, name) for name in OF_TRAINING}
+    clashes = [
+        f"{name} is {getattr(theirs, name)!r} there and {getattr(given, name)!r} here"
+        for name in (entry.name for entry in fields(ModelConfig))
+        if name not in kept and getattr(given, name) not in (getattr(default, name), getattr(theirs, name))
+    ]
+    if clashes:
+        raise ValueError(
+            f"--load-hf {folder} holds another model than the flags ask for: {'; '.join(clashes)}; leave the model's "
+            "flags out"
+        )
+    data = config.data
+    if data.tokenizer_type is None:
+        data = replace(data, **tokenizer_settings(Path(folder)))
+    return replace(config, model=replace(theirs, **kept), data=data)
+
+
+def begin_with(engine: Engine, folder: str) -> None:
+    """Fills the engine's weights from a Hugging Face folder, in its layout: each rank reads what it holds.
+
+    Raises ValueError, on all ranks alike, for what is wrong with the folder.
+    """
+    boxes = [box for box in local_boxes(engine.optimizer, engine.chunks, engine.mesh) if box.kind == WEIGHTS]
+
+    def read() -> None:
+        with open_folder(Path(folder)) as weights:
+            for box in boxes:
+                weights.tensors.fill(box.name, box.offset, box.tensor)
+
+    on_every_rank(engine.mesh, read)
+    engine.optimizer.publish_weights()
+    engine.reducer.finish_gather()
+
+
+def export(engine: Engine, checkpoint: Path) -> Path:
+    """Writes a checkpoint that was just saved as a Hugging Face folder under --save-hf, in the run's precision.
+
+    The first rank does so while the others wait.
+
+    Raises ValueError, on all ranks alike, if it cannot be written.
+    """
+    assert engine.config.checkpoint.save_hf is not None, "there is a folder"
+    target = Path(engine.config.checkpoint.save_hf) / checkpoint.name
+
+    def write() -> None:
+        with open_native(checkpoint) as weights:
+            write_folder(target, weights, _dtype(engine.config.training), overwrite=True)
+
+    on_every_rank(engine.mesh, lambda: write() if engine.mesh.rank == 0 else None)
+    return target
+
+
+def check_export(config: Config) -> None:
+    """Raises ValueError, before the first step, if no architecture of Hugging Face's holds the model."""
+    if config.checkpoint.save_hf:
+        choose_family(config, None)
+
+
+def _dtype(training: TrainingConfig) -> torch.dtype | None:
+    if training.bf16:
+        return torch.bfloat16
+    return torch.float16 if training.fp16 else None

@@ -1,0 +1,100 @@
+"""Our own checkpoints anew, and two models compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megallm.checkpoint.boxes import WEIGHTS, declared_box
+from megallm.checkpoint.load import verify
+from megallm.checkpoint.reading import open_checkpoint
+from megallm.checkpoint.save import save_stream
+from megallm.config import to_dict
+from megallm.config.tree import ParallelConfig
+from megallm.convert.command import Place, report_comparison
+from megallm.convert.huggingface import open_folder
+from megallm.convert.relayout import relayout
+from tests.unit.convert import folders
+
+LAYOUT = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A Llama after some training: weights, and a moment of each that is twice the weight."""
+    tensors = folders.make_tensors(folders.llama_shapes())
+    theirs = folders.write(tmp_path / "theirs", folders.LLAMA_CONFIG, tensors)
+    with open_folder(theirs) as weights:
+        kinds = {WEIGHTS: 1.0, "first_moment": 2.0}
+        boxes = [
+            declared_box(kind, name, torch.float32, shape) for kind in kinds for name, shape in weights.shapes.items()
+        ]
+
+        def values(kind: str, name: str) -> torch.Tensor:
+            tensor = torch.empty(weights.shapes[name])
+            weights.tensors.fill(name, (0,) * tensor.dim(), tensor)
+            return tensor * kinds[kind]
+
+        state = {"config": to_dict(weights.config), "consumed_samples": 5}
+        return save_stream(str(tmp_path / "ours"), 7, boxes, (values(b.kind, b.name) for b in boxes), state).folder
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_files_for_another_layout_hold_the_same(tmp_path: Path, checkpoint: Path, is_whole: bool) -> None:
+    folder = relayout(checkpoint, tmp_path / "new", LAYOUT, weights_only=not is_whole)
+    assert folder == tmp_path / "new" / checkpoint.name
+    assert len(list(folder.glob("*.safetensors"))) == 4
+    list(verify(folder))
+    with open_checkpoint(checkpoint) as before, open_checkpoint(folder) as after:
+        kinds = [WEIGHTS, "first_moment"] if is_whole else [WEIGHTS]
+        assert after.manifest.tensors.keys() == {
+            name for name in before.manifest.tensors if name.split("/")[0] in kinds
+        }
+        for kind in kinds:
+            for name, tensor in before.tensors(kind):
+                assert torch.equal(after.read(kind, name), tensor), name
+        # Query heads are cut in two, the first stage has the embedding.
+        name = "decoder.layers.1.attention.query.weight"
+        boxes = after.saved(WEIGHTS, name).boxes
+        assert [(box.file, box.offset) for box in boxes] == [(2, (0, 0)), (3, (4, 0))]
+        assert {box.file for box in after.saved(WEIGHTS, "embedding.word.weight").boxes} == {0, 1}
+        assert ("consumed_samples" in after.manifest.state) == is_whole
+
+
+def test_weights_are_cast_and_moments_are_not(tmp_path: Path, checkpoint: Path) -> None:
+    folder = relayout(checkpoint, tmp_path / "new", ParallelConfig(), torch.bfloat16)
+    with open_checkpoint(checkpoint) as before, open_checkpoint(folder) as after:
+        for name, tensor in before.tensors(WEIGHTS):
+            assert torch.equal(after.read(WEIGHTS, name), tensor.to(torch.bfloat16))
+            assert after.read("first_moment", name).dtype == torch.float32
+
+
+def test_a_layout_that_does_not_fit_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"4 heads cannot be cut over 3 tensor ranks"):
+        relayout(checkpoint, tmp_path / "new", ParallelConfig(tensor_model_parallel_size=3))
+    with pytest.raises(ValueError, match=r"is there already"):
+        relayout(checkpoint, checkpoint.parent, LAYOUT)
+    assert not (tmp_path / "new").exists()
+    relayout(checkpoint, checkpoint.parent, LAYOUT, overwrite=True)
+    assert len(list(checkpoint.glob("*.safetensors"))) == 4
+
+
+def test_two_models_are_compared_tensor_by_tensor(tmp_path: Path, checkpoint: Path) -> None:
+    ours, theirs = Place("megallm", checkpoint), Place("hf", tmp_path / "theirs")
+    lines: list[str] = []
+    assert not report_comparison(ours, theirs, lines.append)
+    assert lines == ["0 of 21 tensors differ"]
+    tensors = folders.read(theirs.path)
+    tensors["model.norm.weight"][3] += 0.5
+    tensors["model.layers.1.mlp.up_proj.weight"][2, 5] = torch.nan
+    other = folders.write(tmp_path / "other", folders.LLAMA_CONFIG | {"rms_norm_eps": 1e-6}, tensors)
+    lines.clear()
+    assert report_comparison(ours, Place("hf", other), lines.append)
+    assert lines == [
+        "norm_epsilon is 1e-05 in one and 1e-06 in the other",
+        "decoder.layers.1.mlp.up.weight: largest difference inf, at [2, 5]",
+        "decoder.final_norm.weight: largest difference 5.000e-01, at [3]",
+        "2 of 21 tensors differ",
+    ]
