@@ -12,6 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 import torch.distributed as dist
 
+from megallm.journal import Journal, Operation
+
 # torch renamed these two; both spellings occur within the supported range of versions.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -39,25 +41,42 @@ class Transport:
     sent, gets wrong numbers.
 
     On gloo, tensors on a GPU are copied to the host and back: this lets several processes share one GPU.
+
+    `journal` keeps note of every operation under the group's `name`.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | None, delay: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None,
+        delay: Callable[[], float] | None = None,
+        name: str = "",
+        journal: Journal | None = None,
+    ) -> None:
         self.process_group = process_group
+        self.name = name
+        self.journal = journal or Journal()
         self.delay = delay
         self.staged = process_group is not None and dist.get_backend(process_group) == "gloo"
         self._thread = ThreadPoolExecutor(max_workers=1) if delay is not None else None
 
-    def start(self, operation: Callable[[bool], object], asynchronous: bool) -> Work:
-        """Runs `operation(asynchronous)`, which calls torch and returns torch's work handle or None."""
+    def start(self, operation: Callable[[bool], object], asynchronous: bool, name: str = "message") -> Work:
+        """Runs `operation(asynchronous)`, which calls torch and returns torch's work handle or None.
+
+        Raises CommunicationError, here or in the work's `wait`, where another process is gone or comes too late.
+        """
+        entry = self.journal.begin(name, self.name)
         if self._thread is not None and self.delay is not None:
             late = self.delay() if asynchronous else 0.0
             future: Future[object] = self._thread.submit(self._run_late, late, operation)
             if asynchronous:
-                return Work(future.result)
-            future.result()
+                return self._work(entry, future.result)
+            self.journal.wait(entry, future.result)
             return Work()
-        handle = operation(asynchronous)
-        return Work(handle.wait) if asynchronous and handle is not None else Work()  # type: ignore[attr-defined]
+        handle = self.journal.wait(entry, lambda: operation(asynchronous))
+        return self._work(entry, handle.wait) if asynchronous and handle is not None else Work()
+
+    def _work(self, entry: Operation, wait: Callable[[], object]) -> Work:
+        return Work(lambda: self.journal.wait(entry, wait))
 
     @staticmethod
     @torch.no_grad()
@@ -96,6 +115,7 @@ class Group:
             [tensor],
             outputs=[0],
             asynchronous=asynchronous,
+            name="all_reduce",
         )
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool = False) -> Work:
@@ -111,6 +131,7 @@ class Group:
             [output, input],
             outputs=[0],
             asynchronous=asynchronous,
+            name="all_gather",
         )
 
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool = False) -> Work:
@@ -126,6 +147,7 @@ class Group:
             [output, input],
             outputs=[0],
             asynchronous=asynchronous,
+            name="reduce_scatter",
         )
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
@@ -140,13 +162,14 @@ class Group:
             [tensor],
             outputs=[0],
             asynchronous=False,
+            name="broadcast",
         ).wait()
 
     def barrier(self) -> None:
         """Returns when every member has come here."""
         if self.size > 1:
             self._transport.start(
-                lambda late: dist.barrier(group=self._transport.process_group, async_op=late), False
+                lambda late: dist.barrier(group=self._transport.process_group, async_op=late), False, "barrier"
             ).wait()
 
     def _collective(
@@ -155,11 +178,12 @@ class Group:
         tensors: list[torch.Tensor],
         outputs: list[int],
         asynchronous: bool,
+        name: str,
     ) -> Work:
         if not (self._transport.staged and tensors[0].is_cuda):
-            return self._transport.start(lambda late: operation(tensors, late), asynchronous)
+            return self._transport.start(lambda late: operation(tensors, late), asynchronous, name)
         host = [tensor.cpu() for tensor in tensors]
-        work = self._transport.start(lambda late: operation(host, late), asynchronous)
+        work = self._transport.start(lambda late: operation(host, late), asynchronous, name)
 
         def finish() -> None:
             work.wait()
@@ -197,14 +221,16 @@ class Channel:
         sent = tensor.detach()
         if self._transport.staged and sent.is_cuda:
             sent = sent.cpu()
-        return self._transport.start(lambda late: self._post(dist.isend, sent, self.destination, late), True)
+        name = f"send to rank {self.destination}"
+        return self._transport.start(lambda late: self._post(dist.isend, sent, self.destination, late), True, name)
 
     def receive(self, tensor: torch.Tensor) -> Work:
         """Starts receiving into `tensor`, which holds the message once the work is waited for."""
         assert tensor.is_contiguous(), "a message is received into contiguous memory"
         staged = self._transport.staged and tensor.is_cuda
         target = torch.empty_like(tensor, device="cpu") if staged else tensor
-        work = self._transport.start(lambda late: self._post(dist.irecv, target, self.source, late), True)
+        name = f"receive from rank {self.source}"
+        work = self._transport.start(lambda late: self._post(dist.irecv, target, self.source, late), True, name)
         if not staged:
             return work
 

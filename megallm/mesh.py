@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megallm.communication import Channel, Group, Transport
+from megallm.journal import Journal
 
 AXES = ("tp", "cp", "dp", "pp")
 
@@ -86,9 +87,9 @@ class Hosts:
 class Mesh:
     """This process's place in the mesh and its groups.
 
-    Attributes: `shape`, `rank`, `coordinates`, `device`, `world` (all processes), `tp`, `dp` (data and context axes
-        together: the ranks that hold the same parameters), `pp`, `tp_dp`, and `tie` (the pipeline's first and last
-        rank, or this rank alone in between).
+    Attributes: `shape`, `rank`, `coordinates`, `device`, `journal` (of all its messages), `world` (all processes),
+        `tp`, `dp` (data and context axes together: the ranks that hold the same parameters), `pp`, `tp_dp`, and `tie`
+        (the pipeline's first and last rank, or this rank alone in between).
     """
 
     def __init__(
@@ -105,16 +106,17 @@ class Mesh:
         self.coordinates = shape.coordinates(rank)
         self._timeout = timeout
         self._delay = delay
+        self.journal = Journal()
         self._transports: list[Transport] = []
         self._by_partition: dict[tuple[tuple[int, ...], ...], Group] = {}
-        self._by_axes = {axes: self._build(shape.partition(axes)) for axes in _AXES_WITH_GROUPS}
+        self._by_axes = {axes: self._build(shape.partition(axes), "+".join(axes)) for axes in _AXES_WITH_GROUPS}
         self.world = self._by_axes[AXES]
         self.tp = self._by_axes[("tp",)]
         self.dp = self._by_axes[("cp", "dp")]
         self.pp = self._by_axes[("pp",)]
         self.tp_dp = self._by_axes[("tp", "cp", "dp")]
         ends = [tuple(dict.fromkeys((ranks[0], ranks[-1]))) for ranks in shape.partition(("pp",))]
-        self.tie = self._build(ends)
+        self.tie = self._build(ends, "tie")
 
     def group_over(self, axes: tuple[str, ...]) -> Group:
         """The group along data and context axes, and along tensor too if `axes` names it."""
@@ -134,16 +136,17 @@ class Mesh:
         if self._backend() == "nccl":
             transports = self._edge_communicators()
             return {edge: Channel(*edge, tag=0, transport=transports[edge]) for edge in mine}
-        return {edge: Channel(*edge, tag=1, transport=self._transport(dist.group.WORLD)) for edge in mine}
+        return {edge: Channel(*edge, tag=1, transport=self._transport(dist.group.WORLD, "pipeline")) for edge in mine}
 
     def new_hosts(self) -> Hosts:
         """A group of all processes beside those of the mesh. Called by all ranks, in the same order."""
         process_group = None
         if self.shape.world_size > 1:
             process_group = dist.new_group(backend="gloo", timeout=self._timeout)
-        transport = Transport(process_group)
+        ranks = tuple(range(self.shape.world_size))
+        transport = Transport(process_group, name=_label("hosts", ranks), journal=self.journal)
         self._transports.append(transport)
-        return Hosts(Group(tuple(range(self.shape.world_size)), self.rank, transport), torch.device("cpu"))
+        return Hosts(Group(ranks, self.rank, transport), torch.device("cpu"))
 
     def close(self) -> None:
         """Lets go of the process groups, so that they end with the default group. To be called when nothing is under
@@ -156,12 +159,12 @@ class Mesh:
     def _backend(self) -> str:
         return dist.get_backend() if dist.is_initialized() else "gloo"
 
-    def _transport(self, process_group: dist.ProcessGroup | None) -> Transport:
-        transport = Transport(process_group, self._delay)
+    def _transport(self, process_group: dist.ProcessGroup | None, name: str) -> Transport:
+        transport = Transport(process_group, self._delay, name, self.journal)
         self._transports.append(transport)
         return transport
 
-    def _build(self, partition: list[tuple[int, ...]]) -> Group:
+    def _build(self, partition: list[tuple[int, ...]], name: str) -> Group:
         """Creates one group per member of a partition of (some of) the ranks and returns this rank's, or a group of
         one.
         """
@@ -172,7 +175,7 @@ class Mesh:
         process_group = None
         if max(len(ranks) for ranks in partition) > 1:
             process_group = self._create(partition)
-        group = Group(mine, self.rank, self._transport(process_group if len(mine) > 1 else None))
+        group = Group(mine, self.rank, self._transport(process_group if len(mine) > 1 else None, _label(name, mine)))
         self._by_partition[key] = group
         return group
 
@@ -209,14 +212,20 @@ class Mesh:
                 process_group = dist.split_group(split_ranks=[sorted(pair) for pair in split], timeout=self._timeout)
                 for pair in split:
                     if self.rank in pair:
-                        transports[pair] = self._transport(process_group)
+                        transports[pair] = self._transport(process_group, "pipeline")
         return transports
+
+
+def _label(name: str, ranks: tuple[int, ...]) -> str:
+    """A group's name with its ranks, for people."""
+    shown = " ".join(map(str, ranks)) if len(ranks) <= 8 else f"{ranks[0]} {ranks[1]} ... {ranks[-1]}"
+    return f"{name} (ranks {shown})"
 
 
 def start_processes(backend: str, device: torch.device, timeout: timedelta) -> tuple[int, int]:
     """Joins the job that torchrun started, or starts a job of one process. Returns (rank, world size).
 
-    Raises ValueError if only some of torchrun's variables are set.
+    Raises ValueError if only some of torchrun's variables are set, or if the processes cannot find each other.
     """
     wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in wanted if name not in os.environ]
@@ -228,5 +237,19 @@ def start_processes(backend: str, device: torch.device, timeout: timedelta) -> t
             "start with torchrun, which sets all of them"
         )
     bound = device if backend == "nccl" else None
-    dist.init_process_group(backend, timeout=timeout, device_id=bound)
+    try:
+        dist.init_process_group(backend, timeout=timeout, device_id=bound)
+    except dist.DistError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        sentence = str(error).strip().splitlines()[0]
+        if "EADDRINUSE" in str(error):
+            raise ValueError(
+                f"MASTER_PORT {os.environ['MASTER_PORT']} is used by another program on this machine: give another "
+                "with torchrun --master-port, or on a single machine use torchrun --standalone, which takes a free one"
+            ) from error
+        raise ValueError(
+            f"the processes of the job do not find each other at MASTER_ADDR:MASTER_PORT {address}: {sentence}. Check "
+            "that the first machine is up, that its name and port can be reached from here, and that as many processes "
+            "were started as --nnodes and --nproc-per-node say"
+        ) from error
     return dist.get_rank(), dist.get_world_size()

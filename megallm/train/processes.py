@@ -14,6 +14,7 @@ from megallm.config.tree import Config
 from megallm.device import select_backend, select_device, use_one_thread_per_process
 from megallm.mesh import Mesh, MeshShape, start_processes
 from megallm.plan.validate import check
+from megallm.train.watch import SECONDS_BEFORE_TORCH, watched
 
 
 @contextmanager
@@ -30,7 +31,8 @@ def joined_processes(config: Config) -> Iterator[tuple[Config, Mesh]]:
     if device.type == "cpu":
         use_one_thread_per_process(local_world_size)
     backend = select_backend(device, local_world_size, parallel.distributed_backend)
-    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    # A hang is told by our own watch; torch's errors come later and say less.
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes, seconds=SECONDS_BEFORE_TORCH)
     rank, world_size = start_processes(backend, device, timeout)
     try:
         shape = MeshShape(
@@ -39,7 +41,8 @@ def joined_processes(config: Config) -> Iterator[tuple[Config, Mesh]]:
             pp=parallel.pipeline_model_parallel_size,
         )
         mesh = Mesh(shape, rank, device, timeout)
-        yield resolve(config, world_size), mesh
+        with watched(mesh, parallel.distributed_timeout_minutes):
+            yield resolve(config, world_size), mesh
         # Threads of gloo that still hold a tensor when the interpreter ends abort the process. After an exception
         # messages may be under way that nobody will answer, and waiting for the threads would take for ever.
         mesh.close()

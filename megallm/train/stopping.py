@@ -36,6 +36,8 @@ class ExitCode(IntEnum):
     """An error in the program: it ends with a traceback."""
     MISTAKE = 2
     """The configuration, or a file that it names, is wrong: one sentence says what."""
+    LOST = 69
+    """Another process of the job has ended or hangs (EX_UNAVAILABLE of sysexits.h): each rank says what it knows."""
     NOT_SAVED = 74
     """The last checkpoint could not be written (EX_IOERR of sysexits.h)."""
     UNFINISHED = 75

@@ -21,6 +21,7 @@ FLOORS = (
         "__init__",
         "config",
         "schedule",
+        "journal",
         "communication",
         "agreement",
         "mesh",

@@ -6,6 +6,7 @@ from math import prod
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,3 +107,37 @@ def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     _set(monkeypatch, RANK="1", WORLD_SIZE="2")
     with pytest.raises(ValueError, match="but not MASTER_ADDR, MASTER_PORT"):
         start_processes("gloo", select_device("cpu"), timedelta(seconds=5))
+
+
+@pytest.mark.parametrize("rank", [1000])
+def test_few_groups_are_made_on_nccl_whatever_the_world(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    shape = MeshShape(tp=8, dp=64, pp=16)
+    assert shape.world_size == 8192
+    calls: list[list[tuple[int, ...]]] = []
+
+    def split_group(split_ranks: list[list[int]], **_: object) -> object:
+        calls.append([tuple(ranks) for ranks in split_ranks])
+        return object()
+
+    def new_group(*_: object, **__: object) -> object:
+        calls.append([tuple(range(shape.world_size))])
+        return object()
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda group=None: "nccl")
+    monkeypatch.setattr(dist, "split_group", split_group)
+    monkeypatch.setattr(dist, "new_group", new_group)
+    mesh = Mesh(shape, rank, torch.device("cpu"))
+    channels = mesh.connect_pipeline()
+    # One for signals and limits, one for saving in the background.
+    mesh.new_hosts()
+    mesh.new_hosts()
+    assert len(calls) <= 16
+    # No rank is in two groups of one call, so that each rank takes part in one creation a call.
+    for groups in calls:
+        members = [member for group in groups for member in group]
+        assert len(members) == len(set(members))
+    position = shape.coordinates(rank)["pp"]
+    ring = shape.partition(("pp",))[rank % 512]
+    neighbours = {ring[position - 1], ring[(position + 1) % 16]}
+    assert set(channels) == {(rank, other) for other in neighbours} | {(other, rank) for other in neighbours}
