@@ -3,12 +3,14 @@
     python tools/generate.py --load CHECKPOINTS --prompt "def main("
     torchrun --nproc-per-node 4 tools/generate.py --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 ...
 
-The model's shape and its tokenizer are those that the checkpoint was saved with.
+The model's shape and its tokenizer are those that the checkpoint was saved with. Text number n of several is sampled
+with seed + n, as if it were alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import replace
 
@@ -22,12 +24,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--load", required=True, help="folder of checkpoints, or of one checkpoint")
-    parser.add_argument("--prompt", required=True, help="text to continue")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="text to continue")
+    source.add_argument("--prompts", metavar="FILE", help="texts to continue, one a line; - reads standard input")
     parser.add_argument("--num-tokens", type=int, default=64, help="longest continuation, in tokens (default 64)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token (default 1)")
     parser.add_argument("--top-k", type=int, default=0, help="choose among the k most likely tokens (default all)")
     parser.add_argument("--top-p", type=float, default=1.0, help="choose among the most likely tokens of this total")
-    parser.add_argument("--seed", type=int, default=1234, help="of the sampling (default 1234)")
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="above 1: what was there becomes less likely (default 1)"
+    )
+    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end the continuation")
+    parser.add_argument("--seed", type=int, default=1234, help="of the sampling of the first text (default 1234)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the text")
     parser.add_argument("--tokenizer-model", help="where the tokenizer is now, if it moved since the training")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1, help="processes that share a layer")
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, help="processes that share the layers")
@@ -45,52 +54,26 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     # Imported late, so that --help is quick.
-    from megallm.checkpoint.load import find_checkpoints
-    from megallm.checkpoint.manifest import read_manifest
-    from megallm.config import from_dict
-    from megallm.generate.sampling import SamplingSettings, generate_tokens
-    from megallm.train.datasets import build_tokenizer_of
-    from megallm.train.engine import build_model
-    from megallm.train.processes import joined_processes
-    from megallm.train.resume import load_weights
-    from megallm.train.tasks.gpt import GPTTask
+    from megallm.generate.choice import SamplingSettings
+    from megallm.generate.text import continue_text, read_prompts
+    from megallm.train.trained import Placement, trained_model
 
-    settings = SamplingSettings(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    settings = SamplingSettings(
+        arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed, arguments.repetition_penalty
+    )
     if arguments.num_tokens < 1:
         raise ValueError(f"--num-tokens {arguments.num_tokens} leaves nothing to do; give at least 1")
-    folder = next(iter(find_checkpoints(arguments.load)), None)
-    if folder is None:
-        raise ValueError(f"--load {arguments.load} holds no complete checkpoint: a folder iter_... with a manifest")
-    config = from_dict(read_manifest(folder).state["config"])
-    if config.data.tokenizer_type in (None, "NullTokenizer"):
-        raise ValueError("the model was trained on numbers, without a tokenizer of text: there is no text to continue")
-    config = replace(
-        config,
-        parallel=replace(
-            config.parallel,
-            tensor_model_parallel_size=arguments.tensor_model_parallel_size,
-            pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
-            num_virtual_stages_per_pipeline_rank=1,
-            pipeline_schedule="auto",
-            distributed_backend=None,
-        ),
-        training=replace(config.training, micro_batch_size=1, global_batch_size=None, device=arguments.device),
-        data=replace(config.data, tokenizer_model=arguments.tokenizer_model or config.data.tokenizer_model),
+    placement = Placement(
+        arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size, device=arguments.device
     )
-    with joined_processes(config) as (config, mesh):
-        tokenizer = build_tokenizer_of(config)
-        assert tokenizer is not None, "the configuration names a tokenizer of text"
-        if tokenizer.vocab_size > (config.model.vocab_size or 0):
-            raise ValueError(
-                f"the tokenizer {config.data.tokenizer_model} has {tokenizer.vocab_size} tokens, the model knows "
-                f"{config.model.vocab_size}: give the tokenizer that it was trained with as --tokenizer-model"
-            )
-        model = build_model(config, GPTTask.from_config(config), mesh)
-        load_weights(model, folder)
-        prompt = tokenizer.encode(arguments.prompt)
-        tokens = generate_tokens(model, prompt, arguments.num_tokens, settings, tokenizer.eod_id)
-        if mesh.rank == 0:
-            print(arguments.prompt + tokenizer.decode(tokens))
+    with trained_model(arguments.load, placement, arguments.tokenizer_model) as (model, tokenizer):
+        prompts = read_prompts(model.mesh, arguments.prompts) if arguments.prompts else [arguments.prompt]
+        for number, prompt in enumerate(prompts):
+            own = replace(settings, seed=settings.seed + number)
+            continuation = continue_text(model, tokenizer, prompt, arguments.num_tokens, own, arguments.stop)
+            if model.mesh.rank == 0:
+                text = json.dumps({"prompt": prompt, "continuation": continuation})
+                print(text if arguments.json else prompt + continuation, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,41 +1,23 @@
-"""Sampling one token after another.
+"""Writing a text, one token after another, in any layout.
 
-Each token takes one forward pass over the whole sequence through the pipeline executor, so that every layout that
-trains also generates. There is no key-value cache: the cost of a token does not depend on how many came before.
+Every token goes through the pipeline executor as a micro-batch does, so that every layout that trains also writes.
+Stages keep keys and values of what came before, and a token costs one token's work. Where sequences are cut over the
+tensor ranks (sequence parallelism), or once a text is longer than the model's sequence and its beginning drops out,
+each token takes a pass over the whole sequence instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
+from megallm.generate.choice import SamplingSettings, choose
+from megallm.layers.cache import KeyValueCache
 from megallm.layers.regions import gather_features
 from megallm.train.engine import Model
 
 Tensors = tuple[torch.Tensor, ...]
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How the next token is chosen.
-
-    Temperature 0 takes the most likely one; `top_k` 0 and `top_p` 1 leave all tokens in.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 1234
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0.0:
-            raise ValueError(f"--temperature {self.temperature} is negative; 0 takes the most likely token, 1 samples")
-        if self.top_k < 0:
-            raise ValueError(f"--top-k {self.top_k} is negative; 0 leaves all tokens in")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"--top-p {self.top_p} is not in (0, 1]; 1 leaves all tokens in")
 
 
 def generate_tokens(
@@ -44,69 +26,90 @@ def generate_tokens(
     num_tokens: int,
     settings: SamplingSettings,
     end_id: int | None = None,
-    on_token: Callable[[int], None] | None = None,
+    is_finished: Callable[[list[int]], bool] = lambda tokens: False,
 ) -> list[int]:
-    """Continues `prompt` by up to `num_tokens` tokens, ending early at `end_id`. Called by all ranks, same result on
-    all.
+    """Continues `prompt` by up to `num_tokens` tokens. Called by all ranks, same result on all.
 
-    `on_token` is called with each token as it comes. A prompt longer than the model's sequence keeps its end. Raises
-    ValueError for an empty prompt.
+    Ends early at `end_id`, which then is the last token, or where `is_finished` says so of the tokens so far, without
+    the prompt. A prompt longer than the model's sequence keeps its end. Raises ValueError for an empty prompt.
     """
     if not prompt:
         raise ValueError("the prompt holds no token: give at least one word")
-    length = model.config.data.seq_length
     generator = torch.Generator().manual_seed(settings.seed)
     tokens = list(prompt)
-    for _ in range(num_tokens):
-        window = tokens[-length:]
-        logits = _next_logits(model, window)
-        choice = torch.zeros((), dtype=torch.int64)
-        if logits is not None:
-            choice = choose(logits.double().cpu(), settings, generator)
-        # Only the last pipeline rank has logits.
-        choice = choice.to(model.mesh.device)
-        model.mesh.pp.broadcast(choice, model.mesh.pp.size - 1)
-        tokens.append(int(choice))
-        if tokens[-1] == end_id:
-            break
-        if on_token is not None:
-            on_token(tokens[-1])
+    with NextLogits(model) as next_logits:
+        for _ in range(num_tokens):
+            logits = next_logits(tokens)
+            choice = torch.zeros((), dtype=torch.int64)
+            if logits is not None:
+                choice = choose(logits.double().cpu(), settings, generator, tokens)
+            # Only the last pipeline rank has logits.
+            choice = choice.to(model.mesh.device)
+            model.mesh.pp.broadcast(choice, model.mesh.pp.size - 1)
+            tokens.append(int(choice))
+            if tokens[-1] == end_id or is_finished(tokens[len(prompt) :]):
+                break
     return tokens[len(prompt) :]
 
 
-def choose(logits: torch.Tensor, settings: SamplingSettings, generator: torch.Generator) -> torch.Tensor:
-    """A token from `logits` [vocabulary]: int64 scalar."""
-    if settings.temperature == 0.0:
-        return logits.argmax()
-    logits = logits / settings.temperature
-    if settings.top_k:
-        kept = min(settings.top_k, len(logits))
-        logits = logits.masked_fill(logits < logits.topk(kept).values[-1], -torch.inf)
-    probabilities = logits.softmax(dim=-1)
-    if settings.top_p < 1.0:
-        ordered, order = probabilities.sort(descending=True)
-        # A token stays if those before it do not reach top_p by themselves: the most likely one always does.
-        ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= settings.top_p, 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter_(0, order, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(0)
+class NextLogits:
+    """Logits of the token that follows: called again and again with a list of tokens that only grows.
 
+    To be used in a `with` block, on all ranks; the model is as it was after it. `cached` False computes the whole
+    sequence each time.
+    """
 
-def _next_logits(model: Model, window: list[int]) -> torch.Tensor | None:
-    """Logits [vocabulary] of the token after `window`, on the last pipeline rank; None elsewhere."""
-    length, vocab_size, device = model.config.data.seq_length, model.config.model.vocab_size, model.mesh.device
-    # What stands after the window is not seen by causal attention.
-    tokens = torch.tensor([window + [0] * (length - len(window))], dtype=torch.int64, device=device)
-    batch = {
-        "tokens": tokens,
-        "position_ids": torch.arange(length, device=device).unsqueeze(0),
-        "sample_ids": torch.zeros(1, dtype=torch.int64, device=device),
-    }
-    kept: list[torch.Tensor] = []
+    def __init__(self, model: Model, *, cached: bool = True) -> None:
+        self._model = model
+        self._cached = cached and not model.context.sequence_parallel
+        self._length = model.config.data.seq_length
+        self._message = model.executor.message
+        self._num_seen = 0
 
-    def keep(outputs: Tensors, _: dict[str, torch.Tensor]) -> torch.Tensor:
-        # [sequence, 1, padded vocabulary / tp] -> [vocabulary]
-        kept.append(gather_features(outputs[0][len(window) - 1, 0], model.mesh.tp)[:vocab_size])
-        return kept[0]
+    def __enter__(self) -> NextLogits:
+        if self._cached:
+            self._give_caches(self._length)
+        return self
 
-    model.executor.run(model.schedule(1, forward_only=True), [batch], keep)
-    return kept[0] if kept else None
+    def __exit__(self, *_: object) -> None:
+        self._give_caches(None)
+        self._model.executor.expect(self._message)
+
+    def __call__(self, tokens: list[int]) -> torch.Tensor | None:
+        """Logits [vocabulary] after `tokens`, on the last pipeline rank; None elsewhere."""
+        if self._cached and len(tokens) > self._length:
+            self._cached = False
+            self._give_caches(None)
+        if self._cached:
+            new, self._num_seen = tokens[self._num_seen :], len(tokens)
+            return self._run(new, len(tokens) - len(new), len(new))
+        window = tokens[-self._length :]
+        # What stands after the window is not seen by causal attention.
+        return self._run(window + [0] * (self._length - len(window)), 0, len(window))
+
+    def _run(self, tokens: list[int], first_position: int, num_tokens: int) -> torch.Tensor | None:
+        """Logits after number `num_tokens` of `tokens`, of which the first stands at `first_position`."""
+        model, device = self._model, self._model.mesh.device
+        ((_, _, hidden_size), dtype), *_ = self._message
+        local = len(tokens) // model.mesh.tp.size if model.context.sequence_parallel else len(tokens)
+        model.executor.expect([((local, 1, hidden_size), dtype)])
+        batch = {
+            "tokens": torch.tensor([tokens], dtype=torch.int64, device=device),
+            "position_ids": (torch.arange(len(tokens), device=device) + first_position).unsqueeze(0),
+            "sample_ids": torch.zeros(1, dtype=torch.int64, device=device),
+        }
+        kept: list[torch.Tensor] = []
+
+        def keep(outputs: Tensors, _: dict[str, torch.Tensor]) -> torch.Tensor:
+            # [sequence, 1, padded vocabulary / tp] -> [vocabulary]
+            logits = gather_features(outputs[0][num_tokens - 1, 0], model.mesh.tp)
+            kept.append(logits[: model.config.model.vocab_size])
+            return kept[0]
+
+        model.executor.run(model.schedule(1, forward_only=True), [batch], keep)
+        return kept[0] if kept else None
+
+    def _give_caches(self, capacity: int | None) -> None:
+        """Gives each stage a cache of its own, since each sees every token once; or takes them away."""
+        for stage in self._model.chunks.values():
+            stage.cache = None if capacity is None else KeyValueCache(capacity)  # type: ignore[assignment]

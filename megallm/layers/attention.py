@@ -27,7 +27,8 @@ def attend(
     """The core of attention.
 
     query [batch, heads, sequence, head_dim]; key and value [batch, groups, sequence, head_dim], heads a multiple of
-    groups. Causal where `allowed` (bool, True = may look, [batch, 1, sequence, sequence]) is None. `dropout` is
+    groups. Causal where `allowed` (bool, True = may look, [batch, 1, sequence, sequence]) is None; else keys and values
+    may be of more tokens than queries. `dropout` is
     (probability, stream key, step, rows [batch, heads, sequence]) or None. Returns [batch, heads, sequence, head_dim].
     """
     scale = query.shape[-1] ** -0.5
@@ -124,6 +125,8 @@ class SelfAttention(nn.Module):
             query, key = sequence.rotation.apply(query), sequence.rotation.apply(key)
         # [s, b, heads, head_dim] -> [b, heads, s, head_dim]
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        if sequence.cache is not None:
+            key, value = sequence.cache.extend(self, key, value)
         dropout = self._dropout(sequence)
         attended = recompute.run(attend, query, key, value, sequence.allowed, dropout, again=self.recompute_core)
         # [b, heads, s, head_dim] -> [s, b, heads x head_dim]

@@ -9,6 +9,7 @@ import torch
 
 from megallm.communication import Group
 from megallm.config.operators import OperatorChoices
+from megallm.layers.cache import KeyValueCache
 from megallm.layers.positions import Rotation
 
 # (weight, gradient of the output [tokens, out], input [tokens, in]) -> None: adds their product to where the weight's
@@ -86,6 +87,7 @@ class SequenceContext:
         rotation: turns queries and keys by their positions; None in a model without rotary positions.
         allowed: bool [batch, 1, sequence, sequence], True where attention may look, or None for plain causal attention.
         step: int64 scalar tensor, the training step, keys dropout; None where dropout is off.
+        cache: keys and values of earlier tokens, which these follow, while a text is written; else None.
     """
 
     sample_ids: torch.Tensor
@@ -94,6 +96,7 @@ class SequenceContext:
     rotation: Rotation | None = None
     allowed: torch.Tensor | None = None
     step: torch.Tensor | None = None
+    cache: KeyValueCache | None = None
 
     def token_rows(self) -> torch.Tensor:
         """Global number of each local token in the batch: int64 [local sequence, batch]."""

@@ -7,6 +7,7 @@ from torch import nn
 
 from megallm.config.resolve import attention_window
 from megallm.config.tree import Config
+from megallm.layers.cache import KeyValueCache
 from megallm.layers.context import LayoutContext, SequenceContext
 from megallm.layers.dropout import HiddenDropout
 from megallm.layers.embedding import embed_tokens, padded_vocab_size, vocabulary_parameter
@@ -108,6 +109,8 @@ class GPTStage(nn.Module):
     Takes the previous stage's outputs and a micro-batch (`tokens`, `position_ids` int64 [batch, sequence],
     `sample_ids` int64 [batch], optionally `document_ids` int64 [batch, sequence]), returns a tuple of one tensor:
     hidden states, or logits from the last stage.
+
+    Whoever writes a text sets `cache`: the tokens of a micro-batch then follow those that the cache holds.
     """
 
     def __init__(self, config: Config, layers: range, context: LayoutContext, *, is_first: bool, is_last: bool) -> None:
@@ -124,6 +127,7 @@ class GPTStage(nn.Module):
         if is_last:
             shared = self.embedding.word if self.embedding is not None and model.tie_embeddings else None
             self.head = GPTHead(config, context, padded, shared)
+        self.cache: KeyValueCache | None = None
         self.rotary = rotary_positions(model, context)
         self.window = attention_window(model)
 
@@ -134,6 +138,8 @@ class GPTStage(nn.Module):
         sequence = self.describe_sequence(batch, step)
         hidden = inputs[0] if self.embedding is None else self.embedding(batch, sequence)
         hidden = self.layers(hidden, sequence)
+        if self.cache is not None:
+            self.cache.advance(sequence.sequence_length)
         return (hidden,) if self.head is None else (self.head(hidden),)
 
     def describe_sequence(self, batch: Batch, step: torch.Tensor | None) -> SequenceContext:
@@ -145,7 +151,8 @@ class GPTStage(nn.Module):
         start = context.tp.rank * local if context.sequence_parallel else 0
         rotation = None
         if self.rotary is not None:
-            rotation = self.rotary(length, batch["position_ids"] if self.config.data.reset_position_ids else None)
+            given = self.config.data.reset_position_ids or self.cache is not None
+            rotation = self.rotary(length, batch["position_ids"] if given else None)
         return SequenceContext(
             sample_ids=batch["sample_ids"],
             sequence_length=length,
@@ -153,12 +160,18 @@ class GPTStage(nn.Module):
             rotation=rotation,
             allowed=self.allowed_positions(batch),
             step=step,
+            cache=self.cache,
         )
 
     def allowed_positions(self, batch: Batch) -> torch.Tensor | None:
-        """Where attention may look: bool [batch or 1, 1, sequence, sequence], or None for all that came before."""
+        """Where attention may look: bool [batch or 1, 1, sequence, sequence], or None for all that came before.
+
+        With a cache the last dim is that of all tokens so far.
+        """
         tokens = batch["tokens"]
         length = tokens.shape[1]
+        if self.cache is not None:
+            return self._allowed_with_cache(self.cache.length, length, tokens.device)
         reach = length - 1 if self.window is None else self.window
         if "document_ids" in batch:
             documents = batch["document_ids"]
@@ -168,6 +181,12 @@ class GPTStage(nn.Module):
         else:
             return None
         return allowed.tril().triu(-reach)
+
+    def _allowed_with_cache(self, before: int, new: int, device: torch.device) -> torch.Tensor:
+        """bool [1, 1, new, before + new]: each new token looks at itself and at what came before it."""
+        distance = torch.arange(new, device=device).unsqueeze(1) + before - torch.arange(before + new, device=device)
+        reach = before + new if self.window is None else self.window
+        return ((distance >= 0) & (distance <= reach)).view(1, 1, new, before + new)
 
     def initialize(self) -> None:
         """Fills every parameter with its initial values, the same in every layout."""

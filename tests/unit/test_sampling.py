@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megallm.generate.sampling import SamplingSettings, choose
+from megallm.generate.choice import SamplingSettings, choose
 
 LOGITS = torch.tensor([0.1, 0.5, 0.2, 0.15, 0.05], dtype=torch.float64).log()
 NUM_DRAWS = 4000
@@ -70,6 +70,18 @@ def test_a_token_of_no_probability_is_never_drawn() -> None:
     assert draw(SamplingSettings(top_k=3), 200, logits)[0] == 0.0
 
 
+def test_what_was_there_becomes_less_likely() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([2.0, 1.5, -1.0, -1.5], dtype=torch.float64)
+    settings = SamplingSettings(temperature=0.0, repetition_penalty=2.0)
+    # Positive logits are divided, negative ones multiplied: 1, 1.5, -1, -1.5, and then 1, 0.75, -2, -1.5.
+    assert choose(logits, settings, generator, [0, 0, 0]).item() == 1
+    assert choose(logits, settings, generator, [0, 1, 2]).item() == 0
+    assert choose(-logits.flip(0), settings, generator, [0]).item() == 1
+    assert choose(logits[2:], settings, generator, [0]).item() == 1
+    assert choose(logits, settings, generator).item() == 0
+
+
 def test_seeds_decide() -> None:
     def series(seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
@@ -85,6 +97,7 @@ def test_seeds_decide() -> None:
         ({"top_k": -1}, "--top-k -1"),
         ({"top_p": 0.0}, "--top-p 0.0"),
         ({"top_p": 1.5}, "--top-p 1.5"),
+        ({"repetition_penalty": 0.0}, "--repetition-penalty 0.0"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, float], flag: str) -> None:
