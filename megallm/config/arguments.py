@@ -9,13 +9,14 @@ from typing import Any
 
 from megallm.config.dictionary import build, read_yaml
 from megallm.config.fields import REQUIRED, Field, all_fields, from_text, nearest_hint, sections
-from megallm.config.megatron import ALIASES, LAYERS_PER_VIRTUAL_STAGE, Refused, answer
+from megallm.config.megatron import ALIASES, IGNORED, LAYERS_PER_VIRTUAL_STAGE, REFUSED, Ignored, Refused, answer
 from megallm.config.report import stop, warn_once
 from megallm.config.stage_layout import parse_stage_layout
 from megallm.config.tree import Config
 
 _FILE = "config_file"
 _LAYERS_PER_STAGE = "layers_per_virtual_stage"
+_ALIASES_HELP = "Other names, as Megatron's scripts use them."
 _METAVARS = {int: "N", float: "X", str: "TEXT", list: "TEXT"}
 
 
@@ -27,10 +28,11 @@ def parse_arguments(argv: Sequence[str], *, prog: str, description: str) -> Conf
     are listed in one warning. Values are checked one by one only: whether they fit together is the matter of
     `megallm.plan.validate`, and derived defaults are filled in by `resolve`.
     """
+    for number, word in enumerate(argv):
+        if word in ("-h", "--help"):
+            print(_help(prog, description, [other for other in argv[number + 1 :] if not other.startswith("-")]))
+            raise SystemExit(0)
     parser = build_parser(prog, description)
-    if any(word in ("-h", "--help") for word in argv):
-        parser.print_help()
-        raise SystemExit(0)
     line = _read_line(parser, argv)
     _find_conflicts(line)
     config = _assemble(line)
@@ -40,8 +42,28 @@ def parse_arguments(argv: Sequence[str], *, prog: str, description: str) -> Conf
     return config
 
 
-def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """The parser of all flags, in one group per section of the tree. It sets what is given and nothing else."""
+def _help(prog: str, description: str, words: list[str]) -> str:
+    """Help on all flags, or on those whose name or help holds all `words`, Megatron's among them that are not ours."""
+    text = build_parser(prog, description, words).format_help()
+    if not words:
+        return text + f"\n{prog} --help WORD shows the flags that have to do with it, {prog} --help rotary for example."
+    foreign = [
+        f"  {entry.flag} {'is ignored' if isinstance(entry, Ignored) else 'is not supported'}: {entry.reason}"
+        for entry in (*IGNORED, *REFUSED)
+        if _is_about(words, entry.flag, entry.reason)
+    ]
+    return text + ("\nMegatron's flags that are answered only:\n" + "\n".join(foreign) if foreign else "")
+
+
+def _is_about(words: Sequence[str], flag: str, text: str) -> bool:
+    return all(word.lower() in f"{flag} {text}".lower() for word in words)
+
+
+def build_parser(prog: str, description: str, words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of all flags, in one group per section of the tree. It sets what is given and nothing else.
+
+    With `words`, of those flags only whose name or help holds all of them: for a help text.
+    """
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s [--config FILE.yaml] [flags]",
@@ -55,12 +77,14 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
         "--config", dest=_FILE, metavar="FILE.yaml", help="the same tree in YAML; flags win over the file"
     )
     groups = {
-        section: parser.add_argument_group(section, (section_class.__doc__ or "").strip())
+        # A group without flags is not shown if it has no description either.
+        section: parser.add_argument_group(section, None if words else (section_class.__doc__ or "").strip())
         for section, section_class in sections()
     }
     for entry in all_fields():
-        _add_field(groups[entry.section], entry)
-    _add_aliases(parser.add_argument_group("aliases", "Other names, as Megatron's scripts use them."))
+        if _is_about(words, f"{entry.flag} {entry.off_flag or ''}", entry.help):
+            _add_field(groups[entry.section], entry)
+    _add_aliases(parser.add_argument_group("aliases", None if words else _ALIASES_HELP), words)
     return parser
 
 
@@ -87,12 +111,16 @@ def _add_field(group: argparse._ArgumentGroup, entry: Field) -> None:
         group.add_argument(entry.flag, dest=entry.path, type=_converter(entry), metavar=metavar, help=text)
 
 
-def _add_aliases(group: argparse._ArgumentGroup) -> None:
+def _add_aliases(group: argparse._ArgumentGroup, words: Sequence[str]) -> None:
     by_path = {entry.path: entry for entry in all_fields()}
     for alias in ALIASES:
         meaning = f"{by_path[alias.path].flag} {alias.value}" + (", unless it is given" if alias.yields else "")
+        if not _is_about(words, alias.flag, meaning):
+            continue
         group.add_argument(alias.flag, dest=alias.path, action="store_const", const=alias.value, help=meaning)
     stages = by_path["parallel.num_virtual_stages_per_pipeline_rank"]
+    if not _is_about(words, LAYERS_PER_VIRTUAL_STAGE, stages.help):
+        return
     layers = Field("", "", int, False, None, LAYERS_PER_VIRTUAL_STAGE, None, "", None)
     group.add_argument(
         LAYERS_PER_VIRTUAL_STAGE,
@@ -181,7 +209,7 @@ def _too_many_values(flag: str, values: list[str], rest: list[str]) -> str:
 def _answer_foreign(flag: str, values: list[str], line: _Line) -> None:
     known = answer(flag, values)
     if known is None:
-        line.problems.append(f"{flag} is unknown{nearest_hint(flag.replace('_', '-'), _all_flags())}")
+        line.problems.append(f"{flag} is unknown{nearest_hint(flag.replace('_', '-'), all_flags())}")
     elif isinstance(known, Refused):
         line.problems.append(f"{' '.join([flag, *values])} is not supported: {known.reason}")
     else:
@@ -190,7 +218,8 @@ def _answer_foreign(flag: str, values: list[str], line: _Line) -> None:
             line.warnings.append(sentence)
 
 
-def _all_flags() -> list[str]:
+def all_flags() -> list[str]:
+    """Every flag of ours, switches that turn others off and aliases among them."""
     flags = ["--config", LAYERS_PER_VIRTUAL_STAGE, *(alias.flag for alias in ALIASES)]
     for entry in all_fields():
         flags += [entry.flag] if entry.off_flag is None else [entry.flag, entry.off_flag]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megallm.config import Config, difference, parse_arguments, resolve, to_yaml
+from megallm.config.completion import completion_script
 from megallm.config.dictionary import build
 from megallm.config.fields import all_fields, get
 from megallm.config.megatron import ALIASES, IGNORED, REFUSED, answer
@@ -225,7 +226,7 @@ def test_flags_without_effect_are_listed_in_one_warning(
 ) -> None:
     words = (
         "--use-mcore-models --transformer-impl local --no-rope-fusion --attention-softmax-in-fp32 "
-        "--context-parallel-size 1 --wandb-project mine --mtp-num-layers 0 --use-mcore-models --num-layers 2"
+        "--context-parallel-size 1 --log-throughput --mtp-num-layers 0 --use-mcore-models --num-layers 2"
     ).split()
     assert changed(parse(*words)) == {"model.num_layers": 2}
     warning = capsys.readouterr().err
@@ -389,6 +390,49 @@ def test_help_is_grouped_and_readable(capsys: pytest.CaptureFixture[str]) -> Non
     one_line = " ".join(output.split())
     assert "divided by sqrt(2 x layers) (default: 0.02)" in one_line
     assert "number of transformer layers (required)" in one_line
+
+
+def test_help_on_a_word_shows_what_has_to_do_with_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        parse("--num-layers", "4", "--help", "WARMUP")
+    assert leaving.value.code == 0
+    output = capsys.readouterr().out
+    flags = {line.split()[0] for line in output.splitlines() if line.startswith("  --")}
+    assert flags == {
+        "--config",
+        "--lr-warmup-iters",
+        "--lr-warmup-samples",
+        "--lr-warmup-fraction",
+        "--lr-warmup-init",
+    }
+    assert "\nmodel:" not in output
+    with pytest.raises(SystemExit):
+        parse("--help", "moe")
+    assert "  --moe-* is not supported: layers are dense; leave it out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("torchrun --nproc-per-node 2 pretrain_gpt.py --rotary-p", ["--rotary-percent"]),
+        ("python pretrain_gpt.py --lr-decay-style c", ["constant", "cosine"]),
+        ("python ./pretrain_gpt.py --override-opt_", ["--override-opt_param-scheduler"]),
+        ("python another.py --lr", []),
+    ],
+)
+def test_bash_completes_flags_and_their_values(line: str, wanted: list[str]) -> None:
+    words = line.split()
+    script = (
+        f"source <({sys.executable} -m megallm.config completion bash); COMP_WORDS=({line}); "
+        f"COMP_CWORD={len(words) - 1}; _megallm; echo ${{COMPREPLY[@]}}"
+    )
+    output = subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True).stdout
+    assert output.split() == wanted
+
+
+def test_zsh_gets_the_script_of_bash() -> None:
+    assert completion_script("zsh").endswith(completion_script("bash"))
+    assert completion_script("zsh").startswith("autoload -U +X bashcompinit && bashcompinit\n")
 
 
 def test_configuration_and_plan_need_neither_torch_nor_numpy() -> None:
