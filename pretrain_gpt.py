@@ -42,13 +42,14 @@ def main(arguments: list[str] | None = None) -> None:
             print(dry_run(config, world_size))
         return
     # Imported late: a mistake on the command line is answered before torch is loaded.
+    from megallm.generate.text import SampleWriter
     from megallm.train.loop import pretrain
     from megallm.train.saving import SaveError
     from megallm.train.stopping import ExitCode
     from megallm.train.tasks.gpt import GPTTask
 
     try:
-        code = pretrain(config, GPTTask.from_config)
+        code = pretrain(config, GPTTask.from_config, SampleWriter())
     except SaveError as error:
         fail(program, error, ExitCode.NOT_SAVED)
     except ValueError as error:

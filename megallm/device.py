@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
 
 import torch
 
@@ -70,6 +72,21 @@ class Readback:
         return self._host.tolist()
 
 
+def memory_in_bytes(device: torch.device) -> dict[str, int]:
+    """Memory of this process on a GPU, by Megatron's names; without one, the most that it ever held resident.
+
+    Waits for nothing.
+    """
+    if device.type == "cuda":
+        return {
+            "mem-allocated-bytes": torch.cuda.memory_allocated(device),
+            "mem-max-allocated-bytes": torch.cuda.max_memory_allocated(device),
+            "mem-reserved-bytes": torch.cuda.memory_reserved(device),
+        }
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"mem-max-resident-bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+
+
 class HostCopies:
     """Copies of tensors in the host's memory (pinned, of a GPU's tensors), taken again and again into the same places.
 
@@ -88,6 +105,27 @@ class HostCopies:
         if any(tensor.is_cuda for tensor in tensors):
             torch.cuda.current_stream().synchronize()
         return self._copies
+
+
+class Measures(Protocol):
+    """Whatever wants to know when something begins and ends."""
+
+    def measure(self, label: Any) -> AbstractContextManager[None]:
+        """Everything done within is one span called `label`."""
+
+
+class Together:
+    """Several of them at once, or none."""
+
+    def __init__(self, *parts: Measures) -> None:
+        self._parts = parts
+
+    @contextmanager
+    def measure(self, label: Any) -> Iterator[None]:
+        with ExitStack() as stack:
+            for part in self._parts:
+                stack.enter_context(part.measure(label))
+            yield
 
 
 class Stopwatch:
@@ -116,9 +154,10 @@ class Stopwatch:
         self._spans.append((label, begin, self._now()))
 
     def spans(self) -> list[tuple[Any, float, float]]:
-        """(label, begin, end) in seconds since this stopwatch was made. Waits for the device."""
+        """(label, begin, end) in seconds since this stopwatch was made. Waits until the last span is over."""
         if not self._cuda:
             return [(label, begin - self._start, end - self._start) for label, begin, end in self._spans]
-        torch.cuda.synchronize()
+        if self._spans:
+            self._spans[-1][2].synchronize()
         elapsed = self._start.elapsed_time
         return [(label, elapsed(begin) / 1e3, elapsed(end) / 1e3) for label, begin, end in self._spans]

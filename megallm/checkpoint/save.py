@@ -23,9 +23,12 @@ _KEEP_ALL = Retention()
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is on the disk: its folder, the bytes of all ranks' files, and what went wrong besides."""
+    """A checkpoint that is on the disk: its folder, its step, the bytes of all ranks' files, and what went wrong
+    besides.
+    """
 
     folder: Path
+    iteration: int
     num_bytes: int
     notes: tuple[str, ...] = ()
 
@@ -68,7 +71,7 @@ def save_checkpoint(
             prune(root, retention, iteration, token)
         except OSError as error:
             notes = (f"an old checkpoint could not be removed from {root}: {error}",)
-    return Saved(final, needed, notes)
+    return Saved(final, iteration, needed, notes)
 
 
 def save_stream(

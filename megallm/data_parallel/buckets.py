@@ -8,6 +8,7 @@ the optimizer's state (ZeRO-1, Rajbhandari et al., 2020).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -71,6 +72,18 @@ class Bucket:
         self.shard = slice(self.group.rank * part, (self.group.rank + 1) * part) if self.sharded else slice(0, length)
         self._reducing = Work()
         self._gathering = Work()
+
+    @property
+    def num_paddings(self) -> int:
+        """Elements of this rank's range that belong to no logical tensor; their gradients are always zero."""
+        num_logical = 0
+        for member in self.members:
+            row, begin = math.prod(member.parameter.shape[1:]), member.begin
+            for piece in description_of(member.parameter).pieces:
+                end = begin + piece.shape[0] * row
+                num_logical += max(0, min(end, self.shard.stop) - max(begin, self.shard.start))
+                begin += piece.rows * row
+        return self.shard.stop - self.shard.start - num_logical
 
     def gradient_of(self, member: Member) -> torch.Tensor:
         """The part of the gradient that belongs to a member, in its shape."""

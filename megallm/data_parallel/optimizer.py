@@ -11,7 +11,7 @@ from megallm.data_parallel.buckets import Bucket
 from megallm.data_parallel.reducer import GradientReducer
 from megallm.mesh import Mesh
 from megallm.optimizer.adamw import AdamWSettings, AdamWState, adamw_step, new_state
-from megallm.optimizer.clipping import clip_coefficient, squared_norm
+from megallm.optimizer.clipping import clip_coefficient, count_zeros, squared_norm
 from megallm.optimizer.loss_scale import LossScale
 from megallm.optimizer.rates import Rates
 from megallm.optimizer.sgd import SGDSettings, SGDState, new_sgd_state, sgd_step
@@ -34,14 +34,15 @@ class Shard:
 class StepOutcome:
     """Scalars of one step, on the device.
 
-    The norm before clipping, whether the step was skipped (0 or 1), the loss scale of the next step, and sums that rode
-    along.
+    The norm before clipping, whether the step was skipped (0 or 1), the loss scale of the next step, sums that rode
+    along, and the number of zeros in the gradient where they are counted.
     """
 
     grad_norm: torch.Tensor
     skipped: torch.Tensor
     loss_scale: torch.Tensor
     sums: torch.Tensor
+    num_zeros: torch.Tensor | None = None
 
 
 class BucketOptimizer:
@@ -60,6 +61,7 @@ class BucketOptimizer:
         max_grad_norm: float,
         overlap_gather: bool,
         loss_scale: LossScale,
+        counts_zeros: bool = False,
     ) -> None:
         self.reducer = reducer
         self.mesh = mesh
@@ -67,6 +69,7 @@ class BucketOptimizer:
         self.max_grad_norm = max_grad_norm
         self.overlap_gather = overlap_gather
         self.loss_scale = loss_scale
+        self.counts_zeros = counts_zeros
         self.shards: list[Shard] = []
         for bucket in reducer.buckets:
             own = bucket.weights[bucket.shard]
@@ -84,7 +87,7 @@ class BucketOptimizer:
         )
         # A copy that does not count must be finite all the same: zero times anything else is not a number.
         copies = squared_norm([s.gradient for s in self.shards if not s.bucket.key.counts], self.mesh.device)
-        totals = torch.cat(((squares + 0.0 * copies).reshape(1), sums))
+        totals = torch.cat(((squares + 0.0 * copies).reshape(1), sums, self._zeros()))
         self.mesh.world.all_reduce(totals)
         scale = self.loss_scale.value
         norm = totals[0].sqrt() / scale
@@ -97,7 +100,15 @@ class BucketOptimizer:
         self.publish_weights()
         if not self.overlap_gather:
             self.reducer.finish_gather()
-        return StepOutcome(norm, skipped, self.loss_scale.value.clone(), totals[1:])
+        num_zeros = totals[-1] if self.counts_zeros else None
+        return StepOutcome(norm, skipped, self.loss_scale.value.clone(), totals[1 : 1 + len(sums)], num_zeros)
+
+    def weights_norm(self) -> torch.Tensor:
+        """The norm of all trained weights: float64 scalar, the same on every rank. Waits for nothing on a GPU."""
+        counted = [shard.master for shard in self.shards if self._counts(shard.bucket)]
+        total = squared_norm(counted, self.mesh.device)
+        self.mesh.world.all_reduce(total)
+        return total.sqrt()
 
     def publish_weights(self) -> None:
         """Copies master weights into the model's and starts collecting the other ranks' ranges."""
@@ -120,6 +131,14 @@ class BucketOptimizer:
             skip=skipped,
         )
         update(shard.master, shard.gradient, shard.state, settings)
+
+    def _zeros(self) -> torch.Tensor:
+        """This rank's part of the zeros in the gradient: float64 [1], or [0] where nobody counts them."""
+        if not self.counts_zeros:
+            return torch.zeros(0, dtype=torch.float64, device=self.mesh.device)
+        counted = [shard for shard in self.shards if self._counts(shard.bucket)]
+        zeros = count_zeros([shard.gradient for shard in counted], self.mesh.device)
+        return (zeros - sum(shard.bucket.num_paddings for shard in counted)).reshape(1)
 
     def _counts(self, bucket: Bucket) -> bool:
         """Whether this rank's gradient enters the norm: every logical element does so on exactly one rank."""

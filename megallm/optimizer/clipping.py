@@ -14,6 +14,14 @@ def squared_norm(tensors: list[torch.Tensor], device: torch.device) -> torch.Ten
     return total
 
 
+def count_zeros(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Elements of flat tensors that are exactly zero: float64 scalar."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for tensor in tensors:
+        total += tensor.numel() - torch.count_nonzero(tensor)
+    return total
+
+
 def clip_coefficient(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
     """min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it.
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megallm.communication import Work
-from megallm.device import Stopwatch
+from megallm.device import Measures
 from megallm.mesh import Mesh
 from megallm.schedule import Action, Kind, LoweredSchedule, Step
 
@@ -90,13 +90,19 @@ class PipelineExecutor:
             Kind.GRAD_SYNC: lambda run, schedule, step: self.close_chunk(step.action.stage),
         }
 
+    def expect(self, message: list[tuple[tuple[int, ...], torch.dtype]]) -> None:
+        """From the next call on, other tensors pass between stages. Called by all ranks with the same `message`."""
+        if message != self.message:
+            self.message = message
+            self._buffers.clear()
+
     def run(
         self,
         lowered: LoweredSchedule,
         micro_batches: list[Batch],
         loss_function: LossFunction,
         dropout_step: torch.Tensor | None = None,
-        stopwatch: Stopwatch | None = None,
+        stopwatch: Measures | None = None,
     ) -> None:
         """Takes `micro_batches` through the schedule. Gradients are left with the parameters or their sinks.
 

@@ -131,6 +131,13 @@ RANGES = {
     # One of them may turn out to be damaged.
     "checkpoint.save_keep_last": Range(2),
     "logging.log_interval": _COUNT,
+    "logging.sample_interval": _COUNT,
+    "logging.sample_num_tokens": _COUNT,
+    "logging.tensorboard_log_interval": _COUNT,
+    "logging.tensorboard_queue_size": _COUNT,
+    "logging.timing_log_level": Range(0, 2),
+    "logging.profile_step_start": _NATURAL,
+    "logging.profile_step_end": _COUNT,
     "logging.timeline_step": _COUNT,
     "plan.world_size": _COUNT,
 }

@@ -22,7 +22,7 @@ _FREE = (
     "group_query_attention",
 )
 # What bears on no number that a run computes.
-_SILENT_SECTIONS = ("checkpoint.", "logging.")
+_SILENT_SECTIONS = ("checkpoint.", "logging.", "plan.")
 _SILENT = (
     "training.device",
     "training.exit_interval",

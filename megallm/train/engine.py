@@ -152,6 +152,7 @@ def build_engine(config: Config, task: Task, mesh: Mesh) -> Engine:
         max_grad_norm=settings.clip_grad,
         overlap_gather=parallel.overlap_param_gather,
         loss_scale=_loss_scale(config.training, mesh.device),
+        counts_zeros=config.logging.log_num_zeros_in_grad,
     )
     progress = Progress(
         torch.zeros((), dtype=torch.float64, device=mesh.device),

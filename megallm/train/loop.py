@@ -16,15 +16,15 @@ from megallm.config.tree import Config
 from megallm.data.feeding.loader import SampleSource, build_loader
 from megallm.data.feeding.orders import SampleOrder, build_order
 from megallm.data.feeding.sampler import GlobalBatchSampler
-from megallm.device import Stopwatch
 from megallm.file_lock import own_folder
 from megallm.mesh import Mesh
 from megallm.plan.flops import parameter_count
-from megallm.schedule import Event, Timeline, simulate
+from megallm.schedule import simulate
 from megallm.train.data_order import data_order
 from megallm.train.datasets import Datasets, build_datasets, build_tokenizer_of, with_vocabulary
 from megallm.train.engine import Engine, build_engine, check_schedules
 from megallm.train.hugging_face import check_export
+from megallm.train.instruments import Instruments
 from megallm.train.metrics import Reporter, log_on_rank_zero, mean_losses
 from megallm.train.outputs import try_outputs
 from megallm.train.processes import joined_processes
@@ -34,25 +34,34 @@ from megallm.train.step import Batch, evaluate_step, train_step
 from megallm.train.stopping import ExitCode, Stopping
 from megallm.train.tasks.task import Task
 
+WriteSample = Callable[[Engine], str]
 
-def pretrain(config: Config, make_task: Callable[[Config], Task]) -> ExitCode:
+
+def pretrain(config: Config, make_task: Callable[[Config], Task], write_sample: WriteSample | None = None) -> ExitCode:
     """Trains as `config` says, in the processes that torchrun started or in this one alone.
 
-    Returns the code with which the program is to end.
+    `write_sample` lets the model write a text where the configuration asks for that. Returns the code with which the
+    program is to end.
 
     Raises ValueError, the same on every rank, for a mistake in the configuration or in a file it names.
     """
     started = time.monotonic()
     with joined_processes(config) as (resolved, mesh):
-        return pretrain_on(mesh, resolved, make_task, started)
+        return pretrain_on(mesh, resolved, make_task, started, write_sample)
 
 
-def pretrain_on(mesh: Mesh, config: Config, make_task: Callable[[Config], Task], started: float) -> ExitCode:
+def pretrain_on(
+    mesh: Mesh,
+    config: Config,
+    make_task: Callable[[Config], Task],
+    started: float,
+    write_sample: WriteSample | None = None,
+) -> ExitCode:
     """The same for processes that have joined, with a resolved configuration, since `started` (`time.monotonic()`)."""
     with ExitStack() as stack:
         with_tokenizer, datasets = on_every_rank(mesh, lambda: _read_files(config, mesh.shape.world_size))
         on_every_rank(mesh, lambda: _take_outputs(config, stack) if mesh.rank == 0 else None)
-        return _run(with_tokenizer, make_task(with_tokenizer), mesh, datasets, started)
+        return _run(with_tokenizer, make_task(with_tokenizer), mesh, datasets, started, write_sample)
 
 
 def _take_outputs(config: Config, stack: ExitStack) -> None:
@@ -69,7 +78,14 @@ def _read_files(config: Config, world_size: int) -> tuple[Config, Datasets]:
     return config, build_datasets(config, tokenizer)
 
 
-def _run(config: Config, task: Task, mesh: Mesh, datasets: Datasets, started: float) -> ExitCode:
+def _run(
+    config: Config,
+    task: Task,
+    mesh: Mesh,
+    datasets: Datasets,
+    started: float,
+    write_sample: WriteSample | None = None,
+) -> ExitCode:
     log = log_on_rank_zero(mesh.rank)
     engine = build_engine(config, task, mesh)
     _describe(engine, log)
@@ -87,12 +103,14 @@ def _run(config: Config, task: Task, mesh: Mesh, datasets: Datasets, started: fl
     last_sample = engine.batch_sizes.after(last_iteration - engine.progress.iteration, engine.progress.consumed_samples)
     _check_data_lasts(engine, datasets, last_iteration, last_sample)
     _describe_batches(engine, check_schedules(engine, last_sample), last_sample, log)
-    reporter = Reporter(config, mesh.shape.world_size, mesh.rank == 0, task.term_names, last_iteration)
+    reporter = Reporter(config, mesh.shape.world_size, mesh.rank == 0, task.term_names, last_iteration, mesh.device)
+    instruments = Instruments(engine, reporter, log)
     stopping = Stopping(config, mesh.new_hosts(), started)
     try:
         with Saving(engine, order, reporter, log) as saving:
-            return _train(engine, datasets, reporter, last_iteration, saving, stopping, log)
+            return _train(engine, datasets, reporter, instruments, last_iteration, saving, stopping, log, write_sample)
     finally:
+        instruments.close()
         reporter.close()
 
 
@@ -136,10 +154,12 @@ def _train(
     engine: Engine,
     datasets: Datasets,
     reporter: Reporter,
+    instruments: Instruments,
     last_iteration: int,
     saving: Saving,
     stopping: Stopping,
     log: Callable[[str], None],
+    write_sample: WriteSample | None,
 ) -> ExitCode:
     progress, eval_interval = engine.progress, engine.config.training.eval_interval
     with ExitStack() as stack:
@@ -152,12 +172,14 @@ def _train(
         stack.enter_context(stopping)
         reporter.start()
         while progress.iteration < last_iteration:
-            stopwatch = _stopwatch(engine, progress.iteration + 1)
-            metrics = train_step(engine, next(batches), stopwatch)
-            if stopwatch is not None:
-                _write_timeline(engine, stopwatch)
-            reporter.step(progress.iteration, progress.consumed_samples, metrics)
+            instruments.begin(progress.iteration + 1)
+            with engine.mesh.journal.step():
+                with instruments.parts.measure("batch-generator"):
+                    micro_batches = next(batches)
+                metrics = train_step(engine, micro_batches, instruments.passes, instruments.parts)
             done = progress.iteration
+            instruments.end(done)
+            reporter.step(done, progress.consumed_samples, metrics)
             wish = stopping.after_step(done, saving.seconds)
             is_last = done == last_iteration
             leaving = wish.reason is not None and not is_last
@@ -167,20 +189,32 @@ def _train(
                 evaluation.run(reporter)
             saving.after_step(now=wish.save, last=is_last or leaving)
             if leaving:
+                instruments.flush()
                 reporter.flush()
                 saving.finish()
                 log(f"left after iteration {done}: {wish.reason}")
                 return wish.exit_code
             if progress.evaluation_due:
                 evaluation.run(reporter)
+            sample_interval = engine.config.logging.sample_interval
+            if write_sample is not None and sample_interval and done % sample_interval == 0:
+                _publish_sample(engine, reporter, write_sample)
             if is_last:
                 evaluation.run_test(reporter)
             stopping.pause()
+    instruments.flush()
     reporter.flush()
     saving.finish()
     if engine.config.checkpoint.save and not saving.has_saved:
         log(f"nothing was trained and nothing saved: iteration {progress.iteration} is where the run ends")
     return ExitCode.FINISHED
+
+
+def _publish_sample(engine: Engine, reporter: Reporter, write_sample: WriteSample) -> None:
+    reporter.flush()
+    resume = reporter.pause()
+    reporter.sample(engine.progress.iteration, write_sample(engine))
+    resume()
 
 
 class _Evaluation:
@@ -299,22 +333,3 @@ def _describe_batches(
         f"schedule {lowered.schedule.name} with {numbers} micro-batches verified; planned bubble "
         f"{simulate(lowered).bubble:.1%} where a backward pass takes twice a forward pass and messages nothing"
     )
-
-
-def _stopwatch(engine: Engine, iteration: int) -> Stopwatch | None:
-    logging = engine.config.logging
-    if not logging.timeline or iteration != logging.timeline_step:
-        return None
-    engine.mesh.world.barrier()
-    return Stopwatch(engine.mesh.device)
-
-
-def _write_timeline(engine: Engine, stopwatch: Stopwatch) -> None:
-    """The first pipeline's ranks write what they measured, each into its own file."""
-    mesh = engine.mesh
-    if mesh.coordinates["tp"] or mesh.coordinates["dp"]:
-        return
-    path = Path(f"{engine.config.logging.timeline}.rank{mesh.pp.rank}.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    events = tuple(Event(mesh.pp.rank, *span) for span in stopwatch.spans())
-    path.write_text(Timeline("measured", events, "s").to_json())

@@ -1,29 +1,28 @@
-"""What a run tells of each step: the log line, one JSON object per step, TensorBoard.
+"""What a run tells of each step: the log line, and scalars for those who write them down.
 
 Scalars are read one step late: the device is then already past the step they belong to, and nobody waits.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from megallm.config.tree import Config
-from megallm.device import Readback
+from megallm.device import Readback, memory_in_bytes
 from megallm.plan.flops import flops_per_token
 from megallm.train.step import StepMetrics
+from megallm.train.writers import Writer, build_writers
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step's scalars on the host."""
+    """One step's scalars on the host. `more` holds what only some runs ask for."""
 
     iteration: int
     consumed_samples: int
@@ -35,37 +34,25 @@ class StepRecord:
     skipped: int
     step_time_ms: float
     tokens_per_second: float
+    more: dict[str, float]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Flat form: each loss under its own name."""
+    def scalars(self) -> dict[str, Any]:
+        """Flat form, each loss under its own name, without the number of the step."""
         fields = asdict(self)
-        losses = fields.pop("losses")
-        return {
-            "iteration": fields.pop("iteration"),
-            "consumed_samples": fields.pop("consumed_samples"),
-            **losses,
-            **fields,
-        }
+        del fields["iteration"]
+        losses, more = fields.pop("losses"), fields.pop("more")
+        return {"consumed_samples": fields.pop("consumed_samples"), **losses, **fields, **more}
 
 
-class JsonLines:
-    """Appends one JSON object per line; complete after each line. What is not finite is written as null."""
+class _Pending(NamedTuple):
+    """A step that is not yet published."""
 
-    def __init__(self, path: str) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a")  # noqa: SIM115 (open for the whole run)
-
-    def write(self, record: dict[str, Any]) -> None:
-        # JSON knows no infinity and no NaN.
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in record.items()
-        }
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+    iteration: int
+    consumed_samples: int
+    batch_size: int
+    readback: Readback
+    more: tuple[str, ...]
+    seconds: float
 
 
 class Reporter:
@@ -81,26 +68,22 @@ class Reporter:
         report: bool,
         term_names: tuple[str, ...],
         last_iteration: int | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.config = config
         self.world_size = world_size
         self.report = report
         self.term_names = term_names
-        self._pending: tuple[int, int, int, Readback, float] | None = None
+        self._pending: _Pending | None = None
+        self._device = device or torch.device("cpu")
         self._last = time.perf_counter()
         self._window: list[StepRecord] = []
         self.last_iteration = config.training.train_iters if last_iteration is None else last_iteration
-        logging = config.logging
         training = config.training
         moves = training.fp16 and training.loss_scale is None
         # Below this, overflows no longer come from the scale; None once that has been said.
         self._loss_scale_floor = training.min_loss_scale if moves else None
-        self._json = JsonLines(logging.metrics_jsonl) if report and logging.metrics_jsonl else None
-        self._tensorboard: Any = None
-        if report and logging.tensorboard_dir:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(logging.tensorboard_dir)
+        self._writers: list[Writer] = build_writers(config) if report else []
 
     def start(self) -> None:
         """Begins to measure the first step's time."""
@@ -113,17 +96,18 @@ class Reporter:
         if not self.report:
             return
         scalars = torch.stack((metrics.loss_scale, metrics.grad_norm, metrics.learning_rate, metrics.skipped))
-        readback = Readback(torch.cat((scalars, metrics.losses)))
-        batch_size = metrics.global_batch_size
-        previous, self._pending = self._pending, (iteration, consumed_samples, batch_size, readback, seconds)
+        more = [value.reshape(1) for value in metrics.more.values()]
+        readback = Readback(torch.cat((scalars, metrics.losses, *more)))
+        previous, batch_size = self._pending, metrics.global_batch_size
+        self._pending = _Pending(iteration, consumed_samples, batch_size, readback, tuple(metrics.more), seconds)
         if previous is not None:
-            self._publish(*previous)
+            self._publish(previous)
 
     def flush(self) -> None:
         """Publishes the last step. To be called before a save, an evaluation and the end."""
         if self._pending is not None:
             previous, self._pending = self._pending, None
-            self._publish(*previous)
+            self._publish(previous)
 
     def pause(self) -> Callable[[], None]:
         """Leaves the time until the returned function is called out of the next step's."""
@@ -140,32 +124,45 @@ class Reporter:
         """Publishes an evaluation on the validation data, on one `dataset` of several, or on the test data."""
         if not self.report:
             return
-        text = " | ".join(f"{name} value: {value:.6E}" for name, value in losses.items())
+        # As Megatron does, the exponential of a loss that means nothing yet is cut off.
+        perplexities = {name: math.exp(min(20.0, value)) for name, value in losses.items()}
+        text = " | ".join(
+            f"{name.replace('_', ' ')} value: {value:.6E} | {name.replace('_', ' ')} PPL: {perplexities[name]:.6E}"
+            for name, value in losses.items()
+        )
         on_dataset = f" on {dataset}" if dataset else ""
         print(f" {'test' if test else 'validation'} loss at iteration {iteration}{on_dataset} | {text} |", flush=True)
         prefix = "_".join(word for word in ("test" if test else "valid", dataset) if word)
-        named = {f"{prefix}_{name}": value for name, value in losses.items()}
-        if self._json is not None:
-            self._json.write({"iteration": iteration, "consumed_samples": consumed_samples, **named})
-        if self._tensorboard is not None:
-            for name, value in named.items():
-                self._tensorboard.add_scalar(name, value, iteration)
+        named = {"consumed_samples": consumed_samples, **{f"{prefix}_{name}": loss for name, loss in losses.items()}}
+        if self.config.logging.log_validation_ppl_to_tensorboard:
+            named |= {f"{prefix}_{name}_ppl": value for name, value in perplexities.items()}
+        self.write(iteration, named)
+
+    def write(self, iteration: int, scalars: dict[str, Any]) -> None:
+        """Hands scalars to all who write them down."""
+        for writer in self._writers:
+            writer.write(iteration, scalars)
+
+    def sample(self, iteration: int, text: str) -> None:
+        """Publishes a text that the model wrote."""
+        if self.report:
+            print(f" sample at iteration {iteration} | {text!r} |", flush=True)
+        for writer in self._writers:
+            writer.write_text(iteration, "sample", text)
 
     def close(self) -> None:
         """Publishes what is left and closes the files."""
         self.flush()
-        if self._json is not None:
-            self._json.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for writer in self._writers:
+            writer.close()
 
-    def _publish(
-        self, iteration: int, consumed_samples: int, batch_size: int, readback: Readback, seconds: float
-    ) -> None:
-        loss_scale, grad_norm, learning_rate, skipped, *losses = readback.values()
+    def _publish(self, step: _Pending) -> None:
+        loss_scale, grad_norm, learning_rate, skipped, *rest = step.readback.values()
+        losses, more = rest[: len(self.term_names)], rest[len(self.term_names) :]
+        iteration, batch_size, seconds = step.iteration, step.batch_size, step.seconds
         record = StepRecord(
             iteration=iteration,
-            consumed_samples=consumed_samples,
+            consumed_samples=step.consumed_samples,
             losses=dict(zip(self.term_names, losses, strict=True)),
             loss_scale=loss_scale,
             grad_norm=grad_norm,
@@ -174,15 +171,14 @@ class Reporter:
             skipped=int(skipped),
             step_time_ms=seconds * 1e3,
             tokens_per_second=batch_size * self.config.data.seq_length / seconds,
+            more=dict(zip(step.more, more, strict=True)),
         )
         self._warn_at_the_floor(record)
         self._window.append(record)
-        if self._json is not None:
-            self._json.write(record.to_dict())
-        if self._tensorboard is not None:
-            for name, value in record.to_dict().items():
-                if name not in ("iteration", "consumed_samples"):
-                    self._tensorboard.add_scalar(name, value, iteration)
+        scalars = record.scalars()
+        if self.config.logging.log_memory_to_tensorboard:
+            scalars |= memory_in_bytes(self._device)
+        self.write(iteration, scalars)
         if iteration % self.config.logging.log_interval == 0 or iteration == self.last_iteration:
             print(self._log_line(), flush=True)
             self._window.clear()
@@ -216,15 +212,21 @@ class Reporter:
             f"{name.replace('_', ' ')}: {sum(record.losses[name] for record in counted) / len(counted):.6E}"
             for name in self.term_names
         )
+        more = {
+            "decoupled_learning_rate": " decoupled learning rate: {:.6E} |",
+            "num_zeros": " num zeros: {:.0f} |",
+            "params_norm": " params norm: {:.3f} |",
+        }
+        rate, zeros, norm = (text.format(last.more[name]) if name in last.more else "" for name, text in more.items())
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         return (
             f" [{stamp}] iteration {last.iteration:8d}/{self.last_iteration:8d} |"
             f" consumed samples: {last.consumed_samples:12d} |"
             f" elapsed time per iteration (ms): {milliseconds:.1f} |"
             f" throughput per GPU (TFLOP/s/GPU): {teraflops:.4g} |"
-            f" learning rate: {last.learning_rate:.6E} |"
+            f" learning rate: {last.learning_rate:.6E} |{rate}"
             f" global batch size: {last.global_batch_size:5d} |"
-            f" {losses} | loss scale: {last.loss_scale:.1f} | grad norm: {last.grad_norm:.3f} |"
+            f" {losses} | loss scale: {last.loss_scale:.1f} | grad norm: {last.grad_norm:.3f} |{zeros}{norm}"
             f" number of skipped iterations: {skipped:3d} | number of nan iterations: {nan:3d} |"
             f" tokens per second per process: {tokens / (milliseconds / 1e3) / self.world_size:.0f} |"
         )

@@ -24,6 +24,7 @@ from megallm.file_lock import LOCK
 from megallm.train.engine import Engine
 from megallm.train.hugging_face import export
 from megallm.train.metrics import Reporter
+from megallm.train.progress import ProgressFile
 
 
 class SaveError(ValueError):
@@ -51,6 +52,8 @@ class Saving:
         self._settings = engine.config.checkpoint
         self._retention = retention_of(self._settings)
         self._last_saved = -1
+        self._progress_file = ProgressFile(engine.config, engine.mesh, engine.progress)
+        self._consumed: dict[int, int] = {}
         self.seconds = 0.0
         self._file_system = _file_system(self._settings.save)
         self._background: BackgroundSaver | None = None
@@ -105,6 +108,7 @@ class Saving:
         engine, root = self._engine, self._settings.save
         assert root is not None, "there is a folder"
         begin = time.perf_counter()
+        self._consumed[engine.progress.iteration] = engine.progress.consumed_samples
         try:
             on_every_rank(engine.mesh, self._check_file_system)
             if self._background is None:
@@ -143,6 +147,7 @@ class Saving:
             self._log(f"{outcome}; training goes on, and the next save tries again")
             return
         self.seconds = max(self.seconds, seconds)
+        self._progress_file.saved(outcome.iteration, self._consumed.pop(outcome.iteration))
         gigabytes = outcome.num_bytes / 1e9
         self._log(f"saved {outcome.folder} ({gigabytes:.3f} GB, on the disk after {seconds:.2f} s)")
         for note in outcome.notes:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from megallm.device import Stopwatch
+from megallm.device import Measures, Together
 from megallm.train.engine import Engine
 from megallm.train.loss import LossScaler
 
@@ -18,7 +18,7 @@ class StepMetrics:
     """Scalars of a step, still on the device. `losses` is float64 [terms], each term's mean over the global batch.
 
     `loss_scale` is that of the next step, as in Megatron's log. `global_batch_size` counts the samples of the step over
-    all ranks.
+    all ranks. `more` holds what only some runs ask for, by name.
     """
 
     losses: torch.Tensor
@@ -27,26 +27,34 @@ class StepMetrics:
     skipped: torch.Tensor
     loss_scale: torch.Tensor
     global_batch_size: int
+    more: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def train_step(engine: Engine, micro_batches: list[Batch], stopwatch: Stopwatch | None = None) -> StepMetrics:
+def train_step(
+    engine: Engine, micro_batches: list[Batch], passes: Measures | None = None, parts: Measures | None = None
+) -> StepMetrics:
     """Forward and backward over this rank's micro-batches of the global batch, reduction, clipping, update.
 
-    Waits for nothing on a GPU: every scalar stays on the device.
+    Waits for nothing on a GPU: every scalar stays on the device. `passes` measures each forward and backward pass,
+    `parts` the parts of the step.
     """
+    parts = parts or Together()
     scaler = _loss_scaler(engine, micro_batches)
     dropout_step = torch.full((), engine.progress.iteration, dtype=torch.int64, device=engine.mesh.device)
-    engine.reducer.start_step(len(micro_batches))
-    engine.executor.run(
-        engine.schedule(len(micro_batches)),
-        micro_batches,
-        lambda outputs, batch: scaler(engine.task.loss_terms(outputs, batch, engine.context)),
-        dropout_step,
-        stopwatch,
-    )
-    engine.reducer.finish_step()
+    with parts.measure("forward-backward"):
+        engine.reducer.start_step(len(micro_batches))
+        engine.executor.run(
+            engine.schedule(len(micro_batches)),
+            micro_batches,
+            lambda outputs, batch: scaler(engine.task.loss_terms(outputs, batch, engine.context)),
+            dropout_step,
+            passes,
+        )
+    with parts.measure("all-grads-sync"):
+        engine.reducer.finish_step()
     rates = engine.rates.at(engine.progress.position)
-    outcome = engine.optimizer.step(rates, _own_sums(engine, scaler))
+    with parts.measure("optimizer"):
+        outcome = engine.optimizer.step(rates, _own_sums(engine, scaler))
     batch_size = len(micro_batches) * engine.config.training.micro_batch_size * engine.mesh.dp.size
     made = 1.0 - outcome.skipped
     engine.progress.position += made * batch_size
@@ -54,7 +62,16 @@ def train_step(engine: Engine, micro_batches: list[Batch], stopwatch: Stopwatch 
     engine.progress.iteration += 1
     engine.progress.consumed_samples += batch_size
     losses = outcome.sums / scaler.counts.clamp(min=1.0)
-    return StepMetrics(losses, outcome.grad_norm, rates.learning_rate, outcome.skipped, outcome.loss_scale, batch_size)
+    more = {}
+    if outcome.num_zeros is not None:
+        more["num_zeros"] = outcome.num_zeros
+    if engine.config.logging.log_params_norm:
+        more["params_norm"] = engine.optimizer.weights_norm()
+    if engine.rates.vocabulary is not None:
+        more["decoupled_learning_rate"] = rates.vocabulary_learning_rate
+    return StepMetrics(
+        losses, outcome.grad_norm, rates.learning_rate, outcome.skipped, outcome.loss_scale, batch_size, more
+    )
 
 
 def evaluate_step(engine: Engine, micro_batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def test_log_line_has_the_fields_that_scripts_parse(single: Run) -> None:
         assert float(line["norm"]) == pytest.approx(second["grad_norm"], abs=6e-4)
         assert (line["skipped"], line["nan"]) == ("0", "0")
     check = validation_lines(single.metrics)[0]
-    assert f" validation loss at iteration 3 | lm_loss value: {check['valid_lm_loss']:.6E} |" in single.ended.output
+    assert f" validation loss at iteration 3 | lm loss value: {check['valid_lm_loss']:.6E} |" in single.ended.output
 
 
 def test_tensorboard_holds_the_same_scalars(single: Run) -> None:
@@ -347,8 +348,12 @@ class Text:
     folder: Path
 
     @property
+    def prefix(self) -> str:
+        return f"{self.folder}/python_text_document"
+
+    @property
     def flags(self) -> list[str]:
-        return [*MODEL, *("--data-path", f"{self.folder}/python_text_document"), *self.tokenizer]
+        return [*MODEL, *("--data-path", self.prefix), *self.tokenizer]
 
     @property
     def tokenizer(self) -> list[str]:
@@ -415,6 +420,51 @@ def test_generation_does_not_depend_on_the_layout(text: Text) -> None:
     assert together.output == alone.output
     sampled = [succeeded(python("tools/generate.py", *flags, "--seed", seed)).output for seed in ("1", "1", "2")]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+@pytest.mark.slow
+def test_prompts_of_a_file_are_continued_one_by_one_and_end_where_they_are_to(text: Text, tmp_path: Path) -> None:
+    flags = ["--load", f"{text.folder}/checkpoints", "--num-tokens", "12", "--device", "cpu", "--json"]
+    (tmp_path / "prompts.txt").write_text("def main(\n\nimport os\n")
+    ended = succeeded(torchrun(2, "tools/generate.py", *flags, "--prompts", str(tmp_path / "prompts.txt")))
+    first, second = map(json.loads, ended.output.splitlines())
+    assert (first["prompt"], second["prompt"]) == ("def main(", "import os")
+    alone = succeeded(python("tools/generate.py", *flags, "--prompt", "import os", "--seed", "1235"))
+    assert json.loads(alone.output) == second
+    stop = first["continuation"].strip()[3]
+    stopped = succeeded(python("tools/generate.py", *flags, "--prompt", "def main(", "--stop", stop, "\x00"))
+    before = json.loads(stopped.output)["continuation"]
+    assert before == first["continuation"].split(stop)[0]
+    assert_one_clear_answer(python("tools/generate.py", *flags, "--prompts", str(tmp_path)), "cannot be read")
+
+
+@pytest.mark.slow
+def test_a_dataset_and_its_text_are_evaluated_alike_in_two_layouts(text: Text, tmp_path: Path) -> None:
+    flags = ["--load", f"{text.folder}/checkpoints", "--device", "cpu", "--json"]
+    file = tmp_path / "held_out.py"
+    file.write_text("def main(argv: list[str]) -> int:\n    return len(argv)\n" * 40)
+    alone = json.loads(succeeded(python("tools/evaluate.py", *flags, "--text", str(file))).output)
+    assert alone["bytes"] == file.stat().st_size
+    assert alone["words"] == len(file.read_text().split())
+    layout = ["--pipeline-model-parallel-size", "2", "--micro-batch-size", "2", "--text", str(file)]
+    together = json.loads(succeeded(torchrun(2, "tools/evaluate.py", *flags, *layout)).output)
+    assert together == pytest.approx(alone, rel=1e-6)
+    some = [*flags, "--data-path", text.prefix, "--max-documents", "3"]
+    assert json.loads(succeeded(python("tools/evaluate.py", *some)).output)["perplexity_per_token"] > 1
+    assert_one_clear_answer(python("tools/evaluate.py", *flags, "--text", str(tmp_path)), "cannot be read")
+
+
+@pytest.mark.slow
+def test_texts_are_written_during_the_training(text: Text, tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    samples = ["--sample-interval", "2", "--sample-prompt", "def main(", "--sample-num-tokens", "5"]
+    for layout in ([], ["--tensor-model-parallel-size", "2"]):
+        more = [*samples, "--train-iters", "4", "--fp64", "--metrics-jsonl", str(metrics), *layout]
+        succeeded(torchrun(2, "pretrain_gpt.py", *text.flags, *more))
+    written = [(line["iteration"], line["sample"]) for line in read_lines(metrics) if "sample" in line]
+    assert [iteration for iteration, _ in written] == [2, 4, 2, 4]
+    assert all(sample.startswith("def main(") for _, sample in written)
+    assert written[:2] == written[2:]
 
 
 @pytest.mark.slow

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,8 +17,10 @@ import torch
 from megallm.config import resolve
 from megallm.config.dictionary import build
 from megallm.config.tree import Config
-from megallm.train.metrics import JsonLines, Reporter, log_on_rank_zero, mean_losses
+from megallm.train.metrics import Reporter, log_on_rank_zero, mean_losses
 from megallm.train.step import StepMetrics
+from megallm.train.timing import format_times
+from megallm.train.writers import JsonLines
 
 
 @pytest.fixture
@@ -150,12 +154,114 @@ def test_time_of_pauses_belongs_to_no_step(config: Config, monkeypatch: pytest.M
     assert [line["tokens_per_second"] for line in written(config)] == [128.0, 64.0]
 
 
+def changed(config: Config, **logging: Any) -> Config:
+    return replace(config, logging=replace(config.logging, **logging))
+
+
+def test_what_only_some_ask_for_stands_where_megatron_has_it(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reporter = reporter_of(changed(config, log_memory_to_tensorboard=True, log_validation_ppl_to_tensorboard=True))
+    step = metrics(3.0)
+    step.more = {
+        "params_norm": torch.tensor(2.5, dtype=torch.float64),
+        "num_zeros": torch.tensor(17.0, dtype=torch.float64),
+        "decoupled_learning_rate": torch.tensor(0.25, dtype=torch.float64),
+    }
+    reporter.step(2, 8, step)
+    reporter.flush()
+    reporter.evaluation(2, 8, {"lm_loss": 0.5})
+    reporter.close()
+    line, evaluation = written(config)
+    assert (line["num_zeros"], line["params_norm"], line["decoupled_learning_rate"]) == (17.0, 2.5, 0.25)
+    assert line["mem-max-resident-bytes"] > 2**20
+    assert evaluation["valid_lm_loss_ppl"] == math.exp(0.5)
+    output = capsys.readouterr().out
+    assert " learning rate: 1.000000E-01 | decoupled learning rate: 2.500000E-01 | global batch size:" in output
+    assert " | grad norm: 1.000 | num zeros: 17 | params norm: 2.500 | number of skipped iterations:" in output
+
+
+def test_tensorboard_gets_each_scalar_at_its_interval(config: Config, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = str(tmp_path / "board")
+    reporter = reporter_of(changed(config, tensorboard_dir=folder, tensorboard_log_interval=2))
+    for number in range(1, 6):
+        reporter.step(number, 4 * number, metrics(1.0 / number))
+    reporter.close()
+    events = EventAccumulator(folder).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("lm_loss")] == [(2, 0.5), (4, 0.25)]
+    assert "learning_rate" in events.Tags()["scalars"]
+
+
+def test_weights_and_biases_gets_everything_and_is_asked_for_where_it_is_missing(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = changed(
+        config, wandb_project="p", wandb_exp_name="n", wandb_entity="e", wandb_save_dir=str(tmp_path / "w")
+    )
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        reporter_of(wanted)
+    reporter_of(wanted, report=False).close()
+
+    class Run:
+        logged: ClassVar[list[tuple[dict[str, Any], int]]] = []
+        finished = False
+
+        def log(self, scalars: dict[str, Any], step: int) -> None:
+            self.logged.append((scalars, step))
+
+        def finish(self) -> None:
+            Run.finished = True
+
+    started: dict[str, Any] = {}
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **settings: started.update(settings) or Run()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    reporter = reporter_of(wanted)
+    reporter.step(1, 4, metrics(3.0))
+    reporter.flush()
+    reporter.evaluation(1, 4, {"lm_loss": 2.0})
+    reporter.close()
+    assert (started["project"], started["name"], started["entity"]) == ("p", "n", "e")
+    assert started["dir"] == str(tmp_path / "w")
+    assert (tmp_path / "w").is_dir()
+    assert started["config"]["model"]["num_layers"] == 2
+    assert [(step, scalars.get("lm_loss"), scalars.get("valid_lm_loss")) for scalars, step in Run.logged] == [
+        (1, 3.0, None),
+        (1, None, 2.0),
+    ]
+    assert Run.finished
+
+
+def test_times_of_all_ranks_in_megatrons_form() -> None:
+    times = {"forward-backward": [0.25, 0.5], "optimizer": [0.002, 0.001]}
+    assert format_times(times, "minmax").splitlines() == [
+        "(min, max) time across ranks (ms):",
+        "    forward-backward...................: (250.00, 500.00)",
+        "    optimizer..........................: (1.00, 2.00)",
+    ]
+    assert format_times(times, "max").splitlines()[:2] == [
+        "max time across ranks (ms):",
+        "    forward-backward...................: 500.00",
+    ]
+    assert format_times(times, "all").splitlines()[:4] == [
+        "times across ranks (ms):",
+        "    forward-backward:",
+        "       rank  0: 250.00",
+        "       rank  1: 500.00",
+    ]
+
+
 def test_validation_stands_in_the_file_and_on_the_screen(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     reporter = reporter_of(config)
     reporter.evaluation(3, 12, {"lm_loss": 1.25})
     reporter.close()
     assert written(config) == [{"iteration": 3, "consumed_samples": 12, "valid_lm_loss": 1.25}]
-    assert "validation loss at iteration 3 | lm_loss value: 1.250000E+00 |" in capsys.readouterr().out
+    # exp(1.25)
+    said = " validation loss at iteration 3 | lm loss value: 1.250000E+00 | lm loss PPL: 3.490343E+00 |\n"
+    assert capsys.readouterr().out == said
 
 
 def test_other_ranks_say_and_write_nothing(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,13 +289,13 @@ def test_throughput_is_per_process(config: Config, capsys: pytest.CaptureFixture
 def test_a_file_is_appended_to_and_whole_after_each_line(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     first = JsonLines(str(path))
-    first.write({"a": 1})
-    assert path.read_text() == '{"a": 1}\n'
+    first.write(1, {"a": 1})
+    assert path.read_text() == '{"iteration": 1, "a": 1}\n'
     first.close()
     second = JsonLines(str(path))
-    second.write({"a": 2})
+    second.write(2, {"a": 2})
     second.close()
-    assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
+    assert path.read_text() == '{"iteration": 1, "a": 1}\n{"iteration": 2, "a": 2}\n'
 
 
 def test_nothing_is_written_where_nothing_is_asked_for(config: Config, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from megallm.config.fields import REQUIRED, all_fields, get
 from megallm.plan import (
     rules_batches,
     rules_data,
+    rules_logging,
     rules_model,
     rules_parallel,
     rules_plan,
@@ -407,6 +408,46 @@ CASES: dict[str, list[tuple[int, dict, dict]]] = {
     "timeline_step_is_in_the_run": [
         (1, {"logging.timeline": "t", "logging.timeline_step": 101}, {"logging.timeline_step": 100}),
     ],
+    "weights_and_biases_is_named": [
+        (1, {"logging.wandb_project": "p"}, {"logging.wandb_exp_name": "NAME"}),
+        (1, {"logging.wandb_entity": "e", "logging.wandb_exp_name": "n"}, {"logging.wandb_project": "NAME"}),
+    ],
+    "samples_are_texts": [
+        (1, {"logging.sample_interval": 5}, {"logging.sample_interval": None}),
+        (
+            1,
+            {
+                "logging.sample_interval": 5,
+                "logging.sample_prompt": "",
+                "data.tokenizer_type": "HuggingFaceTokenizer",
+                "data.tokenizer_model": "tokenizer.json",
+            },
+            {"logging.sample_prompt": "The"},
+        ),
+    ],
+    "progress_file_has_a_folder": [
+        (1, {"logging.log_progress": True}, {"checkpoint.save": "FOLDER"}),
+        (1, {"logging.log_progress": True}, {"logging.log_progress": False}),
+    ],
+    "timers_have_a_level": [
+        (1, {"logging.log_timers_to_tensorboard": True}, {"logging.timing_log_level": 1}),
+    ],
+    "profiled_steps_are_in_the_run": [
+        (
+            1,
+            {"logging.profile": True, "logging.profile_step_start": 5, "logging.profile_step_end": 5},
+            {"logging.profile_step_end": 7},
+        ),
+        (
+            1,
+            {"logging.profile": True, "training.train_iters": 6},
+            {"logging.profile_step_start": 5, "logging.profile_step_end": 6},
+        ),
+    ],
+    "profiled_ranks_exist": [
+        (2, {"logging.profile_ranks": ["1", "2"]}, {"logging.profile_ranks": ["0"]}),
+        (2, {"logging.profile_ranks": ["-1"]}, {"logging.profile_ranks": ["0"]}),
+    ],
     "one_source_of_data": [
         (1, {"data.mock_data": False}, {"data.mock_data": True}),
         (1, {"data.data_path": ["corpus"]}, {"data.mock_data": False}),
@@ -502,6 +543,7 @@ def test_every_rule_of_the_files_is_asked() -> None:
         rules_batches,
         rules_rates,
         rules_run,
+        rules_logging,
         rules_data,
         rules_plan,
     )

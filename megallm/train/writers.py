@@ -1,0 +1,124 @@
+"""Where the scalars of a run go besides the screen: a file of JSON lines, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from megallm.config import to_dict
+from megallm.config.tree import Config
+
+
+class Writer(Protocol):
+    """Takes scalars by name. What several calls say of one iteration belongs together."""
+
+    def write(self, iteration: int, scalars: dict[str, Any]) -> None:
+        """Takes the scalars of a step or of an evaluation after it."""
+
+    def write_text(self, iteration: int, name: str, text: str) -> None:
+        """Takes a text."""
+
+    def close(self) -> None:
+        """Writes what is left."""
+
+
+class JsonLines:
+    """Appends one JSON object per line; complete after each line. What is not finite is written as null."""
+
+    def __init__(self, path: str) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a")  # noqa: SIM115 (open for the whole run)
+
+    def write(self, iteration: int, scalars: dict[str, Any]) -> None:
+        record = {"iteration": iteration, **scalars}
+        # JSON knows no infinity and no NaN.
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+
+    def write_text(self, iteration: int, name: str, text: str) -> None:
+        self.write(iteration, {name: text})
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files in a folder, of every `interval`-th iteration."""
+
+    def __init__(self, folder: str, interval: int, queue_size: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._interval = interval
+        self._writer: Any = SummaryWriter(folder, max_queue=queue_size)
+
+    def write(self, iteration: int, scalars: dict[str, Any]) -> None:
+        if iteration % self._interval == 0:
+            for name, value in scalars.items():
+                if name == "consumed_samples":
+                    continue
+                self._writer.add_scalar(name, value, iteration)
+
+    def write_text(self, iteration: int, name: str, text: str) -> None:
+        self._writer.add_text(name, text, iteration)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases, with the whole configuration."""
+
+    def __init__(self, config: Config) -> None:
+        logging = config.logging
+        folder = logging.wandb_save_dir or os.path.join(config.checkpoint.save or ".", "wandb")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self._run = import_wandb().init(
+            project=logging.wandb_project,
+            name=logging.wandb_exp_name,
+            entity=logging.wandb_entity,
+            dir=folder,
+            config=to_dict(config),
+        )
+
+    def write(self, iteration: int, scalars: dict[str, Any]) -> None:
+        self._run.log(scalars, step=iteration)
+
+    def write_text(self, iteration: int, name: str, text: str) -> None:
+        self._run.log({name: text}, step=iteration)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def import_wandb() -> Any:
+    """The package of Weights & Biases, an optional one. Raises ValueError where it is not installed."""
+    try:
+        return importlib.import_module("wandb")
+    except ImportError:
+        raise ValueError(
+            "--wandb-project needs the package wandb, which is not installed: pip install wandb, or use "
+            "--tensorboard-dir or --metrics-jsonl"
+        ) from None
+
+
+def build_writers(config: Config) -> list[Writer]:
+    """All that a configuration asks for."""
+    logging = config.logging
+    writers: list[Writer] = []
+    if logging.metrics_jsonl:
+        writers.append(JsonLines(logging.metrics_jsonl))
+    if logging.tensorboard_dir:
+        writers.append(
+            TensorBoard(logging.tensorboard_dir, logging.tensorboard_log_interval, logging.tensorboard_queue_size)
+        )
+    if logging.wandb_project:
+        writers.append(WeightsAndBiases(config))
+    return writers
