@@ -12,7 +12,7 @@ Written by `python -m megallm.config > docs/flags.md`; a test keeps it equal to 
 
 Every flag is a field of one tree. `--config FILE.yaml` reads the same tree from a file
 (`model: {num_layers: 4}`), and flags win over the file. Names and meaning are Megatron's where the thing is the same;
-the differences on purpose stand at the end.
+[from-megatron.md](from-megatron.md) lists the differences on purpose.
 """
 
 
@@ -37,14 +37,15 @@ def flags_page() -> str:
             [f"`{entry.flag}` | {_code(entry.harmless)} | {entry.reason}" for entry in REFUSED],
         )
     )
-    parts.append(
-        "## Differences to Megatron on purpose\n\n"
-        + _table(
-            "What | Megatron | Here | Why",
-            [f"{entry.subject} | {entry.megatron} | {entry.here} | {entry.reason}" for entry in DIFFERENCES],
-        )
-    )
     return "\n".join(parts)
+
+
+def differences_table() -> str:
+    """The table of `docs/from-megatron.md`."""
+    return _table(
+        "What | Megatron | Here | Why",
+        [f"{entry.subject} | {entry.megatron} | {entry.here} | {entry.reason}" for entry in DIFFERENCES],
+    )
 
 
 def _aliases(flag_by_path: dict[str, str]) -> str:

@@ -262,6 +262,31 @@ DIFFERENCES = (
         "a step is a step, whatever its size",
     ),
     Difference(
+        "Another schedule of the learning rate on resuming",
+        "refused without `--override-opt_param-scheduler`",
+        "the command line's holds, and what has changed is told; `--use-checkpoint-opt_param-scheduler` keeps the "
+        "checkpoint's",
+        "who gives another flag means it",
+    ),
+    Difference(
+        "`--lr-wsd-decay-iters` with batches that grow",
+        "steps of the final size",
+        "the very last steps before the decay ends",
+        "a step is a step, whatever its size",
+    ),
+    Difference(
+        "`--profile` without `--use-pytorch-profiler`",
+        "for nsys, which sees GPUs only",
+        "the same; without a GPU a trace of torch's profiler. `--profile-ranks` is the first rank by default",
+        "the same command runs on a CPU",
+    ),
+    Difference(
+        "`--distributed-timeout-minutes`",
+        "torch ends the process that waited",
+        "every process tells what it waits for and where it stands, then ends with exit code 69",
+        "the one that waits is seldom the cause",
+    ),
+    Difference(
         "Length in samples",
         "turned to steps at the start of each job: a batch size changed on resume ends the run elsewhere",
         "counted from the consumed samples",
