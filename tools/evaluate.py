@@ -95,7 +95,7 @@ def table(figures: dict[str, float]) -> str:
     for unit in ("token", "word", "byte"):
         lines.append(
             f"{unit + 's':8}{figures[unit + 's']:14,.0f}{figures[f'loss_per_{unit}']:12.4f}"
-            f"{figures[f'perplexity_per_{unit}']:14.4f}"
+            f"{figures[f'perplexity_per_{unit}']:14.6g}"
         )
     return "\n".join([*lines, f"bits per byte: {figures['bits_per_byte']:.4f}"])
 
