@@ -143,7 +143,6 @@ REFUSED = (
     Refused("--use-megatron-fsdp", "weights are not sharded over data ranks; use --use-distributed-optimizer"),
     Refused("--data-parallel-sharding-strategy", "use --use-distributed-optimizer", ("no_shard",)),
     Refused("--distribute-saved-activations", "leave it out; sequence parallelism splits what is saved already"),
-    Refused("--skip-train", "this program trains; leave it out"),
     Refused("--yaml-cfg", "use --config FILE.yaml"),
     Refused("--object-storage-cache-path", "files are read from folders; mount the store and use --no-mmap-bin-files"),
     Refused("--s3-cache-path", "files are read from folders; mount the store and use --no-mmap-bin-files"),

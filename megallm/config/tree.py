@@ -266,6 +266,9 @@ class TrainingConfig:
     )
     eval_interval: int | None = option(None, "--eval-interval", "steps between evaluations; default: none")
     eval_iters: int = option(100, "--eval-iters", "global batches in one evaluation")
+    skip_train: bool = option(
+        False, "--skip-train", "train nothing: evaluate once on the validation data, and on the test data"
+    )
     exit_interval: int | None = option(
         None,
         "--exit-interval",

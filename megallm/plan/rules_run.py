@@ -122,6 +122,18 @@ def evaluation_has_batches(config: Config, world_size: int) -> Iterator[Problem]
         )
 
 
+@rule("training.eval_interval")
+def without_training_there_is_evaluation(config: Config, world_size: int) -> Iterator[Problem]:
+    """A run that does not train evaluates."""
+    if config.training.skip_train and config.training.eval_interval is None:
+        yield Problem(
+            ("--skip-train", "--eval-interval"),
+            "nothing is to be trained, and without --eval-interval nothing is evaluated either",
+            "",
+            "add --eval-interval 1, or leave out --skip-train",
+        )
+
+
 _SAVING = (
     "save_interval",
     "save_hf",

@@ -72,6 +72,7 @@ RULES = (
     rules_rates.weight_decay_has_both_ends,
     rules_run.one_length_of_the_run,
     rules_run.evaluation_has_batches,
+    rules_run.without_training_there_is_evaluation,
     rules_run.saving_has_a_folder,
     rules_run.exporting_has_a_folder,
     rules_run.one_origin_of_weights,

@@ -120,6 +120,8 @@ def _last_iteration(engine: Engine) -> int:
     A length in samples counts from where the run is: it holds although batches may have had other sizes before.
     """
     training, progress = engine.config.training, engine.progress
+    if training.skip_train:
+        return progress.iteration
     if training.train_samples is None:
         return max(training.train_iters, progress.iteration)
     return progress.iteration + engine.batch_sizes.steps_within(training.train_samples, progress.consumed_samples)
@@ -129,13 +131,14 @@ def _check_data_lasts(engine: Engine, datasets: Datasets, last_iteration: int, l
     """Raises ValueError before the first step if the data would end before the run does."""
     training, progress = engine.config.training, engine.progress
     assert training.global_batch_size, "the configuration is resolved"
-    if last_iteration == progress.iteration:
+    if last_iteration == progress.iteration and not training.skip_train:
         return
     needed = {"training": (datasets.train, last_sample)}
     batch = training.global_batch_size
     evaluations = 0
     if training.eval_interval:
         evaluations = last_iteration // training.eval_interval - progress.iteration // training.eval_interval
+        evaluations += training.skip_train
     for name, valid in datasets.valid.items():
         first = progress.consumed_valid_samples
         samples = batch if engine.config.data.full_validation else first + evaluations * training.eval_iters * batch
@@ -169,6 +172,11 @@ def _train(
         evaluation = _Evaluation(engine, datasets, stack)
         if progress.evaluation_due:
             evaluation.run(reporter)
+        if engine.config.training.skip_train:
+            log("nothing is trained, as --skip-train says")
+            evaluation.run(reporter)
+            evaluation.run_test(reporter)
+            return ExitCode.FINISHED
         stack.enter_context(stopping)
         reporter.start()
         while progress.iteration < last_iteration:

@@ -95,6 +95,7 @@ def test_a_hang_ends_in_time_and_every_rank_says_where_it_is() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_named() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

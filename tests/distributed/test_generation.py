@@ -27,7 +27,7 @@ CASES = [
     Case("llama, tensor 4, fewer groups than ranks", LLAMA, tp=4, layout=NO_SEQUENCE_PARALLEL),
     Case("llama, tensor 2, pipeline 2, micro-batch 2", LLAMA, tp=2, pp=2, layout={"training.micro_batch_size": 2}),
 ]
-SLOW = ("llama, tensor 4, fewer groups than ranks", "sinusoidal")
+SLOW = ("llama, tensor 4, fewer groups than ranks", "sinusoidal", "llama, interleaved", "gpt")
 
 
 @dataclass

@@ -49,6 +49,7 @@ def _events(path: Path) -> list[dict[str, Any]]:
         return json.load(file)["traceEvents"]
 
 
+@pytest.mark.slow
 def test_a_run_in_one_process_with_everything_asked_for(tmp_path: Path) -> None:
     flags = [
         *without(TINY, "--fp64", "--eval-interval", "--eval-iters"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +19,7 @@ from tests.distributed.launch import (
     Ended,
     python,
     read_lines,
+    run,
     succeeded,
     torchrun,
     training_lines,
@@ -451,7 +453,6 @@ def test_a_dataset_and_its_text_are_evaluated_alike_in_two_layouts(text: Text, t
     assert together == pytest.approx(alone, rel=1e-6)
     some = [*flags, "--data-path", text.prefix, "--max-documents", "3"]
     assert json.loads(succeeded(python("tools/evaluate.py", *some)).output)["perplexity_per_token"] > 1
-    assert_one_clear_answer(python("tools/evaluate.py", *flags, "--text", str(tmp_path)), "cannot be read")
 
 
 @pytest.mark.slow
@@ -479,6 +480,36 @@ def test_mistakes_of_generation(text: Text, single: Run, tmp_path: Path) -> None
         ),
     ):
         assert_one_clear_answer(python("tools/generate.py", *flags, "--device", "cpu"), wanted)
+
+
+@pytest.mark.slow
+def test_a_run_that_trains_nothing_evaluates_what_it_loads(tmp_path: Path) -> None:
+    metrics = ["--metrics-jsonl", str(tmp_path / "metrics.jsonl")]
+    succeeded(python("pretrain_gpt.py", *TINY, *metrics, "--save", str(tmp_path / "checkpoints")))
+    skipping = [*TINY, *metrics, "--load", str(tmp_path / "checkpoints"), "--save", str(tmp_path / "others")]
+    ended = succeeded(python("pretrain_gpt.py", *skipping, "--skip-train"))
+    assert "> nothing is trained, as --skip-train says\n" in ended.output
+    assert [line["iteration"] for line in training_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [line["iteration"] for line in validation_lines(tmp_path / "metrics.jsonl")] == [3, 6, 6]
+    assert not list((tmp_path / "others").glob("iter_*"))
+    wanted = "the validation data has 12 samples, but this run reads up to sample 20"
+    assert_one_clear_answer(python("pretrain_gpt.py", *skipping, "--skip-train", "--eval-iters", "1"), wanted)
+
+
+@pytest.mark.slow
+def test_starting_imports_nothing_large_that_a_run_does_not_need() -> None:
+    # torch's compiler alone takes as long as all the rest.
+    large = [
+        "torch._dynamo",
+        "torch._inductor",
+        "torch.distributed.fsdp",
+        "sympy",
+        "tensorboard",
+        "wandb",
+        "matplotlib",
+    ]
+    code = f"import sys, megallm.train.loop, megallm.generate.text; print(*(set({large}) & set(sys.modules)))"
+    assert succeeded(run([sys.executable, "-c", code])).output.split() == []
 
 
 def test_data_that_would_end_too_early_is_refused_before_the_first_step(tmp_path: Path) -> None:

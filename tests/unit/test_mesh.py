@@ -10,7 +10,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megallm.device import select_device
+from megallm.device import select_backend, select_device
 from megallm.mesh import AXES, Mesh, MeshShape, start_processes
 
 SMALL = st.builds(MeshShape, *[st.integers(1, 4)] * 4)
@@ -141,3 +141,11 @@ def test_few_groups_are_made_on_nccl_whatever_the_world(monkeypatch: pytest.Monk
     ring = shape.partition(("pp",))[rank % 512]
     neighbours = {ring[position - 1], ring[(position + 1) % 16]}
     assert set(channels) == {(rank, other) for other in neighbours} | {(other, rank) for other in neighbours}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match=r"--device cuda was asked for, but this torch sees no GPU\. Use --device cpu"):
+        select_device("cuda")
+    with pytest.raises(ValueError, match="--distributed-backend nccl needs one GPU for each of the 2 processes"):
+        select_backend(torch.device("cpu"), 2, "nccl")

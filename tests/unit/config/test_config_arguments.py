@@ -14,7 +14,7 @@ from megallm.config import Config, difference, parse_arguments, resolve, to_yaml
 from megallm.config.completion import completion_script
 from megallm.config.dictionary import build
 from megallm.config.fields import all_fields, get
-from megallm.config.megatron import ALIASES, IGNORED, REFUSED, answer
+from megallm.config.megatron import ALIASES, IGNORED, REFUSED, Refused, answer
 from megallm.plan.validate import validate
 
 FIELDS = all_fields()
@@ -310,7 +310,13 @@ MEGATRON_FLAGS = """
 def test_every_flag_of_megatron_is_ours_or_answered_by_name(flag: str) -> None:
     ours = {name for entry in FIELDS for name in (entry.flag, entry.off_flag) if name}
     ours |= {alias.flag for alias in ALIASES} | {"--num-layers-per-virtual-pipeline-stage"}
-    assert flag in ours or answer(flag, []) is not None
+    if flag in ours:
+        return
+    known = answer(flag, [])
+    assert known is not None
+    assert known.reason
+    if isinstance(known, Refused):
+        assert "use " in known.reason or "leave " in known.reason
 
 
 GPT_3 = """

@@ -364,6 +364,10 @@ CASES: dict[str, list[tuple[int, dict, dict]]] = {
     "evaluation_has_batches": [
         (1, {"training.eval_interval": 5, "training.eval_iters": 0}, {"training.eval_iters": 10}),
     ],
+    "without_training_there_is_evaluation": [
+        (1, {"training.skip_train": True}, {"training.eval_interval": 1}),
+        (1, {"training.skip_train": True}, {"training.skip_train": False}),
+    ],
     "saving_has_a_folder": [
         (1, {"checkpoint.save_interval": 5}, {"checkpoint.save": "FOLDER"}),
         (1, {"checkpoint.async_save": True}, {"checkpoint.save": "FOLDER"}),
