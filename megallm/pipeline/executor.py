@@ -126,6 +126,10 @@ class PipelineExecutor:
         for works in run.sends.values():
             _wait(works)
 
+    def receive_buffers(self) -> list[torch.Tensor]:
+        """The buffers that messages have come into so far; they stay."""
+        return [tensor for tensors in self._buffers.values() for tensor in tensors]
+
     # One method for each kind of action
 
     def _forward(self, run: _Run, lowered: LoweredSchedule, step: Step) -> None:

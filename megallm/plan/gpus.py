@@ -15,11 +15,21 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
+class Efficiencies:
+    """Shares of the stated rates that are reached: in matrix products, in attention, in copies, in collectives."""
+
+    product: float = 0.70
+    attention: float = 0.45
+    bandwidth: float = 0.85
+    link: float = 0.75
+
+
+@dataclass(frozen=True)
 class Gpu:
-    """A GPU in its usual machine. Rates are per second, of one GPU and in one direction.
+    """A device in its usual machine. Rates are per second, of one device and in one direction.
 
     `flops` is the dense peak of 16-bit matrix products, `flops_32` that of float32 ones. `link` joins the GPUs of a
-    machine, `network` the machines.
+    machine, `network` the machines. `operator_seconds` is what starting an operator costs where it cannot be hidden.
     """
 
     name: str
@@ -30,12 +40,9 @@ class Gpu:
     link: float
     network: float
     per_machine: int = 8
+    efficiencies: Efficiencies = Efficiencies()
+    operator_seconds: float = 0.0
 
-
-PRODUCT_EFFICIENCY = 0.70
-ATTENTION_EFFICIENCY = 0.45
-BANDWIDTH_EFFICIENCY = 0.85
-LINK_EFFICIENCY = 0.75
 
 CONTEXT_BYTES = GIB // 2
 """Of a process on a GPU, before it does anything."""

@@ -45,27 +45,30 @@ def state_bytes(layout: Layout, rank: int) -> dict[str, int]:
         "weights": total * sizes.element,
         "gradients": total * sizes.wide,
         "master weights": own * sizes.wide if sizes.element == 2 else 0,
-        "moments": 2 * own * sizes.wide,
+        "moments": (2 if layout.config.optimizer.optimizer == "adam" else 1) * own * sizes.wide,
     }
 
 
-def memory_of_rank(layout: Layout, rank: int, lowered: LoweredSchedule) -> dict[str, int]:
-    """Bytes by kind (`KINDS`) of a process on a pipeline rank at the peak of a step."""
+def memory_of_rank(layout: Layout, rank: int, lowered: LoweredSchedule, *, with_passing: bool = True) -> dict[str, int]:
+    """Bytes by kind (`KINDS`) of a process on a pipeline rank at the peak of a step.
+
+    Without `with_passing` only what stays between passes counts: no working memory, no messages that leave.
+    """
     slots = lowered.num_activation_slots[rank] + lowered.num_gradient_slots[rank]
     return {
         **state_bytes(layout, rank),
-        **peak_of_step(layout, rank, lowered.schedule.actions[rank]),
-        "buffers": buffer_bytes(layout, rank, slots),
+        **peak_of_step(layout, rank, lowered.schedule.actions[rank], with_passing=with_passing),
+        "buffers": buffer_bytes(layout, rank, slots, with_passing=with_passing),
         "communicators": _communicators(layout),
     }
 
 
-def peak_of_step(layout: Layout, rank: int, actions: Iterable[Action]) -> dict[str, int]:
+def peak_of_step(layout: Layout, rank: int, actions: Iterable[Action], *, with_passing: bool = True) -> dict[str, int]:
     """Activations, logits and working memory of the action at which they are most together, in a rank's order."""
     stages = {stage.number: stage for stage in layout.on_rank(rank)}
     kept = {number: (layout.kept(stage), layout.kept_logits(stage)) for number, stage in stages.items()}
     working = {
-        (kind, number): _working_memory(layout, stage.is_last, len(stage.layers), kind)
+        (kind, number): _working_memory(layout, stage.is_last, len(stage.layers), kind) if with_passing else 0
         for number, stage in stages.items()
         for kind in (Kind.F, Kind.B)
     }
@@ -100,10 +103,10 @@ def _working_memory(layout: Layout, is_last: bool, num_layers: int, kind: Kind) 
     return max(in_layer, at_head)
 
 
-def buffer_bytes(layout: Layout, rank: int, slots: int) -> int:
+def buffer_bytes(layout: Layout, rank: int, slots: int, *, with_passing: bool = True) -> int:
     """Messages that arrive (`slots` of them) and leave, the rank's share of the batch, and tables of positions."""
     sizes, config = layout.sizes, layout.config
-    leaving = 2 * MAX_OUTSTANDING_SENDS if layout.pipeline > 1 else 0
+    leaving = 2 * MAX_OUTSTANDING_SENDS if layout.pipeline > 1 and with_passing else 0
     document_ids = 8 if config.data.reset_attention_mask else 0
     batch = layout.num_micro_batches * sizes.tokens * (BYTES_OF_A_TOKEN + document_ids)
     length = config.model.max_position_embeddings or sizes.sequence

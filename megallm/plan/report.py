@@ -213,3 +213,8 @@ def amount(flops: float) -> str:
 def seconds(value: float) -> str:
     """Seconds, or milliseconds below one."""
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms" if value >= 1e-3 else f"{value * 1e3:.2g} ms"
+
+
+def gib(size: float) -> str:
+    """Bytes: GiB, or MiB where those are few."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"

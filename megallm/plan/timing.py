@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megallm.plan.flops import flops_per_token, head_flops_per_token
-from megallm.plan.gpus import ATTENTION_EFFICIENCY, BANDWIDTH_EFFICIENCY, LINK_EFFICIENCY, PRODUCT_EFFICIENCY, Gpu
+from megallm.plan.gpus import Gpu
 from megallm.plan.memory import state_bytes
 from megallm.plan.stages import Layout, Stage
 from megallm.schedule import Costs, LoweredSchedule, Timeline, simulate
@@ -13,6 +13,9 @@ from megallm.schedule import Costs, LoweredSchedule, Timeline, simulate
 # Every tensor that is kept is written, read by what follows, read again in the backward pass, and has its gradient
 # written and read: of this one forward pass does a third. (A fused Llama layer moves 2.8 times what it keeps.)
 TRAFFIC_PER_KEPT_BYTE = 3.0
+
+# Operators that a layer starts in its forward pass; its backward pass starts about twice as many.
+_OPERATORS = 40
 
 # Messages of a layer that nothing hides, each of the hidden states of all tokens: all-gathers and reduce-scatters, or
 # all-reduces, which are as much as one of each. (docs/parallelism.md says which are hidden.)
@@ -49,7 +52,7 @@ def stage_costs(layout: Layout, gpu: Gpu) -> Costs:
     kinds = {kind: _stage_seconds(layout, gpu, stage) for kind, stage in examples.items()}
     seconds = [kinds[len(stage.layers), stage.is_last] for stage in layout.stages]
     within_machine = layout.world_size <= gpu.per_machine
-    message = layout.sizes.hidden / ((gpu.link if within_machine else gpu.network) * LINK_EFFICIENCY)
+    message = layout.sizes.hidden / ((gpu.link if within_machine else gpu.network) * gpu.efficiencies.link)
     return Costs([forward for forward, _ in seconds], [backward for _, backward in seconds], message)
 
 
@@ -61,11 +64,12 @@ def _stage_seconds(layout: Layout, gpu: Gpu, stage: Stage) -> tuple[float, float
     products = (num_layers * per_layer + (head / 3 if stage.is_last else 0)) * sizes.tokens / layout.tensor
     attention = num_layers * (flops.half - flops.weights) / config.model.num_layers / 3 * sizes.tokens / layout.tensor
     peak = gpu.flops if sizes.element == 2 else gpu.flops_32
-    product_seconds = products / (peak * PRODUCT_EFFICIENCY)
-    attention_seconds = attention / (peak * ATTENTION_EFFICIENCY)
+    product_seconds = products / (peak * gpu.efficiencies.product)
+    attention_seconds = attention / (peak * gpu.efficiencies.attention)
     kept = num_layers * layout.layer_bytes + 3 * layout.kept_logits(stage)
-    traffic = TRAFFIC_PER_KEPT_BYTE * kept / 3 / (gpu.bandwidth * BANDWIDTH_EFFICIENCY)
+    traffic = TRAFFIC_PER_KEPT_BYTE * kept / 3 / (gpu.bandwidth * gpu.efficiencies.bandwidth)
     sent_forward, sent_backward = _tensor_seconds(layout, gpu)
+    traffic += _OPERATORS * gpu.operator_seconds * (num_layers + 1)
     forward = product_seconds + attention_seconds + traffic + num_layers * sent_forward
     backward = 2 * (product_seconds + attention_seconds + traffic) + num_layers * sent_backward
     if config.training.recompute_granularity == "full":
@@ -79,7 +83,7 @@ def _tensor_seconds(layout: Layout, gpu: Gpu) -> tuple[float, float]:
     """Exposed communication of a layer over the tensor ranks, forward and backward."""
     if layout.tensor == 1:
         return 0.0, 0.0
-    rate = (gpu.link if layout.tensor <= gpu.per_machine else gpu.network) * LINK_EFFICIENCY
+    rate = (gpu.link if layout.tensor <= gpu.per_machine else gpu.network) * gpu.efficiencies.link
     whole = layout.sizes.tokens * layout.config.model.hidden_size * layout.sizes.element
     one = whole * (layout.tensor - 1) / layout.tensor / rate
     backward = _EXPOSED_BACKWARD_WITH_SEQUENCE if layout.config.parallel.sequence_parallel else 0
@@ -113,7 +117,7 @@ def end_of_step(
     parallel, stages = layout.config.parallel, layout.on_rank(rank)
     state = state_bytes(layout, rank)
     within_machine = layout.tensor * layout.data <= gpu.per_machine
-    rate = (gpu.link if within_machine else gpu.network) * LINK_EFFICIENCY
+    rate = (gpu.link if within_machine else gpu.network) * gpu.efficiencies.link
     gradients = reduction_bytes(layout, rank) / rate
     parameters = gather_bytes(layout, rank) / rate
     if parallel.overlap_grad_reduce:
@@ -124,7 +128,7 @@ def end_of_step(
     share = state["moments"] / (2 * layout.sizes.wide * max(1, _elements(layout, rank)))
     moved = state["gradients"] * share + 2 * state["moments"] + 2 * state["master weights"] + state["weights"] * share
     moved += state["weights"] * share if layout.sizes.element > 2 else 0
-    return gradients, parameters, moved / (gpu.bandwidth * BANDWIDTH_EFFICIENCY)
+    return gradients, parameters, moved / (gpu.bandwidth * gpu.efficiencies.bandwidth)
 
 
 def reduction_bytes(layout: Layout, rank: int) -> float:

@@ -26,7 +26,9 @@ from megallm.train.engine import Engine, build_engine, check_schedules
 from megallm.train.hugging_face import check_export
 from megallm.train.instruments import Instruments
 from megallm.train.metrics import Reporter, log_on_rank_zero, mean_losses
+from megallm.train.out_of_memory import out_of_memory_explained
 from megallm.train.outputs import try_outputs
+from megallm.train.prediction import Prediction
 from megallm.train.processes import joined_processes
 from megallm.train.resume import take_up
 from megallm.train.saving import Saving
@@ -61,6 +63,7 @@ def pretrain_on(
     with ExitStack() as stack:
         with_tokenizer, datasets = on_every_rank(mesh, lambda: _read_files(config, mesh.shape.world_size))
         on_every_rank(mesh, lambda: _take_outputs(config, stack) if mesh.rank == 0 else None)
+        stack.enter_context(out_of_memory_explained(with_tokenizer, mesh))
         return _run(with_tokenizer, make_task(with_tokenizer), mesh, datasets, started, write_sample)
 
 
@@ -178,13 +181,17 @@ def _train(
             evaluation.run_test(reporter)
             return ExitCode.FINISHED
         stack.enter_context(stopping)
+        prediction = Prediction(engine)
+        if progress.iteration < last_iteration:
+            log(str(prediction))
         reporter.start()
         while progress.iteration < last_iteration:
             instruments.begin(progress.iteration + 1)
             with engine.mesh.journal.step():
                 with instruments.parts.measure("batch-generator"):
                     micro_batches = next(batches)
-                metrics = train_step(engine, micro_batches, instruments.passes, instruments.parts)
+                with prediction.watching(progress.iteration + 1, micro_batches, instruments.passes) as passes:
+                    metrics = train_step(engine, micro_batches, passes, instruments.parts)
             done = progress.iteration
             instruments.end(done)
             reporter.step(done, progress.consumed_samples, metrics)
@@ -212,6 +219,9 @@ def _train(
             stopping.pause()
     instruments.flush()
     reporter.flush()
+    compared = prediction.comparison(reporter)
+    if compared:
+        log(compared)
     saving.finish()
     if engine.config.checkpoint.save and not saving.has_saved:
         log(f"nothing was trained and nothing saved: iteration {progress.iteration} is where the run ends")

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +80,9 @@ class Reporter:
         self._device = device or torch.device("cpu")
         self._last = time.perf_counter()
         self._window: list[StepRecord] = []
+        # Batch size and seconds of the latest steps, of all but the first, which warms up.
+        self._seconds: deque[tuple[int, float]] = deque(maxlen=1000)
+        self._is_warm = False
         self.last_iteration = config.training.train_iters if last_iteration is None else last_iteration
         training = config.training
         moves = training.fp16 and training.loss_scale is None
@@ -93,6 +98,9 @@ class Reporter:
         """Takes note of a step and publishes the one before."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
+        if self._is_warm:
+            self._seconds.append((metrics.global_batch_size, seconds))
+        self._is_warm = True
         if not self.report:
             return
         scalars = torch.stack((metrics.loss_scale, metrics.grad_norm, metrics.learning_rate, metrics.skipped))
@@ -108,6 +116,17 @@ class Reporter:
         if self._pending is not None:
             previous, self._pending = self._pending, None
             self._publish(previous)
+
+    def median_seconds(self, batch_size: int) -> float | None:
+        """The median time of the latest steps of this batch size; None where there were none but the first."""
+        times = [seconds for size, seconds in self._seconds if size == batch_size]
+        return median(times) if times else None
+
+    def note(self, name: str, predicted: float, measured: float) -> None:
+        """A prediction beside the measurement, into the JSON lines."""
+        if self._json is not None:
+            iteration = self._window[-1].iteration if self._window else self.last_iteration
+            self._json.write({"iteration": iteration, f"predicted_{name}": predicted, f"measured_{name}": measured})
 
     def pause(self) -> Callable[[], None]:
         """Leaves the time until the returned function is called out of the next step's."""

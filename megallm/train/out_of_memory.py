@@ -1,0 +1,61 @@
+"""Out of memory: what was predicted, what takes most, and what would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from megallm.config.tree import Config
+from megallm.mesh import Mesh
+from megallm.plan.alternatives import changes_that_fit
+from megallm.plan.gpus import DEFAULT_GPU, GPUS, SAFE_SHARE
+from megallm.plan.plan import Plan, make_plan
+from megallm.plan.report import gib, table
+from megallm.plan.stages import Layout
+
+# Where memory ran out below the share that is known to be safe, what is to fit must need clearly less.
+_CLEARLY_LESS = 0.9
+
+
+@contextmanager
+def out_of_memory_explained(config: Config, mesh: Mesh) -> Iterator[None]:
+    """Raises ValueError with an explanation in the place of torch's error for want of memory, on the rank that lacks
+    it. `config` is resolved."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first_line = str(error).splitlines()[0] if str(error) else "out of memory"
+        raise ValueError(f"rank {mesh.rank}: {first_line}\n{explanation(config, mesh)}") from error
+
+
+def explanation(config: Config, mesh: Mesh) -> str:
+    """What was predicted for this rank by kind, largest first, and changes that would fit."""
+    on_gpu = mesh.device.type == "cuda"
+    memory = torch.cuda.get_device_properties(mesh.device).total_memory if on_gpu else 0
+    plan = make_plan(Layout(config, mesh.shape.world_size, on_gpu), GPUS[DEFAULT_GPU])
+    kinds = plan.memory[mesh.coordinates["pp"]]
+    predicted = sum(kinds.values())
+    largest = sorted(kinds.items(), key=lambda kind: -kind[1])[:3]
+    lines = [
+        f"predicted for this rank: {gib(predicted)}{f' of {gib(memory)}' if memory else ''}; the largest kinds are "
+        + ", ".join(f"{name} {gib(size)}" for name, size in largest)
+    ]
+    changes = _changes(plan, memory)
+    if not changes:
+        lines.append("no one or two changes of the layout would do: take more or larger GPUs, or a smaller model")
+    else:
+        lines.append("what would fit:")
+        lines += [f"  {line}" for line in table(changes, "<<<")]
+    return "\n".join(lines)
+
+
+def _changes(plan: Plan, memory: int) -> list[tuple[str, str, str]]:
+    """Flags, the predicted bytes, and how much longer a step takes."""
+    less = plan.peak * _CLEARLY_LESS / SAFE_SHARE
+    bound = int(min(memory, less) if memory else less)
+    return [
+        (" ".join(change.flags), gib(change.plan.peak), f"{change.plan.step.total / plan.step.total:.2f} x the time")
+        for change in changes_that_fit(plan, memory=bound)
+    ]
