@@ -256,7 +256,19 @@ def _assemble(line: _Line) -> Config:
         stages = _virtual_stages(build(values), line.settings[_LAYERS_PER_STAGE][-1][1], line.problems)
         values["parallel.num_virtual_stages_per_pipeline_rank"] = stages
     values.setdefault("parallel.num_virtual_stages_per_pipeline_rank", _laid_out_virtual_stages(build(values)))
+    _imply(values, line)
     return build(values)
+
+
+def _imply(values: dict[str, Any], line: _Line) -> None:
+    """What Megatron's scripts leave unsaid, or say by a number that means none."""
+    has_files = values.get("data.vocab_file") and values.get("data.merge_file")
+    if values.get("data.tokenizer_type") is None and has_files:
+        values["data.tokenizer_type"] = "GPT2BPETokenizer"
+    reads_none = values.get("training.eval_iters") == 0 and not values.get("data.full_validation")
+    if reads_none and values.get("training.eval_interval") is not None:
+        values["training.eval_interval"] = None
+        line.warnings.append("--eval-interval is ignored: --eval-iters 0 switches evaluations off")
 
 
 def _laid_out_virtual_stages(config: Config) -> int:

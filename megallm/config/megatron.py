@@ -71,6 +71,7 @@ IGNORED = (
     Ignored("--cross-entropy-fusion-impl", "the fastest implementation is chosen"),
     Ignored("--no-check-for-nan-in-loss-and-grad", "a step with a non-finite gradient is always skipped"),
     Ignored("--accumulate-allreduce-grads-in-fp32", "gradients are always accumulated and reduced in float32 at least"),
+    Ignored("--grad-reduce-in-bf16", "gradients are reduced in float32: more exact, twice the bytes"),
     Ignored("--no-overlap-p2p-communication", "it changes no result"),
     Ignored("--tp-comm-overlap*", "it changes no result"),
     Ignored("--overlap-param-gather-with-optimizer-step", "it changes no result"),
@@ -131,7 +132,6 @@ REFUSED = (
     Refused("--data-parallel-random-init", "initial weights are a function of the seed alone; use --seed"),
     Refused("--deterministic-mode", "there is no such mode for GPUs; leave it out (CPU runs are deterministic)"),
     Refused("--fp16-lm-cross-entropy", "the loss is computed in float32; leave it out"),
-    Refused("--grad-reduce-in-bf16", "gradients are reduced in float32; leave it out"),
     Refused("--fp8-*", "there is no float8; use --bf16"),
     Refused(
         "--context-parallel-size", "sequences are not cut over processes; use --tensor-model-parallel-size", ("1",)

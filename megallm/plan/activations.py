@@ -64,6 +64,11 @@ class Sizes:
         """Bytes of hidden states between the layers: also those of a message between stages."""
         return self.local_tokens * self.config.model.hidden_size * self.element
 
+    def recomputes(self, module: str) -> bool:
+        """Whether a module of each layer is computed again in the backward pass."""
+        training = self.config.training
+        return training.recompute_granularity == "selective" and module in training.recompute_modules
+
     @property
     def norms_widen(self) -> bool:
         """Whether norms keep a wide copy of their input: LayerNorm takes input and weights in one dtype."""
@@ -106,16 +111,24 @@ class Sizes:
 
 def saved_by_stage(sizes: Sizes, num_layers: int, *, is_first: bool, is_last: bool) -> int:
     """Bytes that a stage keeps of one micro-batch until its backward pass has begun."""
-    total = num_layers * sum(kept_of_layer(sizes).values()) + sum(_shared(sizes, num_layers).values())
+    runs, kept_whole = recomputed_runs(sizes, num_layers)
+    total = len(runs) * sizes.hidden + kept_whole * sum(layer(sizes).values())
+    total += sum(_shared(sizes, kept_whole).values())
     total += sum(_embedding(sizes).values()) if is_first else 0
     return total + (sum(_output(sizes).values()) if is_last else 0)
 
 
-def kept_of_layer(sizes: Sizes) -> dict[str, int]:
-    """Bytes of one layer by operator: all of `layer`, or its input alone where layers are recomputed."""
-    if sizes.config.training.recompute_granularity == "full":
-        return {"layer input": sizes.hidden}
-    return layer(sizes)
+def recomputed_runs(sizes: Sizes, num_layers: int) -> tuple[list[int], int]:
+    """Lengths of the runs of layers of which only the input is kept, and the number of layers that are kept as they
+    are. (The runs of `model/stack.py`.)"""
+    training = sizes.config.training
+    length = training.recompute_num_layers
+    if training.recompute_granularity != "full":
+        return [], num_layers
+    if training.recompute_method == "block":
+        again = min(length, num_layers)
+        return [1] * again, num_layers - again
+    return [min(length, num_layers - begin) for begin in range(0, num_layers, length)], 0
 
 
 def layer(sizes: Sizes) -> dict[str, int]:
@@ -123,6 +136,7 @@ def layer(sizes: Sizes) -> dict[str, int]:
     mask = sizes.hidden // sizes.element if sizes.config.model.hidden_dropout else 0
     into_down = {"relu": sizes.ffn, "squared_relu": 2 * sizes.ffn}  # relu keeps its result, the others their argument
     plain = 3 * sizes.ffn if sizes.config.model.activation in GATED_ACTIVATIONS else 2 * sizes.ffn
+    in_mlp = 0 if sizes.recomputes("mlp") else into_down.get(sizes.config.model.activation, plain)
     norm = _norm(sizes, sizes.local_tokens, sizes.config.model.hidden_size)
     # The input of a layer whose norms both read it is kept once.
     twice = sizes.hidden if sizes.config.model.parallel_residual and not sizes.norms_widen else 0
@@ -133,7 +147,7 @@ def layer(sizes: Sizes) -> dict[str, int]:
         "attention dropout": mask,
         "MLP norm": norm - twice,
         "up": sizes.hidden,
-        "activation and down": into_down.get(sizes.config.model.activation, plain),
+        "activation and down": in_mlp,
         "MLP dropout": mask,
     }
 
@@ -161,7 +175,7 @@ def _attention(sizes: Sizes) -> dict[str, int]:
         "queries, keys, values": _queries_keys_values(sizes, query),
         "output": query,
     }
-    if sizes.config.training.recompute_granularity == "selective":
+    if sizes.recomputes("core_attn"):
         return core
     if model.attention_dropout:
         # Probabilities, the mask, and what is left of them for the product with the values.
@@ -195,7 +209,7 @@ def _queries_keys_values(sizes: Sizes, query: int) -> int:
     packed = query + 2 * query * num_query_groups(model) // model.num_attention_heads
     key = query * groups // sizes.heads
     is_made = model.position_embedding_type == "rope" or model.qk_layernorm
-    composed = bool(model.attention_dropout) and sizes.config.training.recompute_granularity != "selective"
+    composed = bool(model.attention_dropout) and not sizes.recomputes("core_attn")
     repeats = composed and groups < sizes.heads
     copies = composed and sizes.batch > 1 and sizes.heads > 1
     indices = 0 if sizes.groups_divide else 2 * 8 * sizes.heads
@@ -209,13 +223,11 @@ def _queries_keys_values(sizes: Sizes, query: int) -> int:
 
 
 def _shared(sizes: Sizes, num_layers: int) -> dict[str, int]:
-    """What all layers of a stage keep together. (Recomputed layers hold it without autograd's knowledge.)"""
+    """What the layers that are not recomputed keep together. (The others hold it without autograd's knowledge.)"""
     config, tables, mask = sizes.config, 0, 0
-    if config.training.recompute_granularity == "full":
-        return {}
     if config.model.position_embedding_type == "rope" and config.data.reset_position_ids and num_layers:
         tables = 2 * sizes.tokens * rotary_width(config.model) * sizes.wide
-    if config.training.recompute_granularity == "selective" and num_layers:
+    if sizes.recomputes("core_attn") and num_layers:
         mask = sizes.mask
     return {"rotary angles": tables, "attention mask": mask}
 

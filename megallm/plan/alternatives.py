@@ -101,6 +101,10 @@ def with_changes(config: Config, **changes: Any) -> Config:
         else:
             parallel = replace(parallel, **{name: value})
     sizes = ("pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank")
+    if training.recompute_granularity != config.training.recompute_granularity:
+        training = replace(
+            training, recompute_method="uniform", recompute_num_layers=1, recompute_modules=["core_attn"]
+        )
     if any(getattr(parallel, name) != getattr(config.parallel, name) for name in sizes):
         parallel = replace(
             parallel,

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from megallm.config.resolve import GATED_ACTIVATIONS, rotary_width
 from megallm.plan.gpus import COMMUNICATOR_BYTES, CONTEXT_BYTES
-from megallm.plan.stages import Layout
+from megallm.plan.stages import Layout, Stage
 from megallm.schedule import Action, Kind, LoweredSchedule
 from megallm.schedule.lowering import MAX_OUTSTANDING_SENDS
 
@@ -68,7 +68,7 @@ def peak_of_step(layout: Layout, rank: int, actions: Iterable[Action], *, with_p
     stages = {stage.number: stage for stage in layout.on_rank(rank)}
     kept = {number: (layout.kept(stage), layout.kept_logits(stage)) for number, stage in stages.items()}
     working = {
-        (kind, number): _working_memory(layout, stage.is_last, len(stage.layers), kind) if with_passing else 0
+        (kind, number): _working_memory(layout, stage, kind) if with_passing else 0
         for number, stage in stages.items()
         for kind in (Kind.F, Kind.B)
     }
@@ -87,8 +87,8 @@ def peak_of_step(layout: Layout, rank: int, actions: Iterable[Action], *, with_p
     return {"activations": peak[0], "logits": peak[1], "working memory": peak[2]}
 
 
-def _working_memory(layout: Layout, is_last: bool, num_layers: int, kind: Kind) -> int:
-    """An estimate: gradients inside an MLP and of its gathered input; a layer computed again; logits in 16 bits.
+def _working_memory(layout: Layout, stage: Stage, kind: Kind) -> int:
+    """An estimate: gradients inside an MLP and of its gathered input; layers computed again; logits in 16 bits.
 
     The gradient of the logits is written over the exponentials, and copied to be rounded.
     """
@@ -96,10 +96,10 @@ def _working_memory(layout: Layout, is_last: bool, num_layers: int, kind: Kind) 
     whole = sizes.tokens * layout.config.model.hidden_size * sizes.element
     inner = (3 if layout.config.model.activation in GATED_ACTIVATIONS else 2) * sizes.ffn
     in_layer = 0
-    if num_layers:
-        in_layer = inner + 2 * whole if kind is Kind.B else whole
-        in_layer += layout.recomputed_bytes() if kind is Kind.B else 0
-    at_head = sizes.logits * sizes.element if is_last and sizes.element == 2 else 0
+    if stage.layers:
+        in_layer = inner + 2 * whole + layout.recomputed_bytes(stage) if kind is Kind.B else whole
+        in_layer += inner if kind is Kind.B and sizes.recomputes("mlp") else 0
+    at_head = sizes.logits * sizes.element if stage.is_last and sizes.element == 2 else 0
     return max(in_layer, at_head)
 
 

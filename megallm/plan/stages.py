@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megallm.config.tree import Config
-from megallm.plan.activations import Sizes, kept_of_layer, layer, saved_by_stage
+from megallm.plan.activations import Sizes, layer, recomputed_runs, saved_by_stage
 from megallm.plan.parameters import HeldParameters, held_by_stage
 from megallm.plan.split import stage_layers
 
@@ -90,10 +90,14 @@ class Layout:
 
     @cached_property
     def layer_bytes(self) -> int:
-        """What a layer keeps when it is not, or no longer, put off."""
+        """What a layer keeps that is not recomputed as a whole."""
         return sum(layer(self.sizes).values())
 
-    def recomputed_bytes(self) -> int:
-        """What a backward pass makes again, one layer at a time."""
-        granularity = self.config.training.recompute_granularity
-        return self.layer_bytes - sum(kept_of_layer(self.sizes).values()) if granularity == "full" else 0
+    def recomputed_bytes(self, stage: Stage) -> int:
+        """What a backward pass makes again at once: the longest run of layers, but for its input."""
+        runs, _ = recomputed_runs(self.sizes, len(stage.layers))
+        return max(runs, default=0) * self.layer_bytes - (self.sizes.hidden if runs else 0)
+
+    def recomputed_layers(self, stage: Stage) -> int:
+        """Layers whose forward pass runs twice."""
+        return sum(recomputed_runs(self.sizes, len(stage.layers))[0])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megallm.plan.flops import flops_per_token, head_flops_per_token
 from megallm.plan.gpus import Gpu
 from megallm.plan.memory import state_bytes
+from megallm.plan.parameters import layer_parameters
 from megallm.plan.stages import Layout, Stage
 from megallm.schedule import Costs, LoweredSchedule, Timeline, simulate
 
@@ -72,11 +73,19 @@ def _stage_seconds(layout: Layout, gpu: Gpu, stage: Stage) -> tuple[float, float
     traffic += _OPERATORS * gpu.operator_seconds * (num_layers + 1)
     forward = product_seconds + attention_seconds + traffic + num_layers * sent_forward
     backward = 2 * (product_seconds + attention_seconds + traffic) + num_layers * sent_backward
-    if config.training.recompute_granularity == "full":
-        backward += forward
-    elif config.training.recompute_granularity == "selective":
+    if num_layers:
+        backward += layout.recomputed_layers(stage) / num_layers * forward
+    if sizes.recomputes("core_attn"):
         backward += attention_seconds
+    if sizes.recomputes("mlp"):
+        backward += product_seconds * _share_of_mlp(layout)
     return forward, backward
+
+
+def _share_of_mlp(layout: Layout) -> float:
+    """Share of a layer's matrices that stands in its MLP."""
+    matrices = {name: it.elements for name, it in layer_parameters(layout.config.model).items() if it.is_matrix}
+    return sum(size for name, size in matrices.items() if name.startswith("mlp.")) / sum(matrices.values())
 
 
 def _tensor_seconds(layout: Layout, gpu: Gpu) -> tuple[float, float]:

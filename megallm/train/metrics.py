@@ -122,12 +122,6 @@ class Reporter:
         times = [seconds for size, seconds in self._seconds if size == batch_size]
         return median(times) if times else None
 
-    def note(self, name: str, predicted: float, measured: float) -> None:
-        """A prediction beside the measurement, into the JSON lines."""
-        if self._json is not None:
-            iteration = self._window[-1].iteration if self._window else self.last_iteration
-            self._json.write({"iteration": iteration, f"predicted_{name}": predicted, f"measured_{name}": measured})
-
     def pause(self) -> Callable[[], None]:
         """Leaves the time until the returned function is called out of the next step's."""
         begin = time.perf_counter()

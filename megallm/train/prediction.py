@@ -115,15 +115,12 @@ class Prediction:
         rows = [("", "predicted", "measured", "difference")]
         if step is not None:
             rows.append(_row("step time", self.step.total, step, seconds))
-            reporter.note("step_seconds", self.step.total, step)
         if self.layout.pipeline > 1 and time > 0:
             bubble = 1.0 - float(sums) / (self.layout.pipeline * time)
             points = 100 * (self.step.bubble - bubble)
             rows.append(("bubble", f"{self.step.bubble:.1%}", f"{bubble:.1%}", f"{points:+.1f} points"))
-            reporter.note("bubble", self.step.bubble, bubble)
         predicted, measured = used.tolist()
         rows.append(_row(f"memory ({'allocated' if self.layout.on_gpu else 'tensors'})", predicted, measured, gib))
-        reporter.note("memory_bytes", predicted, measured)
         return "\n".join(["predicted and measured", *(f"    {line}" for line in table(rows, "<>>>"))])
 
 

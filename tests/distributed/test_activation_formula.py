@@ -30,6 +30,20 @@ STAGES = (
     ((0, 3), True, True),
     ((1, 1), False, False),
 )
+MODULES = (["core_attn"], ["mlp"], ["core_attn", "mlp"])
+RECOMPUTE: list[dict[str, Any]] = [
+    *[{}] * 3,
+    *({"training.recompute_granularity": "selective", "training.recompute_modules": modules} for modules in MODULES),
+    *({"training.recompute_granularity": "full", "training.recompute_num_layers": number} for number in (1, 2)),
+    *(
+        {
+            "training.recompute_granularity": "full",
+            "training.recompute_method": "block",
+            "training.recompute_num_layers": number,
+        }
+        for number in (1, 2)
+    ),
+]
 DTYPES = {"": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
@@ -68,7 +82,7 @@ def random_configuration(number: int) -> Config:
             "parallel.tensor_model_parallel_size": tensor,
             "parallel.sequence_parallel": draw.random() < 0.7,
             "training.micro_batch_size": draw.choice([1, 2, 3]),
-            "training.recompute_granularity": draw.choice([None, None, "selective", "full"]),
+            **draw.choice(RECOMPUTE),
             "training.train_iters": 10,
             "optimizer.lr": 1e-3,
             "data.seq_length": draw.choice([8, 16]),
@@ -141,7 +155,7 @@ def _count(
 
 @pytest.mark.skipif(not NATIVE.in_use, reason="the formula is that of the native operators")
 @pytest.mark.parametrize(
-    "number", [pytest.param(n, marks=() if n < 2 else pytest.mark.slow, id=f"configuration {n}") for n in range(40)]
+    "number", [pytest.param(n, marks=() if n < 2 else pytest.mark.slow, id=f"configuration {n}") for n in range(120)]
 )
 def test_formulas_equal_what_is_there(pool: WorkerPool, number: int) -> None:
     config = random_configuration(number)

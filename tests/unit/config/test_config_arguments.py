@@ -210,6 +210,17 @@ def test_layers_per_virtual_stage(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert parse("--config", str(file), per_stage, "2").parallel.num_virtual_stages_per_pipeline_rank == 2
 
 
+def test_what_scripts_leave_unsaid(capsys: pytest.CaptureFixture[str]) -> None:
+    files = ("--vocab-file", "vocab.json", "--merge-file", "merges.txt")
+    assert parse(*files).data.tokenizer_type == "GPT2BPETokenizer"
+    assert parse(*files[:2]).data.tokenizer_type is None
+    assert parse(*files, "--tokenizer-type", "NullTokenizer").data.tokenizer_type == "NullTokenizer"
+    assert parse("--eval-interval", "5", "--eval-iters", "0").training.eval_interval is None
+    assert "--eval-iters 0 switches evaluations off" in capsys.readouterr().err
+    assert parse("--eval-interval", "5", "--eval-iters", "1").training.eval_interval == 5
+    assert parse("--eval-interval", "5", "--eval-iters", "0", "--full-validation").training.eval_interval == 5
+
+
 def test_a_layout_of_the_stages_makes_virtual_stages() -> None:
     def virtual_stages(*words: str) -> int:
         size = ("--pipeline-model-parallel-size", "2")
