@@ -18,8 +18,9 @@ from megallm.plan.timing import end_of_step, stage_costs
 from megallm.plan.validate import validate
 
 # Layouts that are planned in full, after all were estimated, and forwards of each that are timed one by one.
-_PLANNED = 16
+_PLANNED = 20
 _TIMED = 400
+_CLEARLY_FASTER = 0.99
 
 _Option = tuple[str, dict[str, Any]]
 
@@ -32,32 +33,31 @@ class Change:
     plan: Plan
 
 
-def next_best(layout: Layout, gpu: Gpu, number: int) -> list[Plan]:
+def next_best(plan: Plan, number: int) -> list[Plan]:
     """The fastest plans that fit the GPU, over tensor, pipeline and virtual sizes, micro-batch and recomputation.
 
     Model, batch, precision and everything else stay as they are; the distributed optimizer is on. All layouts are
-    ranked by a short estimate, and the best of them planned like the given one. `number` at most, fastest first.
+    ranked by a short estimate, and the best of them planned like the given one. `number` at most, fastest first; the
+    given sizes are named again only where something else makes them clearly faster.
     """
+    layout, gpu = plan.layout, plan.gpu
     estimated: list[tuple[float, int, Layout]] = []
     for config in _configurations(layout):
         candidate = Layout(config, layout.world_size)
         seconds, peak = _estimate(candidate, gpu)
         if peak <= SAFE_SHARE * gpu.memory:
             estimated.append((seconds, len(estimated), candidate))
-    best: dict[tuple[int, int, int], Plan] = {}
-    given = _key(layout)
+    best: dict[tuple[int, int], Plan] = {}
+    given = (layout.tensor, layout.pipeline)
     for _, _, candidate in sorted(estimated)[:_PLANNED]:
-        plan = make_plan(candidate, gpu, _TIMED)
-        # One plan for each way to share the work: of the numbers of virtual stages the best.
-        key = _key(candidate)[:3]
-        if plan.fits and _key(candidate) != given and (key not in best or plan.step.total < best[key].step.total):
-            best[key] = plan
-    return sorted(best.values(), key=lambda plan: plan.step.total)[:number]
-
-
-def _key(layout: Layout) -> tuple[int, int, int, int, str | None]:
-    recompute = layout.config.training.recompute_granularity
-    return layout.tensor, layout.pipeline, layout.sizes.batch, layout.virtual, recompute
+        made = make_plan(candidate, gpu, _TIMED)
+        # One plan for each way to share the work: of micro-batches and virtual stages the best.
+        key = (candidate.tensor, candidate.pipeline)
+        if made.fits and (key not in best or made.step.total < best[key].step.total):
+            best[key] = made
+    if given in best and best[given].step.total > _CLEARLY_FASTER * plan.step.total:
+        del best[given]
+    return sorted(best.values(), key=lambda other: other.step.total)[:number]
 
 
 def _configurations(layout: Layout) -> Iterator[Config]:

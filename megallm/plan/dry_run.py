@@ -27,7 +27,7 @@ def dry_run(config: Config, world_size: int) -> str:
     gpu = GPUS[config.plan.gpu_type or DEFAULT_GPU]
     layout = Layout(resolve(config, world_size), world_size)
     plan = make_plan(layout, gpu)
-    others = next_best(layout, gpu, _NEXT_BEST)
+    others = next_best(plan, _NEXT_BEST)
     changes = [] if plan.fits else changes_that_fit(plan)
     if config.plan.json:
         told = plan.to_dict() | {

@@ -151,7 +151,7 @@ def test_changes_that_fit_do_and_other_layouts_are_valid() -> None:
     assert len(changes) == 3
     assert all(change.plan.peak <= SAFE_SHARE * small.memory for change in changes)
     assert all(validate(change.plan.layout.config, 8) == [] for change in changes)
-    others = next_best(layout, small, 3)
+    others = next_best(plan, 3)
     assert [other.step.total for other in others] == sorted(other.step.total for other in others)
     assert all(other.fits and validate(other.layout.config, 8) == [] for other in others)
     assert changes_that_fit(plan, memory=2**30) == []
