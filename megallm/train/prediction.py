@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megallm.device import Stopwatch
+from megallm.device import Measures, Stopwatch, Together
 from megallm.plan.gpus import Gpu
 from megallm.plan.memory import memory_of_rank
 from megallm.plan.report import gib, seconds, table
@@ -71,27 +71,28 @@ class Prediction:
         )
 
     @contextmanager
-    def watching(
-        self, iteration: int, batch: Sequence[Batch], stopwatch: Stopwatch | None
-    ) -> Iterator[Stopwatch | None]:
-        """Around a step; gives the stopwatch for it, `stopwatch` itself where there is one. Waits for nothing after."""
+    def watching(self, iteration: int, batch: Sequence[Batch], passes: Measures | None) -> Iterator[Measures | None]:
+        """Around a step; gives what measures its passes: `passes`, and in the watched step a stopwatch with it.
+
+        Waits for nothing when the step is over.
+        """
         if iteration != self._iteration:
-            yield stopwatch
+            yield passes
             return
         engine, device = self._engine, self._engine.mesh.device
-        if stopwatch is None:
-            engine.mesh.world.barrier()
-            stopwatch = Stopwatch(device)
+        engine.mesh.world.barrier()
+        stopwatch = Stopwatch(device)
+        measures = stopwatch if passes is None else Together(passes, stopwatch)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-            yield stopwatch
+            yield measures
             self._watched = _Watched(stopwatch, torch.cuda.max_memory_allocated(device))
             return
         modules = [tensor for chunk in engine.chunks.values() for tensor in (*chunk.parameters(), *chunk.buffers())]
         present = [tensor for micro_batch in batch for tensor in micro_batch.values()]
         present += engine.executor.receive_buffers()
         with SavedBytes(modules + present) as saved:
-            yield stopwatch
+            yield measures
         tables = [tensor for chunk in engine.chunks.values() for tensor in chunk.buffers()]
         self._watched = _Watched(stopwatch, saved.peak + _bytes(present + tables + _state(engine)))
 

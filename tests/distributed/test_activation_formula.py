@@ -155,7 +155,7 @@ def _count(
 
 @pytest.mark.skipif(not NATIVE.in_use, reason="the formula is that of the native operators")
 @pytest.mark.parametrize(
-    "number", [pytest.param(n, marks=() if n < 2 else pytest.mark.slow, id=f"configuration {n}") for n in range(120)]
+    "number", [pytest.param(n, marks=() if n < 2 else pytest.mark.slow, id=f"configuration {n}") for n in range(40)]
 )
 def test_formulas_equal_what_is_there(pool: WorkerPool, number: int) -> None:
     config = random_configuration(number)
