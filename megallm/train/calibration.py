@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from statistics import median
 
 import torch
 from torch.nn import functional
@@ -16,7 +15,8 @@ from megallm.plan.gpus import Efficiencies, Gpu
 # Products of more would take too long on a CPU; all of them together take a few hundredths of a second.
 _MOST_OPERATIONS_ON_CPU = 2e8
 _MOST_OPERATIONS_ON_GPU = 2e12
-_REPETITIONS = 5
+_REPETITIONS = 3
+_MOMENT = 0.02  # seconds
 
 
 def measured_rates(mesh: Mesh, dtype: torch.dtype, tokens: int, width: int, inner: int) -> Gpu:
@@ -49,7 +49,7 @@ def measured_rates(mesh: Mesh, dtype: torch.dtype, tokens: int, width: int, inne
     if mesh.world.size > 1:
         message = torch.ones(2**18, dtype=torch.float32, device=device)
         parts = 2 * (mesh.world.size - 1) / mesh.world.size
-        link = parts * message.nbytes / _seconds(device, lambda: mesh.world.all_reduce(message))
+        link = parts * message.nbytes / _collective_seconds(mesh, message)
     rate = 6 * tokens * width * inner / product
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     return Gpu(
@@ -65,13 +65,30 @@ def measured_rates(mesh: Mesh, dtype: torch.dtype, tokens: int, width: int, inne
     )
 
 
+def _collective_seconds(mesh: Mesh, message: torch.Tensor) -> float:
+    """The mean time of an all-reduce. All ranks make equally many."""
+    mesh.world.all_reduce(message)
+    _finish(mesh.device)
+    begin = time.perf_counter()
+    for _ in range(_REPETITIONS):
+        mesh.world.all_reduce(message)
+    _finish(mesh.device)
+    return max((time.perf_counter() - begin) / _REPETITIONS, 1e-9)
+
+
 def _seconds(device: torch.device, work: Callable[[], object]) -> float:
-    """The median of some repetitions, after one that warms up."""
-    times = []
-    for _ in range(_REPETITIONS + 1):
-        begin = time.perf_counter()
+    """The mean time of repetitions over a moment, after one that warms up: what others take of the cores counts."""
+    work()
+    _finish(device)
+    begin = time.perf_counter()
+    repetitions = 0
+    while repetitions < _REPETITIONS or time.perf_counter() - begin < _MOMENT:
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return max(median(times[1:]), 1e-9)
+        _finish(device)
+        repetitions += 1
+    return max((time.perf_counter() - begin) / repetitions, 1e-9)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
