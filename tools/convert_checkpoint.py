@@ -1,8 +1,11 @@
-"""Converts models between Hugging Face folders and megallm checkpoints, in bounded memory and without a GPU.
+r"""Converts models between Hugging Face, Megatron-LM and megallm, in bounded memory and without a GPU.
 
     python tools/convert_checkpoint.py --from hf --to megallm --load LLAMA_FOLDER --save CHECKPOINTS --verify
     python tools/convert_checkpoint.py --from megallm --to hf --load CHECKPOINTS --save FOLDER --dtype bfloat16
     python tools/convert_checkpoint.py --from megallm --to megallm --load CHECKPOINTS --save OTHERS --weights-only
+    python tools/convert_checkpoint.py --from megatron --to megallm --load MEGATRON --save CHECKPOINTS --verify
+    python tools/convert_checkpoint.py --from hf --to megatron --load LLAMA_FOLDER --save MEGATRON \
+        --target-tensor-parallel-size 2 --target-pipeline-parallel-size 4
     python tools/convert_checkpoint.py --from megallm --to hf --load CHECKPOINTS --compare FOLDER
 
 The kind of model is read from config.json, or from the checkpoint.
@@ -17,7 +20,7 @@ from pathlib import Path
 from megallm.config import ParallelConfig, fail
 
 PROGRAM = "convert_checkpoint.py"
-FORMATS = ("hf", "megallm")
+FORMATS = ("hf", "megallm", "megatron")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -44,6 +47,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max-shard-size", type=float, default=5.0, metavar="GB", help="size of a file of weights (hf; default 5)"
     )
+    parser.add_argument(
+        "--true-vocab-size", type=int, metavar="N", help="of a Megatron model, without its padding; default: as it says"
+    )
+    parser.add_argument(
+        "--megatron-implementation",
+        default="transformer_engine",
+        choices=("transformer_engine", "local"),
+        help="whose names a Megatron model is written with (default transformer_engine)",
+    )
     layout = parser.add_argument_group("layout", "for whose ranks the files are cut")
     layout.add_argument("--target-tensor-parallel-size", type=int, default=1, metavar="N")
     layout.add_argument("--target-pipeline-parallel-size", type=int, default=1, metavar="N")
@@ -65,16 +77,27 @@ def run(arguments: argparse.Namespace) -> int:
 
     from megallm.convert.command import Output, Place, check, convert, report_comparison
 
-    source = Place(arguments.source, Path(arguments.load), arguments.ckpt_step)
+    source = Place(arguments.source, Path(arguments.load), arguments.ckpt_step, arguments.true_vocab_size)
     if arguments.compare:
-        return int(report_comparison(source, Place(arguments.target, Path(arguments.compare)), print))
+        return int(
+            report_comparison(
+                source, Place(arguments.target, Path(arguments.compare), None, arguments.true_vocab_size), print
+            )
+        )
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     parallel = ParallelConfig(
         tensor_model_parallel_size=arguments.target_tensor_parallel_size,
         pipeline_model_parallel_size=arguments.target_pipeline_parallel_size,
         num_virtual_stages_per_pipeline_rank=arguments.target_num_virtual_stages_per_pipeline_rank,
     )
-    output = Output(dtype, parallel, arguments.overwrite, int(arguments.max_shard_size * 1e9), arguments.weights_only)
+    output = Output(
+        dtype,
+        parallel,
+        arguments.megatron_implementation,
+        arguments.overwrite,
+        int(arguments.max_shard_size * 1e9),
+        arguments.weights_only,
+    )
     target = convert(source, Place(arguments.target, Path(arguments.save)), output)
     print(f"wrote {target.path}")
     if arguments.verify:

@@ -12,27 +12,34 @@ import torch
 from megallm.config.tree import ParallelConfig
 from megallm.convert.compare import compare, settings_apart
 from megallm.convert.huggingface import open_folder, write_folder
+from megallm.convert.megatron.folder import find_iteration, open_megatron, write_torch_folder
 from megallm.convert.model import Weights
 from megallm.convert.native import find_native, open_native, write_native
 from megallm.convert.output import Progress, log_line
 from megallm.convert.relayout import relayout
 from megallm.convert.verify import BOUNDS, has_transformers, judge, our_logits, their_logits, tokens_for
 
-FORMATS = ("hf", "megallm")
-
 
 @dataclass(frozen=True)
 class Place:
-    """A model in one of `FORMATS`; `iteration` names one of several checkpoints there, by default the newest."""
+    """A model in one of the formats "hf", "megallm" and "megatron".
+
+    Attributes:
+        iteration: names one of several checkpoints there, by default the newest.
+        true_vocab_size: of a Megatron model, whose own is padded, where the checkpoint does not say it.
+    """
 
     kind: str
     path: Path
     iteration: int | None = None
+    true_vocab_size: int | None = None
 
     def open(self) -> AbstractContextManager[Weights]:
         """The model, for as long as the block lasts. Raises ValueError for what is wrong with it."""
         if self.kind == "hf":
             return open_folder(self.path)
+        if self.kind == "megatron":
+            return open_megatron(find_iteration(self.path, self.iteration), self.true_vocab_size)
         return open_native(find_native(str(self.path), self.iteration))
 
 
@@ -43,6 +50,7 @@ class Output:
     Attributes:
         dtype: of the weights; None keeps theirs.
         parallel: the layout for whose ranks files are cut.
+        implementation: of Megatron, whose names are used.
         overwrite: whether what is there may be replaced.
         max_shard_bytes: size of a Hugging Face file.
         weights_only: whether a checkpoint that is written from another leaves the optimizer behind.
@@ -50,6 +58,7 @@ class Output:
 
     dtype: torch.dtype | None
     parallel: ParallelConfig
+    implementation: str
     overwrite: bool
     max_shard_bytes: int
     weights_only: bool
@@ -79,6 +88,17 @@ def convert(source: Place, target: Place, output: Output) -> Place:
                 output.dtype,
                 overwrite=output.overwrite,
                 max_shard_bytes=output.max_shard_bytes,
+                log=log_line,
+            )
+            return target
+        if target.kind == "megatron":
+            write_torch_folder(
+                target.path,
+                weights,
+                output.parallel,
+                output.dtype,
+                implementation=output.implementation,
+                overwrite=output.overwrite,
                 log=log_line,
             )
             return target

@@ -15,6 +15,7 @@ from megallm.convert.stored import LogicalTensors
 from megallm.layers.context import LayoutContext
 from megallm.model.gpt import GPTStage
 from megallm.parameter import description_of
+from megallm.plan.validate import validate
 
 
 @dataclass(frozen=True)
@@ -78,3 +79,17 @@ def positionless(config: Config) -> Config:
     if config.model.position_embedding_type == "learned_absolute":
         return config
     return replace(config, model=replace(config.model, position_embedding_type="none"))
+
+
+def check_layout(config: Config) -> None:
+    """Raises ValueError, with every problem, where a layout does not fit the model."""
+    parallel = config.parallel
+    world_size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    flags = {"--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--num-virtual-stages-per-pipeline-rank"}
+    problems = [
+        str(problem)
+        for problem in validate(replace(config_of(config.model, config.data), parallel=parallel), world_size)
+        if flags & set(problem.flags) and "--seq-length" not in problem.flags
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))

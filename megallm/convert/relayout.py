@@ -17,12 +17,11 @@ from megallm.checkpoint.reading import OpenCheckpoint, open_checkpoint
 from megallm.checkpoint.shard_file import size_of
 from megallm.config import from_dict, to_dict
 from megallm.config.tree import Config, ParallelConfig
-from megallm.convert.model import Rank, config_of, positionless, rank_context
+from megallm.convert.model import Rank, check_layout, config_of, positionless, rank_context
 from megallm.convert.output import Progress, check_absent
 from megallm.model.gpt import GPTStage
 from megallm.parameter import Piece, description_of
 from megallm.plan.split import stage_layers
-from megallm.plan.validate import validate
 
 
 def relayout(
@@ -49,7 +48,7 @@ def relayout(
         check_absent(final, overwrite)
         saved = from_dict(manifest.state["config"])
         config = replace(saved, parallel=parallel)
-        _check_layout(config)
+        check_layout(config)
         kinds = [WEIGHTS] if weights_only else list(dict.fromkeys(name.split("/")[0] for name in manifest.tensors))
         ranks = [_declare(checkpoint, pieces, kinds, dtype) for pieces in _pieces(config)]
         state = {"config": to_dict(config)} if weights_only else manifest.state | {"config": to_dict(config)}
@@ -68,20 +67,6 @@ def relayout(
             raise
         progress.finish()
         return final
-
-
-def _check_layout(config: Config) -> None:
-    """Raises ValueError, with every problem, where a layout does not fit the model."""
-    parallel = config.parallel
-    world_size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    flags = {"--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--num-virtual-stages-per-pipeline-rank"}
-    problems = [
-        str(problem)
-        for problem in validate(replace(config_of(config.model, config.data), parallel=parallel), world_size)
-        if flags & set(problem.flags)
-    ]
-    if problems:
-        raise ValueError("; ".join(problems))
 
 
 def _pieces(config: Config) -> Iterator[list[Piece]]:

@@ -58,7 +58,7 @@ def test_a_family_goes_in_and_out(tmp_path: Path, name: str) -> None:
 def test_verify_finds_what_is_wrong(tmp_path: Path) -> None:
     source, target = Place("hf", tmp_path / "theirs"), Place("megallm", tmp_path / "ours")
     build_model("llama", torch.float32).save_pretrained(source.path)
-    written = convert(source, target, Output(None, ParallelConfig(), False, 10**9, False))
+    written = convert(source, target, Output(None, ParallelConfig(), "local", False, 10**9, False))
     lines: list[str] = []
     check(source, written, None, None, lines.append)
     assert lines[0] == "verified tensor by tensor: all 30 are equal"

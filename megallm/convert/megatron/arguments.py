@@ -1,0 +1,130 @@
+"""The command line that Megatron-LM keeps in its checkpoints, and our settings of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from megallm.config.resolve import attention_window, ffn_hidden_size, kv_channels, num_query_groups
+from megallm.config.tree import ModelConfig
+from megallm.convert.family import OF_TRAINING
+
+# Settings with one name and one meaning in both.
+SAME = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "position_embedding_type",
+    "rotary_base",
+    "rotary_percent",
+    "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "normalization",
+    "norm_epsilon",
+    "apply_layernorm_1p",
+    "qk_layernorm",
+    "apply_residual_connection_post_layernorm",
+    "add_bias_linear",
+    "add_qkv_bias",
+)
+# What the rest of ours follows from.
+_OTHERS = (
+    "ffn_hidden_size",
+    "group_query_attention",
+    "num_query_groups",
+    "kv_channels",
+    "activation",
+    "tie_embeddings",
+    "window_size",
+    "vocab_size",
+)
+# What the model would lose: theirs by name, and the value with which ours computes the same.
+_LACKING = {
+    "num_experts": (None, "a mixture of experts"),
+    "multi_latent_attention": (False, "multi-head latent attention"),
+    "mtp_num_layers": (None, "prediction of several tokens"),
+    "apply_query_key_layer_scaling": (False, "attention scores divided by the number of the layer"),
+    "heterogeneous_layers_config_path": (None, "layers of several shapes"),
+    "hybrid_override_pattern": (None, "Mamba layers"),
+    "softmax_type": ("vanilla", "attention sinks"),
+    "use_mup": (False, "maximal update parametrisation"),
+    "no_rope_freq": (None, "layers without positions"),
+    "window_attn_skip_freq": (None, "layers without a window"),
+    "is_hybrid_model": (False, "Mamba layers"),
+}
+_ACTIVATIONS = {"swiglu": "swiglu", "squared_relu": "squared_relu", "openai_gelu": "gelu_tanh"}
+_POSITIONS = ("learned_absolute", "rope", "none")
+
+
+def read_arguments(given: Mapping[str, Any], vocab_size: int) -> ModelConfig:
+    """Our settings of the model of a command line.
+
+    Raises ValueError, naming the feature, for what we do not have.
+    """
+    lost = [
+        f"{name} = {given[name]!r} ({meaning})"
+        for name, (value, meaning) in _LACKING.items()
+        if given.get(name) not in (None, value)
+    ]
+    kind = given.get("position_embedding_type", "learned_absolute")
+    if kind not in _POSITIONS:
+        lost.append(f"position_embedding_type = {kind!r} (known are {', '.join(_POSITIONS)})")
+    if lost:
+        raise ValueError(f"the checkpoint uses what megallm does not have: {'; '.join(lost)}")
+    missing = [name for name in ("num_layers", "hidden_size", "num_attention_heads") if given.get(name) is None]
+    if missing:
+        raise ValueError(f"the checkpoint's arguments lack {', '.join(missing)}")
+    values = {name: given[name] for name in SAME if given.get(name) is not None}
+    heads = given["num_attention_heads"]
+    is_grouped = bool(given.get("group_query_attention"))
+    window = given.get("window_size")
+    epsilon = given.get("norm_epsilon", given.get("layernorm_epsilon"))
+    return ModelConfig(
+        **values | ({} if epsilon is None else {"norm_epsilon": epsilon}),
+        ffn_hidden_size=given.get("ffn_hidden_size"),
+        group_query_attention=is_grouped,
+        num_query_groups=given["num_query_groups"] if is_grouped else heads,
+        kv_channels=given.get("kv_channels"),
+        activation=next((ours for theirs, ours in _ACTIVATIONS.items() if given.get(theirs)), "gelu"),
+        tie_embeddings=not given.get("untie_embeddings_and_output_weights", False),
+        window_size=None if window is None else ",".join(map(str, window)),
+        vocab_size=vocab_size,
+    )
+
+
+def write_arguments(model: ModelConfig) -> dict[str, Any]:
+    """Their arguments of a model of ours, resolved.
+
+    Raises ValueError, naming all of them, for settings that they do not have.
+    """
+    default = ModelConfig()
+    known = {*SAME, *_OTHERS, *OF_TRAINING}
+    lost = [
+        f"{entry.name} {getattr(model, entry.name)!r}"
+        for entry in fields(ModelConfig)
+        if entry.name not in known and getattr(model, entry.name) != getattr(default, entry.name)
+    ]
+    if model.activation not in (*_ACTIVATIONS.values(), "gelu"):
+        lost.append(f"activation {model.activation!r}")
+    if model.position_embedding_type not in _POSITIONS:
+        lost.append(f"position_embedding_type {model.position_embedding_type!r}")
+    if lost:
+        raise ValueError(f"Megatron-LM does not have this model's {', '.join(lost)}")
+    groups, before = num_query_groups(model), attention_window(model)
+    return {
+        **{name: getattr(model, name) for name in SAME},
+        "ffn_hidden_size": ffn_hidden_size(model),
+        "group_query_attention": groups != model.num_attention_heads,
+        "num_query_groups": groups,
+        "kv_channels": kv_channels(model),
+        **{theirs: model.activation == ours for theirs, ours in _ACTIVATIONS.items()},
+        "untie_embeddings_and_output_weights": not model.tie_embeddings,
+        "window_size": None if before is None else (before, 0),
+        "vocab_size": model.vocab_size,
+        "add_position_embedding": model.position_embedding_type == "learned_absolute",
+        "make_vocab_size_divisible_by": 128,
+    }

@@ -1,0 +1,163 @@
+"""Files that `torch.save` writes: a zip archive, not compressed, of a pickle and of each tensor's memory."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from megallm.convert.megatron.pickled import StorageRef, TensorRef, read_pickle, write_pickle
+from megallm.convert.raw import PIECE_BYTES, RawTensor, bytes_of
+from megallm.convert.safetensors_file import Declared
+
+_STORAGES = {
+    torch.float64: "torch.DoubleStorage",
+    torch.float32: "torch.FloatStorage",
+    torch.bfloat16: "torch.BFloat16Storage",
+    torch.float16: "torch.HalfStorage",
+}
+_DTYPES = {name: dtype for dtype, name in _STORAGES.items()}
+_LOCAL_HEADER_BYTES = 30
+_MOST_PICKLE_BYTES = 2**30
+
+
+def read_torch_file(path: Path, begin: int = 0, num_bytes: int | None = None) -> Any:
+    """What a file, or a part of one, holds, with a `RawTensor` where there is a tensor of weights' types.
+
+    Other tensors stay a `TensorRef`.
+
+    Raises ValueError where it is not such a file, or holds anything but data.
+    """
+    try:
+        with open(path, "rb") as file, zipfile.ZipFile(_Part(file, begin, num_bytes)) as archive:
+            entries = {name.split("/", 1)[-1]: entry for name, entry in archive.NameToInfo.items()}
+            if "data.pkl" not in entries:
+                raise ValueError("there is no data.pkl in it")
+            if entries["data.pkl"].file_size > _MOST_PICKLE_BYTES:
+                raise ValueError(f"its data.pkl has {entries['data.pkl'].file_size} bytes")
+            order = archive.read(entries["byteorder"]) if "byteorder" in entries else b"little"
+            if order != b"little":
+                raise ValueError(f"its bytes are in the order {order!r}")
+            content = read_pickle(archive.read(entries["data.pkl"]))
+            places = {
+                key.removeprefix("data/"): _place(file, entry, begin)
+                for key, entry in entries.items()
+                if key.startswith("data/")
+            }
+        return _with_places(content, path, places)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, RecursionError) as error:
+        raise ValueError(f"{path} is not a file of torch's that can be trusted: {error}") from None
+
+
+class _Part(io.RawIOBase):
+    """A range of a file as a file."""
+
+    def __init__(self, file: BinaryIO, begin: int, num_bytes: int | None) -> None:
+        self._file, self._begin = file, begin
+        self._size = os.fstat(file.fileno()).st_size - begin if num_bytes is None else num_bytes
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        if origin + offset < 0:
+            raise OSError("before the beginning")
+        self._at = origin + offset
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self._at)
+        data = os.pread(self._file.fileno(), left if size < 0 else min(size, left), self._begin + self._at)
+        self._at += len(data)
+        return data
+
+
+def _place(file: BinaryIO, entry: zipfile.ZipInfo, begin: int) -> tuple[int, int]:
+    """First byte and number of bytes of an entry's content in the file."""
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{entry.filename} is compressed")
+    at = begin + entry.header_offset
+    header = os.pread(file.fileno(), _LOCAL_HEADER_BYTES, at)
+    name_bytes, extra_bytes = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+    return at + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes, entry.file_size
+
+
+def _with_places(value: Any, path: Path, places: Mapping[str, tuple[int, int]]) -> Any:
+    """`value` with raw tensors in its dictionaries, lists and tuples."""
+    if isinstance(value, dict):
+        return {key: _with_places(entry, path, places) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_with_places(entry, path, places) for entry in value)
+    if not isinstance(value, TensorRef) or value.storage.kind not in _DTYPES:
+        return value
+    dtype = _DTYPES[value.storage.kind]
+    begin, num_bytes = places[value.storage.key]
+    first = value.offset * dtype.itemsize
+    if not _is_contiguous(value) or not 0 <= first <= num_bytes - math.prod(value.shape) * dtype.itemsize:
+        raise ValueError(f"a tensor of shape {value.shape} and strides {value.stride} is not stored row by row")
+    return RawTensor(path, begin + first, dtype, value.shape)
+
+
+def _is_contiguous(tensor: TensorRef) -> bool:
+    expected = 1
+    for size, stride in zip(tensor.shape[::-1], tensor.stride[::-1], strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def write_torch_file(
+    path: Path,
+    content: Callable[[Mapping[str, TensorRef]], Any],
+    declared: Iterable[Declared],
+    tensors: Iterable[torch.Tensor],
+    advance: Callable[[int], None],
+) -> None:
+    """Writes a file that `torch.load` reads: what `content` makes of the tensors' places, and the `tensors`.
+
+    They come as they were declared, one after another. The file is flushed to the disk; `advance` is told the bytes of
+    each tensor.
+
+    Raises OSError where it cannot be written.
+    """
+    declared = list(declared)
+    places = {one.name: _reference(number, one) for number, one in enumerate(declared)}
+    with open(path, "xb") as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr("archive/data.pkl", write_pickle(content(places)))
+            archive.writestr("archive/byteorder", "little")
+            for number, (one, tensor) in enumerate(zip(declared, tensors, strict=True)):
+                assert tensor.dtype == one.dtype and tuple(tensor.shape) == one.shape, (
+                    f"{one.name} was declared as {one}"
+                )
+                data = bytes_of(tensor)
+                with archive.open(f"archive/data/{number}", "w", force_zip64=len(data) >= 2**31) as entry:
+                    for at in range(0, len(data), PIECE_BYTES):
+                        entry.write(data[at : at + PIECE_BYTES])
+                advance(one.num_bytes)
+            archive.writestr("archive/version", "3\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _reference(number: int, declared: Declared) -> TensorRef:
+    size = math.prod(declared.shape)
+    stride = tuple(math.prod(declared.shape[dim + 1 :]) for dim in range(len(declared.shape)))
+    return TensorRef(StorageRef(_STORAGES[declared.dtype], str(number), size), 0, declared.shape, stride)
