@@ -24,6 +24,7 @@ import torch
 from record import machine, write
 from torch import Tensor
 
+from megallm import ops
 from megallm.ops.library import NATIVE
 from megallm.ops.rms_norm import rms_norm
 
@@ -87,6 +88,18 @@ def _quack_rms_norm() -> Callable[..., Any]:
     return lambda x, weight: rmsnorm(x, weight, eps=EPSILON)
 
 
+def _liger_swiglu() -> Callable[..., Any]:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    return lambda gate_up: LigerSiLUMulFunction.apply(*gate_up.chunk(2, dim=-1))
+
+
+def _activation(name: str) -> Callable[[str], Callable[..., Any]]:
+    """An activation, with the bias of the layer before it where it gets one."""
+    function = getattr(ops, name)
+    return lambda implementation: lambda x, bias=None: function(x, bias, implementation)
+
+
 OPERATORS = [
     Operator(
         "rms_norm",
@@ -96,6 +109,11 @@ OPERATORS = [
         own_rivals=("torch", "apex"),
         rivals={"liger_kernel": _liger_rms_norm, "quack": _quack_rms_norm},
     ),
+    Operator("swiglu", normal(2), _activation("swiglu"), moved=(3, 5), rivals={"liger_kernel": _liger_swiglu}),
+    Operator("geglu", normal(2), _activation("geglu"), moved=(3, 5)),
+    Operator("gelu", normal_and_weights(1, 1), _activation("gelu"), moved=(2, 3)),
+    Operator("gelu_tanh", normal_and_weights(1, 1), _activation("gelu_tanh"), moved=(2, 3)),
+    Operator("squared_relu", normal(1), _activation("squared_relu"), moved=(2, 3)),
 ]
 
 

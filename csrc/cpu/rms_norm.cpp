@@ -6,20 +6,17 @@
 #include <cmath>
 #include <vector>
 
+#include "cpu/column_sums.h"
 #include "cpu/simd.h"
 
 namespace megallm::rms_norm {
 namespace {
 
-using simd::kLanes;
 using simd::narrow;
 using simd::widen;
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::stable::parallel_for;
-
-// Elements that a thread should have at least, below which waking it costs more than it saves.
-constexpr int64_t kGrain = 32768;
 
 template <typename Scalar, typename Accumulator>
 struct ForwardRows {
@@ -172,31 +169,6 @@ void run_forward(const Forward& call, double epsilon, double weight_offset) {
   parallel_for(0, call.x.count, grain, [&](int64_t begin, int64_t end) { forward_rows(rows, begin, end); });
 }
 
-// Adds the partial sums in their order.
-template <typename Accumulator>
-void sum_partials(const Accumulator* partials, int64_t count, int64_t width, Accumulator* result) {
-  parallel_for(0, width, std::max<int64_t>(kLanes, kGrain / std::max<int64_t>(1, count)),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t start = begin; start < end; start += kLanes) {
-                   const int64_t columns = std::min<int64_t>(kLanes, end - start);
-                   double sums[kLanes] = {};
-                   for (int64_t partial = 0; partial < count; ++partial) {
-                     const Accumulator* values = partials + partial * width + start;
-                     for (int64_t column = 0; column < columns; ++column) {
-                       sums[column] += values[column];
-                     }
-                   }
-                   for (int64_t column = 0; column < columns; ++column) {
-                     result[start + column] = static_cast<Accumulator>(sums[column]);
-                   }
-                 }
-               });
-}
-
-// Rows whose weight gradients are added one after the other. A function of the number of rows alone, so that the result
-// does not depend on the number of threads; at most 512 partial sums, which bounds their memory.
-int64_t rows_per_partial(int64_t rows) { return std::max<int64_t>(32, (rows + 511) / 512); }
-
 template <typename Scalar, typename Accumulator>
 void run_backward(const Backward& call, double weight_offset) {
   const int64_t width = call.x.width;
@@ -211,23 +183,10 @@ void run_backward(const Backward& call, double weight_offset) {
                                                static_cast<const Accumulator*>(call.reciprocal_rms.const_data_ptr()),
                                                width,
                                                static_cast<Scalar*>(call.grad_input.mutable_data_ptr())};
-  const int64_t block = rows_per_partial(call.x.count);
-  const int64_t blocks = (call.x.count + block - 1) / block;
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width * block));
-  std::optional<Tensor> workspace;
-  if (call.weight) {
-    workspace = torch::stable::new_zeros(call.grad_weight, {blocks, width});
-  }
-  Accumulator* partials = workspace ? static_cast<Accumulator*>(workspace->mutable_data_ptr()) : nullptr;
-  parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) {
-      Accumulator* partial = partials == nullptr ? nullptr : partials + index * width;
-      backward_rows(rows, index * block, std::min(call.x.count, (index + 1) * block), partial);
-    }
-  });
-  if (call.weight) {
-    sum_partials(partials, blocks, width, static_cast<Accumulator*>(call.grad_weight.mutable_data_ptr()));
-  }
+  const Tensor* grad_weight = call.weight ? &call.grad_weight : nullptr;
+  for_blocks_of_rows<Accumulator>(
+      call.x.count, width, grad_weight,
+      [&](int64_t begin, int64_t end, Accumulator* partial) { backward_rows(rows, begin, end, partial); });
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& weight, double epsilon,

@@ -31,15 +31,6 @@ struct Backward {
   Tensor grad_weight;  // [width], accumulation type; [0] without a weight
 };
 
-inline void check_input(const Tensor& x) {
-  const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) < (int64_t{1} << 30),
-                  "rms_norm: x must have a last dimension below 2^30");  // columns are 32-bit on CUDA
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
-                      type == ScalarType::Double,
-                  "rms_norm: x must be float32, bfloat16, float16 or float64");
-}
-
 inline void check_like(const Tensor& tensor, const Tensor& x, const char* name) {
   STD_TORCH_CHECK(same_shape(tensor, x), "rms_norm: ", name, " must have the shape of x");
   STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), "rms_norm: ", name, " must have the type of x");
@@ -58,7 +49,7 @@ inline std::optional<Tensor> checked_weight(const std::optional<Tensor>& weight,
 }
 
 inline Forward prepare_forward(const Tensor& x, const std::optional<Tensor>& weight) {
-  check_input(x);
+  check_floating(x, "rms_norm");
   const Rows rows = as_rows(x);
   return Forward{rows, checked_weight(weight, rows), torch::stable::new_empty(x, x.sizes()),
                  torch::stable::new_empty(x, {rows.count}, accumulation_type(x.scalar_type()))};
@@ -66,7 +57,7 @@ inline Forward prepare_forward(const Tensor& x, const std::optional<Tensor>& wei
 
 inline Backward prepare_backward(const Tensor& grad_output, const Tensor& x, const std::optional<Tensor>& weight,
                                  const Tensor& reciprocal_rms, const std::optional<Tensor>& grad_residual) {
-  check_input(x);
+  check_floating(x, "rms_norm");
   check_like(grad_output, x, "grad_output");
   const Rows rows = as_rows(x);
   const ScalarType accumulation = accumulation_type(x.scalar_type());

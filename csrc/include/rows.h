@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace megallm {
 
@@ -73,6 +74,16 @@ inline Rows as_rows(const Tensor& tensor) {
 // Sums are carried in float32, and in float64 for float64.
 inline ScalarType accumulation_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Columns are counted in 32 bits on CUDA.
+inline void check_floating(const Tensor& x, const char* operator_name) {
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) < (int64_t{1} << 30), operator_name,
+                  ": x must have a last dimension below 2^30");
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
+                      type == ScalarType::Double,
+                  operator_name, ": x must be float32, bfloat16, float16 or float64");
 }
 
 inline bool same_shape(const Tensor& left, const Tensor& right) {

@@ -8,6 +8,9 @@ from difflib import get_close_matches
 
 OPERATORS: dict[str, tuple[str, ...]] = {
     "rms_norm": ("rms_norm_forward", "rms_norm_backward"),
+    **dict.fromkeys(
+        ("swiglu", "geglu", "gelu", "gelu_tanh", "relu", "squared_relu"), ("activation_forward", "activation_backward")
+    ),
 }
 """Each operator that can be chosen, with the compiled operators that it consists of."""
 
