@@ -93,9 +93,13 @@ class ColumnParallelLinear(nn.Module):
             self.bias = make_parameter(Description(tuple(bias_pieces), decays=False), context.dtype, context.device)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        context = self.context
-        output = _Linear.apply(input, self.weight, context.weight_gradients, context.tp, context.sequence_parallel)
+        output = self.product(input)
         return output if self.bias is None else output + self.bias
+
+    def product(self, input: torch.Tensor) -> torch.Tensor:
+        """The output without the bias, for what follows to add."""
+        context = self.context
+        return _Linear.apply(input, self.weight, context.weight_gradients, context.tp, context.sequence_parallel)
 
 
 class RowParallelLinear(nn.Module):

@@ -34,6 +34,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = (_GATED | _PLAIN)[activation]
+        self.implementation = context.operators.of(activation)
         names = ("gate", "up") if activation in _GATED else ("up",)
         self.input = ColumnParallelLinear(
             {f"{name}.{which}": ffn_hidden_size for which in names},
@@ -52,4 +53,5 @@ class MLP(nn.Module):
         )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.output(self.activation(self.input(hidden)))
+        activated = self.activation(self.input.product(hidden), self.input.bias, self.implementation)
+        return self.output(activated)
