@@ -26,7 +26,6 @@ from torch import Tensor
 
 from megallm import ops
 from megallm.ops.library import NATIVE
-from megallm.ops.rms_norm import rms_norm
 
 SHAPES = {"cpu": [(4096, 1024), (2048, 4096)], "cuda": [(4096, 4096), (32768, 4096), (16384, 11008)]}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -100,11 +99,29 @@ def _activation(name: str) -> Callable[[str], Callable[..., Any]]:
     return lambda implementation: lambda x, bias=None: function(x, bias, implementation)
 
 
+def _norm_of_sum(kind: str) -> Callable[[str], Callable[..., Any]]:
+    def of(implementation: str) -> Callable[..., Any]:
+        return lambda x, residual, weight, bias=None: ops.norm_of_sum(
+            x, residual, weight, bias, EPSILON, kind, implementation
+        )
+
+    return of
+
+
 OPERATORS = [
+    Operator(
+        "layer_norm",
+        normal_and_weights(1, 2),
+        lambda implementation: lambda x, weight, bias: ops.layer_norm(x, weight, bias, EPSILON, implementation),
+        moved=(2, 3),
+        own_rivals=("torch", "apex"),
+    ),
+    Operator("rms_norm_of_sum", normal_and_weights(2, 1), _norm_of_sum("RMSNorm"), moved=(4, 4)),
+    Operator("layer_norm_of_sum", normal_and_weights(2, 2), _norm_of_sum("LayerNorm"), moved=(4, 4)),
     Operator(
         "rms_norm",
         normal_and_weights(1, 1),
-        lambda implementation: lambda x, weight: rms_norm(x, weight, EPSILON, implementation),
+        lambda implementation: lambda x, weight: ops.rms_norm(x, weight, EPSILON, implementation),
         moved=(2, 3),
         own_rivals=("torch", "apex"),
         rivals={"liger_kernel": _liger_rms_norm, "quack": _quack_rms_norm},

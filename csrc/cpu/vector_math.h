@@ -11,7 +11,8 @@
 
 namespace megallm::simd {
 
-// Within 2 units in the last place, for arguments from -87 to 88; what lies outside counts as the nearer end. x = n log 2
+// Within 2 units in the last place, for arguments from -87 to 88; what lies outside counts as the nearer end. x = n log
+// 2
 // + r with |r| <= log 2 / 2, a polynomial for e^r (Cody and Waite 1980), times 2^n.
 MEGALLM_INLINE float exponential(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the last bits then hold

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 OPERATORS: dict[str, tuple[str, ...]] = {
-    "rms_norm": ("rms_norm_forward", "rms_norm_backward"),
+    **dict.fromkeys(("rms_norm", "layer_norm"), ("norm_forward", "norm_backward")),
     **dict.fromkeys(
         ("swiglu", "geglu", "gelu", "gelu_tanh", "relu", "squared_relu"), ("activation_forward", "activation_backward")
     ),
@@ -15,8 +15,8 @@ OPERATORS: dict[str, tuple[str, ...]] = {
 """Each operator that can be chosen, with the compiled operators that it consists of."""
 
 OTHERS: dict[str, frozenset[str]] = {
-    "torch": frozenset({"rms_norm"}),
-    "apex": frozenset({"rms_norm"}),
+    "torch": frozenset({"rms_norm", "layer_norm"}),
+    "apex": frozenset({"rms_norm", "layer_norm"}),
 }
 """Libraries that have fused versions of some operators, and of which."""
 

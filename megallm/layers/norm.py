@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from megallm.layers.context import LayoutContext
-from megallm.ops import layer_norm, rms_norm
+from megallm.ops import layer_norm, norm_of_sum, rms_norm
 from megallm.parameter import Description, Initial, make_parameter, whole
 
 
@@ -60,12 +60,25 @@ class Norm(nn.Module):
         self.bias = parameter("bias", 0.0) if settings.kind == "LayerNorm" else None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        weight, bias = self._parameters_in_use()
+        if bias is None:
+            return rms_norm(hidden, weight, self.settings.epsilon, self.operators.of("rms_norm"))
+        return layer_norm(hidden, weight, bias, self.settings.epsilon, self.operators.of("layer_norm"))
+
+    def of_sum(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm of hidden + residual, hidden + residual), or of `hidden` itself where the residual is None.
+
+        Serves where the sum goes on as residual stream: it is added, and its two gradients are, inside the norm.
+        """
+        weight, bias = self._parameters_in_use()
+        implementation = self.operators.of("rms_norm" if bias is None else "layer_norm")
+        return norm_of_sum(hidden, residual, weight, bias, self.settings.epsilon, self.settings.kind, implementation)
+
+    def _parameters_in_use(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight: torch.Tensor = self.weight
         bias: torch.Tensor | None = self.bias
         if self.settings.zero_centered:
             # In 16 bits the sum would lose the digits that keeping the difference saves.
             wide = torch.promote_types(weight.dtype, torch.float32)
             weight, bias = weight.to(wide) + 1.0, None if bias is None else bias.to(wide)
-        if bias is None:
-            return rms_norm(hidden, weight, self.settings.epsilon, self.operators.of("rms_norm"))
-        return layer_norm(hidden, weight, bias, self.settings.epsilon)
+        return weight, bias

@@ -75,10 +75,13 @@ class TransformerLayer(nn.Module):
         self.mlp_dropout = HiddenDropout(f"{name}.mlp_output", config.hidden_dropout, context)
 
     def forward(self, hidden: torch.Tensor, sequence: SequenceContext) -> torch.Tensor:
-        normalised = self.attention_norm(hidden)
+        normalised, hidden = self.attention_norm.of_sum(hidden, None)
         attended = self.attention_dropout(self.attention(normalised, sequence), sequence)
-        residual = (normalised if self.residual_after_norm else hidden) + attended
-        normalised = self.mlp_norm(hidden if self.parallel_residual else residual)
+        if self.parallel_residual:
+            residual = (normalised if self.residual_after_norm else hidden) + attended
+            normalised = self.mlp_norm(hidden)
+        else:
+            normalised, residual = self.mlp_norm.of_sum(attended, normalised if self.residual_after_norm else hidden)
         if self.residual_after_norm:
             residual = normalised
         widened = recompute.run(self.mlp, normalised, again=self.recompute_mlp)

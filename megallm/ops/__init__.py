@@ -1,8 +1,7 @@
 """Operators of the transformer: one function each, native where compiled and plain torch everywhere."""
 
 from megallm.ops.activation import geglu, gelu, gelu_tanh, relu, squared_relu, swiglu
-from megallm.ops.layer_norm import layer_norm
-from megallm.ops.rms_norm import rms_norm
+from megallm.ops.norm import layer_norm, norm_of_sum, rms_norm
 from megallm.ops.rotary import apply_rotary
 from megallm.ops.softmax import scaled_masked_softmax
 
@@ -12,6 +11,7 @@ __all__ = [
     "gelu",
     "gelu_tanh",
     "layer_norm",
+    "norm_of_sum",
     "relu",
     "rms_norm",
     "scaled_masked_softmax",

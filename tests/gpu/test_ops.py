@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from megallm.ops.library import NATIVE
-from megallm.ops.rms_norm import rms_norm
+from megallm.ops.norm import rms_norm
 from tests.unit.ops import accuracy
 from tests.unit.ops.accuracy import Case
 from tests.unit.ops.cases import CASES
-from tests.unit.ops.cases.rms_norm import check_raw_operators
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
@@ -34,10 +33,6 @@ def test_as_on_the_cpu(case: Case, check):
 @every_case
 def test_gradcheck(case: Case):
     accuracy.check_gradients(case, "cuda", "native")
-
-
-def test_raw_operators_of_rms_norm():
-    check_raw_operators("cuda")
 
 
 @every_case

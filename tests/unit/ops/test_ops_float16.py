@@ -9,7 +9,7 @@ from megallm import ops
 from megallm.communication import Group, Transport
 from megallm.layers.attention import attend
 from megallm.layers.embedding import vocabulary_cross_entropy
-from megallm.ops.rms_norm import rms_norm_reference
+from megallm.ops.norm import rms_norm_reference
 from megallm.random import stream_key
 
 ALONE = Group((0,), 0, Transport(None))

@@ -1,0 +1,281 @@
+// LayerNorm and RMSNorm on the CPU.
+
+#include "include/norm.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "cpu/column_sums.h"
+#include "cpu/simd.h"
+
+namespace megallm::norm {
+namespace {
+
+using simd::narrow;
+using simd::widen;
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+template <typename Scalar, typename Accumulator>
+struct ForwardRows {
+  const Scalar* x;
+  int64_t x_stride;
+  const Scalar* residual;  // or null
+  int64_t residual_stride;
+  const Accumulator* weight;
+  const Accumulator* bias;  // zeros without one
+  Accumulator epsilon;
+  int64_t width;
+  Scalar* sum;  // x itself is read without a residual
+  Scalar* y;
+  Accumulator* mean;
+  Accumulator* reciprocal;
+};
+
+template <typename Scalar, typename Accumulator>
+struct BackwardRows {
+  const Scalar* grad_output;
+  int64_t grad_output_stride;
+  const Scalar* sum;
+  int64_t sum_stride;
+  const Scalar* grad_sum;  // or null
+  int64_t grad_sum_stride;
+  const Accumulator* weight;
+  const Accumulator* mean;
+  const Accumulator* reciprocal;
+  int64_t width;
+  Scalar* grad_input;
+};
+
+template <bool kCentred, typename Scalar, typename Accumulator>
+MEGALLM_INLINE void forward_row(const ForwardRows<Scalar, Accumulator>& rows, int64_t row) {
+  const Scalar* x = rows.x + row * rows.x_stride;
+  const int64_t width = rows.width;
+  if (rows.residual != nullptr) {
+    const Scalar* residual = rows.residual + row * rows.residual_stride;
+    Scalar* __restrict__ sum = rows.sum + row * width;
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      narrow(widen(x[i]) + widen(residual[i]), sum[i]);
+    }
+    x = sum;
+  }
+  Accumulator mean = 0;
+  if constexpr (kCentred) {
+    mean = simd::sum_over_row<Accumulator>(
+               width, [&](int64_t i) __attribute__((always_inline)) { return static_cast<Accumulator>(widen(x[i])); }) /
+           static_cast<Accumulator>(width);
+    rows.mean[row] = mean;
+  }
+  const Accumulator squares = simd::sum_over_row<Accumulator>(width, [&](int64_t i) __attribute__((always_inline)) {
+    const Accumulator value = widen(x[i]) - mean;
+    return value * value;
+  });
+  const Accumulator reciprocal = Accumulator(1) / std::sqrt(squares / static_cast<Accumulator>(width) + rows.epsilon);
+  rows.reciprocal[row] = reciprocal;
+  const Accumulator* weight = rows.weight;
+  const Accumulator* bias = rows.bias;
+  Scalar* __restrict__ y = rows.y + row * width;
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) {
+    if constexpr (kCentred) {
+      narrow((widen(x[i]) - mean) * reciprocal * weight[i] + bias[i], y[i]);
+    } else {
+      narrow(widen(x[i]) * reciprocal * weight[i], y[i]);
+    }
+  }
+}
+
+// `partial` holds sums of the weight's gradient, then of the bias's, that this row is added to.
+template <bool kCentred, bool kGradSum, typename Scalar, typename Accumulator>
+MEGALLM_INLINE void backward_row(const BackwardRows<Scalar, Accumulator>& rows, int64_t row,
+                                 Accumulator* __restrict__ partial) {
+  const Scalar* grad_output = rows.grad_output + row * rows.grad_output_stride;
+  const Scalar* x = rows.sum + row * rows.sum_stride;
+  const Scalar* grad_sum = kGradSum ? rows.grad_sum + row * rows.grad_sum_stride : nullptr;
+  const Accumulator* weight = rows.weight;
+  Scalar* __restrict__ grad_input = rows.grad_input + row * rows.width;
+  const int64_t width = rows.width;
+  const Accumulator mean = kCentred ? rows.mean[row] : Accumulator(0);
+  const Accumulator reciprocal = rows.reciprocal[row];
+  const Accumulator products = simd::sum_over_row<Accumulator>(width, [&](int64_t i) __attribute__((always_inline)) {
+    return widen(grad_output[i]) * weight[i] * (widen(x[i]) - mean);
+  });
+  const Accumulator mean_product = products * reciprocal / static_cast<Accumulator>(width);
+  Accumulator mean_grad = 0;
+  if constexpr (kCentred) {
+    mean_grad =
+        simd::sum_over_row<Accumulator>(
+            width, [&](int64_t i) __attribute__((always_inline)) { return widen(grad_output[i]) * weight[i]; }) /
+        static_cast<Accumulator>(width);
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) {
+    const Accumulator normalised = (widen(x[i]) - mean) * reciprocal;
+    const Accumulator grad = widen(grad_output[i]);
+    Accumulator result = reciprocal * (grad * weight[i] - mean_grad - normalised * mean_product);
+    if constexpr (kGradSum) {
+      result += widen(grad_sum[i]);
+    }
+    narrow(result, grad_input[i]);
+    partial[i] += grad * normalised;
+    if constexpr (kCentred) {
+      partial[width + i] += grad;
+    }
+  }
+}
+
+template <bool kCentred, typename Scalar, typename Accumulator>
+MEGALLM_INLINE void forward_range(const ForwardRows<Scalar, Accumulator>& rows, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    forward_row<kCentred>(rows, row);
+  }
+}
+
+template <bool kCentred, typename Scalar, typename Accumulator>
+MEGALLM_INLINE void backward_range(const BackwardRows<Scalar, Accumulator>& rows, int64_t begin, int64_t end,
+                                   Accumulator* partial) {
+  for (int64_t row = begin; row < end; ++row) {
+    if (rows.grad_sum != nullptr) {
+      backward_row<kCentred, true>(rows, row, partial);
+    } else {
+      backward_row<kCentred, false>(rows, row, partial);
+    }
+  }
+}
+
+// Per-processor versions exist for plain functions only, not for templates.
+#define MEGALLM_NORM_ROWS(Scalar, Accumulator, name, kCentred)                                                        \
+  MEGALLM_CLONES void name##_forward_rows(const ForwardRows<Scalar, Accumulator>& rows, int64_t begin, int64_t end) { \
+    forward_range<kCentred>(rows, begin, end);                                                                        \
+  }                                                                                                                   \
+  MEGALLM_CLONES void name##_backward_rows(const BackwardRows<Scalar, Accumulator>& rows, int64_t begin, int64_t end, \
+                                           Accumulator* partial) {                                                    \
+    backward_range<kCentred>(rows, begin, end, partial);                                                              \
+  }
+
+MEGALLM_NORM_ROWS(float, float, centred, true)
+MEGALLM_NORM_ROWS(double, double, centred, true)
+MEGALLM_NORM_ROWS(BFloat16, float, centred, true)
+MEGALLM_NORM_ROWS(Half, float, centred, true)
+MEGALLM_NORM_ROWS(float, float, plain, false)
+MEGALLM_NORM_ROWS(double, double, plain, false)
+MEGALLM_NORM_ROWS(BFloat16, float, plain, false)
+MEGALLM_NORM_ROWS(Half, float, plain, false)
+#undef MEGALLM_NORM_ROWS
+
+template <typename Scalar, typename Accumulator>
+std::vector<Accumulator> widened(const Tensor& parameter) {
+  std::vector<Accumulator> result(parameter.size(0));
+  const bool is_float = parameter.scalar_type() == ScalarType::Float;
+  const void* data = parameter.const_data_ptr();
+  for (size_t i = 0; i < result.size(); ++i) {
+    result[i] = is_float ? static_cast<Accumulator>(static_cast<const float*>(data)[i])
+                         : static_cast<Accumulator>(widen(static_cast<const Scalar*>(data)[i]));
+  }
+  return result;
+}
+
+template <typename Scalar, typename Accumulator>
+void run_forward(const Forward& call, double epsilon) {
+  const int64_t width = call.x.width;
+  const std::vector<Accumulator> weight = widened<Scalar, Accumulator>(call.weight);
+  const std::vector<Accumulator> bias =
+      call.bias ? widened<Scalar, Accumulator>(*call.bias) : std::vector<Accumulator>(call.centred ? width : 0);
+  const ForwardRows<Scalar, Accumulator> rows{call.x.data<Scalar>(),
+                                              call.x.stride,
+                                              call.residual ? call.residual->data<Scalar>() : nullptr,
+                                              call.residual ? call.residual->stride : 0,
+                                              weight.data(),
+                                              bias.data(),
+                                              static_cast<Accumulator>(epsilon),
+                                              width,
+                                              static_cast<Scalar*>(call.sum.mutable_data_ptr()),
+                                              static_cast<Scalar*>(call.y.mutable_data_ptr()),
+                                              static_cast<Accumulator*>(call.mean.mutable_data_ptr()),
+                                              static_cast<Accumulator*>(call.reciprocal.mutable_data_ptr())};
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width));
+  torch::stable::parallel_for(0, call.x.count, grain, [&](int64_t begin, int64_t end) {
+    call.centred ? centred_forward_rows(rows, begin, end) : plain_forward_rows(rows, begin, end);
+  });
+}
+
+template <typename Scalar, typename Accumulator>
+void run_backward(const Backward& call) {
+  const int64_t width = call.sum.width;
+  const std::vector<Accumulator> weight = widened<Scalar, Accumulator>(call.weight);
+  const BackwardRows<Scalar, Accumulator> rows{call.grad_output.data<Scalar>(),
+                                               call.grad_output.stride,
+                                               call.sum.data<Scalar>(),
+                                               call.sum.stride,
+                                               call.grad_sum ? call.grad_sum->data<Scalar>() : nullptr,
+                                               call.grad_sum ? call.grad_sum->stride : 0,
+                                               weight.data(),
+                                               static_cast<const Accumulator*>(call.mean.const_data_ptr()),
+                                               static_cast<const Accumulator*>(call.reciprocal.const_data_ptr()),
+                                               width,
+                                               static_cast<Scalar*>(call.grad_input.mutable_data_ptr())};
+  for_blocks_of_rows<Accumulator>(call.sum.count, call.grad_parameters.numel(), &call.grad_parameters,
+                                  [&](int64_t begin, int64_t end, Accumulator* partial) {
+                                    call.centred ? centred_backward_rows(rows, begin, end, partial)
+                                                 : plain_backward_rows(rows, begin, end, partial);
+                                  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& residual,
+                                                   const Tensor& weight, const std::optional<Tensor>& bias,
+                                                   double epsilon, bool centred) {
+  const Forward call = prepare_forward(x, residual, weight, bias, centred);
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      run_forward<float, float>(call, epsilon);
+      break;
+    case ScalarType::Double:
+      run_forward<double, double>(call, epsilon);
+      break;
+    case ScalarType::BFloat16:
+      run_forward<BFloat16, float>(call, epsilon);
+      break;
+    default:
+      run_forward<Half, float>(call, epsilon);
+  }
+  return {call.y, call.sum, call.mean, call.reciprocal};
+}
+
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& sum, const Tensor& weight,
+                                    const Tensor& mean, const Tensor& reciprocal, const std::optional<Tensor>& grad_sum,
+                                    bool centred) {
+  const Backward call = prepare_backward(grad_output, sum, weight, mean, reciprocal, grad_sum, centred);
+  switch (sum.scalar_type()) {
+    case ScalarType::Float:
+      run_backward<float, float>(call);
+      break;
+    case ScalarType::Double:
+      run_backward<double, double>(call);
+      break;
+    case ScalarType::BFloat16:
+      run_backward<BFloat16, float>(call);
+      break;
+    default:
+      run_backward<Half, float>(call);
+  }
+  return {call.grad_input, call.grad_parameters};
+}
+
+}  // namespace
+}  // namespace megallm::norm
+
+STABLE_TORCH_LIBRARY_FRAGMENT(megallm, library) {
+  library.def(
+      "norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float epsilon, bool centred) -> (Tensor "
+      "y, Tensor sum, Tensor mean, Tensor reciprocal)");
+  library.def(
+      "norm_backward(Tensor grad_output, Tensor sum, Tensor weight, Tensor mean, Tensor reciprocal, Tensor? grad_sum, "
+      "bool centred) -> (Tensor grad_input, Tensor grad_parameters)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(megallm, CPU, library) {
+  library.impl("norm_forward", TORCH_BOX(&megallm::norm::forward));
+  library.impl("norm_backward", TORCH_BOX(&megallm::norm::backward));
+}
