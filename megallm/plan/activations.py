@@ -24,7 +24,6 @@ class Sizes:
     """Sizes on one process, of a resolved configuration."""
 
     config: Config
-    on_gpu: bool = True
 
     @property
     def tensor_size(self) -> int:
@@ -68,12 +67,6 @@ class Sizes:
         """Whether a module of each layer is computed again in the backward pass."""
         training = self.config.training
         return training.recompute_granularity == "selective" and module in training.recompute_modules
-
-    @property
-    def norms_widen(self) -> bool:
-        """Whether norms keep a wide copy of their input: LayerNorm takes input and weights in one dtype."""
-        model = self.config.model
-        return model.apply_layernorm_1p and model.normalization == "LayerNorm" and self.element < self.wide
 
     @property
     def ffn(self) -> int:
@@ -134,12 +127,12 @@ def recomputed_runs(sizes: Sizes, num_layers: int) -> tuple[list[int], int]:
 def layer(sizes: Sizes) -> dict[str, int]:
     """Bytes by operator of a layer that is not recomputed as a whole."""
     mask = sizes.hidden // sizes.element if sizes.config.model.hidden_dropout else 0
-    into_down = {"relu": sizes.ffn, "squared_relu": 2 * sizes.ffn}  # relu keeps its result, the others their argument
-    plain = 3 * sizes.ffn if sizes.config.model.activation in GATED_ACTIVATIONS else 2 * sizes.ffn
-    in_mlp = 0 if sizes.recomputes("mlp") else into_down.get(sizes.config.model.activation, plain)
+    # Gate and up, or up alone, and the result, which goes into the product that follows.
+    vectors = 3 if sizes.config.model.activation in GATED_ACTIVATIONS else 2
+    in_mlp = 0 if sizes.recomputes("mlp") else vectors * sizes.ffn
     norm = _norm(sizes, sizes.local_tokens, sizes.config.model.hidden_size)
     # The input of a layer whose norms both read it is kept once.
-    twice = sizes.hidden if sizes.config.model.parallel_residual and not sizes.norms_widen else 0
+    twice = sizes.hidden if sizes.config.model.parallel_residual else 0
     return {
         "attention norm": norm,
         "query, key and value": sizes.hidden,
@@ -153,16 +146,13 @@ def layer(sizes: Sizes) -> dict[str, int]:
 
 
 def _norm(sizes: Sizes, rows: int, width: int) -> int:
-    """Of a norm: its input; for each row one number (RMSNorm) or two (LayerNorm, which torch rounds on a CPU); weights
-    that are kept as what is added to 1, once they are."""
+    """Of a norm: its input; for each row one number (RMSNorm) or two (LayerNorm); the sum of weight and 1 where the
+    weight is what is added to 1.
+    """
     model = sizes.config.model
-    is_rms = model.normalization == "RMSNorm"
-    statistic = sizes.wide if is_rms or sizes.on_gpu or sizes.norms_widen else sizes.element
-    made = 0
-    if model.apply_layernorm_1p:
-        made = width * sizes.wide * (2 if sizes.norms_widen else 1)
-    input = rows * width * (sizes.wide if sizes.norms_widen else sizes.element)
-    return input + (1 if is_rms else 2) * rows * statistic + made
+    statistics = (1 if model.normalization == "RMSNorm" else 2) * rows * sizes.wide
+    made = width * sizes.wide if model.apply_layernorm_1p else 0
+    return rows * width * sizes.element + statistics + made
 
 
 def _attention(sizes: Sizes) -> dict[str, int]:
@@ -185,14 +175,12 @@ def _attention(sizes: Sizes) -> dict[str, int]:
 
 
 def _query_and_key_norm(sizes: Sizes) -> int:
-    """Their inputs are parts of the packed projection, but for keys that were collected, and for wide copies."""
+    """Their inputs are parts of the packed projection, but for keys that were collected."""
     model = sizes.config.model
     if not model.qk_layernorm:
         return 0
     width = kv_channels(model)
     queries, keys = (_norm(sizes, sizes.tokens * heads, width) for heads in (sizes.heads, sizes.groups))
-    if sizes.norms_widen:
-        return queries + keys
     packed = sizes.heads + (sizes.groups if sizes.groups_divide else 0)
     return queries + keys - sizes.tokens * packed * width * sizes.element
 
@@ -218,7 +206,7 @@ def _queries_keys_values(sizes: Sizes, query: int) -> int:
     own_key = query if repeats else key if is_made or copies or not sizes.groups_divide else None
     own_value = query if repeats else key if copies or not sizes.groups_divide else None
     owned = (own_query, own_key, own_value)
-    is_read = None in owned or (model.qk_layernorm and not sizes.norms_widen)
+    is_read = None in owned or (model.qk_layernorm)
     return indices + sum(own or 0 for own in owned) + (packed if is_read else 0)
 
 

@@ -33,7 +33,7 @@ class Layout:
 
     @cached_property
     def sizes(self) -> Sizes:
-        return Sizes(self.config, self.on_gpu)
+        return Sizes(self.config)
 
     @property
     def tensor(self) -> int:

@@ -159,7 +159,7 @@ def _count(
 )
 def test_formulas_equal_what_is_there(pool: WorkerPool, number: int) -> None:
     config = random_configuration(number)
-    sizes = Sizes(config, on_gpu=False)
+    sizes = Sizes(config)
     ranks = pool.run(config.parallel.tensor_model_parallel_size, count_stages, config)
     for counted in ranks:
         for (layers, is_first, is_last), stage in zip(STAGES, counted, strict=True):
