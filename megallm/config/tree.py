@@ -410,7 +410,7 @@ class DataConfig:
     tokenizer_type: str | None = option(
         None,
         "--tokenizer-type",
-        "kind of tokenizer; GPT2BPETokenizer where --vocab-file and --merge-file are given",
+        "kind of tokenizer (GPT2BPETokenizer where --vocab-file and --merge-file are given)",
         choices=(
             "HuggingFaceTokenizer",
             "SentencePieceTokenizer",

@@ -114,7 +114,7 @@ def step_time(layout: Layout, gpu: Gpu, lowered: LoweredSchedule) -> StepTime:
     ]
     missing = layout.num_micro_batches - lowered.schedule.num_micro_batches
     pipeline = timeline.makespan + missing * max(busy)
-    bubble = 1.0 - sum(busy) * layout.num_micro_batches / (layout.pipeline * pipeline)
+    bubble = max(0.0, 1.0 - sum(busy) * layout.num_micro_batches / (layout.pipeline * pipeline))
     ends = [end_of_step(layout, gpu, rank, forward, backward) for rank in range(layout.pipeline)]
     return StepTime(Timeline(timeline.name, timeline.events, "s"), pipeline, bubble, *max(ends, key=sum))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from megallm.config.tree import Config
 from megallm.data.feeding.loader import SampleSource, build_loader
 from megallm.data.feeding.orders import SampleOrder, build_order
 from megallm.data.feeding.sampler import GlobalBatchSampler
+from megallm.device import Measures
 from megallm.file_lock import own_folder
 from megallm.mesh import Mesh
 from megallm.plan.flops import parameter_count
@@ -28,7 +29,7 @@ from megallm.train.instruments import Instruments
 from megallm.train.metrics import Reporter, log_on_rank_zero, mean_losses
 from megallm.train.out_of_memory import out_of_memory_explained
 from megallm.train.outputs import try_outputs
-from megallm.train.prediction import Prediction
+from megallm.train.prediction import Prediction, is_planned
 from megallm.train.processes import joined_processes
 from megallm.train.resume import take_up
 from megallm.train.saving import Saving
@@ -63,8 +64,10 @@ def pretrain_on(
     with ExitStack() as stack:
         with_tokenizer, datasets = on_every_rank(mesh, lambda: _read_files(config, mesh.shape.world_size))
         on_every_rank(mesh, lambda: _take_outputs(config, stack) if mesh.rank == 0 else None)
-        stack.enter_context(out_of_memory_explained(with_tokenizer, mesh))
-        return _run(with_tokenizer, make_task(with_tokenizer), mesh, datasets, started, write_sample)
+        task = make_task(with_tokenizer)
+        if is_planned(task):
+            stack.enter_context(out_of_memory_explained(with_tokenizer, mesh))
+        return _run(with_tokenizer, task, mesh, datasets, started, write_sample)
 
 
 def _take_outputs(config: Config, stack: ExitStack) -> None:
@@ -181,8 +184,8 @@ def _train(
             evaluation.run_test(reporter)
             return ExitCode.FINISHED
         stack.enter_context(stopping)
-        prediction = Prediction(engine)
-        if progress.iteration < last_iteration:
+        prediction = Prediction(engine) if is_planned(engine.task) and progress.iteration < last_iteration else None
+        if prediction is not None:
             log(str(prediction))
         reporter.start()
         while progress.iteration < last_iteration:
@@ -190,7 +193,7 @@ def _train(
             with engine.mesh.journal.step():
                 with instruments.parts.measure("batch-generator"):
                     micro_batches = next(batches)
-                with prediction.watching(progress.iteration + 1, micro_batches, instruments.passes) as passes:
+                with _watched(prediction, progress.iteration + 1, micro_batches, instruments.passes) as passes:
                     metrics = train_step(engine, micro_batches, passes, instruments.parts)
             done = progress.iteration
             instruments.end(done)
@@ -219,13 +222,19 @@ def _train(
             stopping.pause()
     instruments.flush()
     reporter.flush()
-    compared = prediction.comparison(reporter)
+    compared = prediction.comparison(reporter) if prediction is not None else None
     if compared:
         log(compared)
     saving.finish()
     if engine.config.checkpoint.save and not saving.has_saved:
         log(f"nothing was trained and nothing saved: iteration {progress.iteration} is where the run ends")
     return ExitCode.FINISHED
+
+
+def _watched(
+    prediction: Prediction | None, iteration: int, batch: list[Batch], passes: Measures | None
+) -> AbstractContextManager[Measures | None]:
+    return nullcontext(passes) if prediction is None else prediction.watching(iteration, batch, passes)
 
 
 def _publish_sample(engine: Engine, reporter: Reporter, write_sample: WriteSample) -> None:

@@ -18,6 +18,7 @@ CASES = [
     Case("llama, interleaved, sharded", LLAMA, pp=2, layout=TWO_STAGES | SHARDED),
     Case("gpt, both dropouts, full recompute", GPT | DROPOUT, layout=FULL),
     Case("gpt, gpipe, selective recompute", GPT | DROPOUT, pp=2, layout=GPIPE | SELECTIVE),
+    Case("gpt, gradient descent with momentum", GPT | {"optimizer.optimizer": "sgd"}),
     Case("llama, tensor 2, data 2, sharded", LLAMA, tp=2, dp=2, layout=SHARDED),
     Case(
         "llama in bfloat16, tensor 2, pipeline 2", LLAMA | {"training.fp64": False, "training.bf16": True}, tp=2, pp=2
