@@ -16,9 +16,11 @@ from megallm.journal import CommunicationError, Journal, stack_of_main_thread
 from megallm.mesh import Mesh
 from megallm.train.stopping import ExitCode
 
-# The launcher ends all processes as soon as it sees one that has ended: this long the others have to tell their part,
-# and the launcher to see first the one that was the cause.
-_SECONDS_FOR_OTHERS = 2.0
+# The launcher ends all processes as soon as it sees one that has ended. So long it has to see first the one that was
+# the cause;
+_SECONDS_FOR_THE_LAUNCHER = 2.0
+# and so long the others have to report too, who may have begun to wait a little later.
+_SECONDS_FOR_REPORTS = 10.0
 # torch gives up on a message this much later: its errors do not say what hung.
 SECONDS_BEFORE_TORCH = 30.0
 _MOST_SECONDS_BETWEEN_LOOKS = 5.0
@@ -51,7 +53,7 @@ class Watch:
             if self._journal.stepping:
                 since.append(self._journal.activity)
             if since and time.monotonic() - min(since) > self._seconds:
-                _leave(self._rank, hang_report(self._journal, self._seconds))
+                _leave(self._rank, hang_report(self._journal, self._seconds), _SECONDS_FOR_REPORTS)
 
 
 def hang_report(journal: Journal, seconds: float) -> str:
@@ -90,8 +92,8 @@ def watched(mesh: Mesh, minutes: float) -> Iterator[None]:
         watch.close()
 
 
-def _leave(rank: int, text: str) -> None:
-    """Prints and ends the process without waiting for anybody."""
+def _leave(rank: int, text: str, seconds: float = _SECONDS_FOR_THE_LAUNCHER) -> None:
+    """Prints and ends the process after `seconds`, in no orderly way: that would wait for the others."""
     print(f"rank {rank} on {socket.gethostname()}: {text}", file=sys.stderr, flush=True)
-    time.sleep(_SECONDS_FOR_OTHERS)
+    time.sleep(seconds)
     os._exit(ExitCode.LOST)

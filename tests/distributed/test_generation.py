@@ -25,9 +25,23 @@ CASES = [
     Case("llama, tensor", LLAMA | ODD_VOCABULARY, tp=2, layout=NO_SEQUENCE_PARALLEL),
     Case("llama, interleaved", LLAMA, pp=2, layout=TWO_STAGES),
     Case("llama, tensor 4, fewer groups than ranks", LLAMA, tp=4, layout=NO_SEQUENCE_PARALLEL),
-    Case("llama, tensor 2, pipeline 2, micro-batch 2", LLAMA, tp=2, pp=2, layout={"training.micro_batch_size": 2}),
+    Case(
+        "llama, tensor 2, pipeline 2, micro-batch 2",
+        LLAMA,
+        tp=2,
+        pp=2,
+        layout=NO_SEQUENCE_PARALLEL | {"training.micro_batch_size": 2},
+    ),
+    # Nothing is kept here.
+    Case("llama, tensor 2, sequence parallelism", LLAMA, tp=2),
 ]
-SLOW = ("llama, tensor 4, fewer groups than ranks", "sinusoidal", "llama, interleaved", "gpt")
+SLOW = (
+    "llama, tensor 2, sequence parallelism",
+    "llama, tensor 4, fewer groups than ranks",
+    "sinusoidal",
+    "llama, interleaved",
+    "gpt",
+)
 
 
 @dataclass

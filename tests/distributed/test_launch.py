@@ -434,7 +434,7 @@ def test_prompts_of_a_file_are_continued_one_by_one_and_end_where_they_are_to(te
     alone = succeeded(python("tools/generate.py", *flags, "--prompt", "import os", "--seed", "1235"))
     assert json.loads(alone.output) == second
     stop = first["continuation"].strip()[3]
-    stopped = succeeded(python("tools/generate.py", *flags, "--prompt", "def main(", "--stop", stop, "\x00"))
+    stopped = succeeded(python("tools/generate.py", *flags, "--prompt", "def main(", "--stop", stop, "@@@"))
     before = json.loads(stopped.output)["continuation"]
     assert before == first["continuation"].split(stop)[0]
     assert_one_clear_answer(python("tools/generate.py", *flags, "--prompts", str(tmp_path)), "cannot be read")
