@@ -14,15 +14,23 @@ _EFFECTS = {
     "tokenizer": "the numbers in the data, and the rows of the embedding, stand for other texts",
     "seed": "samples are shuffled by it",
     "sequence length": "samples begin and end elsewhere",
+    "content of the data": "the files hold other documents, or the same in another order",
     "share of the data": "training gets other documents",
     "loader": "samples are read in another order",
     "layout in the order": "the cyclic order depends on it",
     "torch's shuffle of eight": "this version of torch shuffles otherwise",
 }
+# What checkpoints of the first versions lack.
+_SAVED_SINCE_THEN = ("content of the data",)
 
 
 def data_order(
-    config: Config, num_train_samples: int, available_samples: int, share: DataShare, tokenizer: str = ""
+    config: Config,
+    num_train_samples: int,
+    available_samples: int,
+    share: DataShare,
+    tokenizer: str = "",
+    content: str = "",
 ) -> dict[str, str]:
     """Everything that the order of the training data depends on, by its name, as texts that can be compared.
 
@@ -33,6 +41,7 @@ def data_order(
         available_samples: the length of the training data, which may be greater.
         share: the layout, which the `cyclic` order depends on.
         tokenizer: the checksum of what made the tokens; empty if that is not known.
+        content: the digest of what the files hold; empty if that is not known.
     """
     data = config.data
     order = {
@@ -53,6 +62,8 @@ def data_order(
         }
         if tokenizer:
             order["tokenizer"] = tokenizer
+        if content:
+            order["content of the data"] = content
         if source.weights is not None:
             order["surplus of each dataset"] = str(data.mid_level_dataset_surplus)
     if data.dataloader_type == "cyclic":
@@ -65,7 +76,8 @@ def data_order(
 
 def check_data_order(saved: dict[str, str], now: dict[str, str], folder: str) -> None:
     """Raises ValueError if the run that saved `folder` read its data in another order than this one would."""
-    names = list(dict.fromkeys([*saved, *now]))
+    # What older versions did not save is not held against their runs.
+    names = [name for name in dict.fromkeys([*saved, *now]) if name in saved or name not in _SAVED_SINCE_THEN]
     changed = [
         f"{name}: {saved.get(name, 'none')} there, {now.get(name, 'none')} here"
         + (f" ({_EFFECTS[name]})" if name in _EFFECTS else "")

@@ -12,8 +12,9 @@ from megallm.config.data_sources import read_sources
 from megallm.config.resolve import train_samples
 from megallm.config.tree import Config
 from megallm.data.feeding.loader import SampleSource
-from megallm.data.samples.blended import BuildOptions, build_run_data
-from megallm.data.samples.gpt import GPTDatasetSettings
+from megallm.data.samples.blended import BlendedDataset, BuildOptions, build_run_data
+from megallm.data.samples.content import content_digest
+from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings
 from megallm.data.samples.mock import MockDataset
 from megallm.data.tokenizer.base import Tokenizer, TokenizerSettings, state_special_tokens
 from megallm.data.tokenizer.build import build_tokenizer
@@ -31,6 +32,7 @@ class Datasets:
         test: what is evaluated on at the end, or None.
         notes: what the user should know about them.
         tokenizer: the checksum of the tokenizer, empty where there is none.
+        content: a digest of what the files of the training data hold, empty where there are none.
     """
 
     train: SampleSource
@@ -38,6 +40,7 @@ class Datasets:
     test: SampleSource | None = None
     notes: tuple[str, ...] = ()
     tokenizer: str = ""
+    content: str = ""
 
 
 def build_tokenizer_of(config: Config) -> Tokenizer | None:
@@ -123,9 +126,13 @@ def build_datasets(
     notes = [f"special tokens: {state_special_tokens(tokenizer)}"] if tokenizer is not None else []
     if without_test:
         notes.append(f"no evaluation on test data: {without_test}")
-    return Datasets(
-        built.train, dict(built.valid), test, tuple(notes), describe(tokenizer)["checksum"] if tokenizer else ""
-    )
+    checksum = describe(tokenizer)["checksum"] if tokenizer else ""
+    return Datasets(built.train, dict(built.valid), test, tuple(notes), checksum, _content(built.train))
+
+
+def _content(train: GPTDataset | BlendedDataset) -> str:
+    parts = train.datasets if isinstance(train, BlendedDataset) else [train]
+    return content_digest((part.indexed_dataset for part in parts), len(parts))
 
 
 def _settings(config: Config, tokenizer: Tokenizer | None, first_prefix: str) -> GPTDatasetSettings:

@@ -318,7 +318,8 @@ def _global_batches(
 
 def _data_order(engine: Engine, datasets: Datasets) -> dict[str, str]:
     wanted = train_samples(engine.config, engine.batch_sizes)
-    return data_order(engine.config, wanted, len(datasets.train), engine.data_share, datasets.tokenizer)
+    share, tokenizer, content = engine.data_share, datasets.tokenizer, datasets.content
+    return data_order(engine.config, wanted, len(datasets.train), share, tokenizer, content)
 
 
 def _order_of(engine: Engine, dataset: SampleSource, kind: str | None = None) -> SampleOrder:

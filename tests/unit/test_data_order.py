@@ -92,3 +92,13 @@ def test_another_tokenizer_of_the_same_size_is_noticed() -> None:
     with pytest.raises(ValueError, match=r"tokenizer: sha256:a there, sha256:b here .*stand for other texts"):
         check_data_order(before, after, "iter_0000005")
     check_data_order(before, before, "iter_0000005")
+
+
+def test_other_content_under_the_same_names_is_noticed() -> None:
+    config = build(FILES)
+    before, after = (data_order(config, 1000, 1024, FOUR_RANKS, "t", content) for content in ("0a", "0b"))
+    with pytest.raises(ValueError, match=r"content of the data: 0a there, 0b here \(the files hold other documents"):
+        check_data_order(before, after, "iter_0000005")
+    check_data_order(before, before, "iter_0000005")
+    # A checkpoint of a version that did not save it.
+    check_data_order(data_order(config, 1000, 1024, FOUR_RANKS, "t"), after, "iter_0000005")

@@ -143,6 +143,11 @@ class GPTDataset:
         self._opened = None
 
     @property
+    def indexed_dataset(self) -> IndexedDataset:
+        """What the samples are cut from."""
+        return self._open().indexed_dataset
+
+    @property
     def document_index(self) -> np.ndarray:
         return self._open().document_index
 
