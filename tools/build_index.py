@@ -14,10 +14,13 @@ from megallm.config import parse_arguments, stop
 from megallm.config.tree import Config
 from megallm.data.command_line import ToolParser, positive
 from megallm.data.feeding.loader import SampleSource
-from megallm.data.samples.blended import BlendedDataset
+from megallm.data.samples.bert import BERTDataset
+from megallm.data.samples.blended import BlendedDataset, Part
 from megallm.data.samples.gpt import GPTDataset
+from megallm.data.samples.masked import MaskedDataset
+from megallm.data.samples.t5 import T5Dataset
 from megallm.plan.validate import validate
-from megallm.train.datasets import Datasets, build_datasets, build_tokenizer_of, with_vocabulary
+from megallm.train.datasets import Datasets, Masking, build_datasets, build_tokenizer_of, with_vocabulary
 
 DESCRIPTION = """\
 Builds the indices of the samples of pretrain_gpt.py ahead of the run, so that no GPU waits for them.
@@ -30,10 +33,17 @@ examples:
   python tools/build_index.py --config run.yaml --data-cache-path /shared/indices
   python tools/build_index.py $FLAGS_OF_PRETRAIN_GPT
   python tools/build_index.py $FLAGS_OF_PRETRAIN_GPT --world-size 64 --json
+  python tools/build_index.py --samples bert --config run.yaml --data-path data/wiki_text_sentence
 
 All other flags: python pretrain_gpt.py --help"""
 PROGRAM = "build_index.py"
 NAME_WIDTH = 16
+MODELS_OF_FLAGS = {
+    "mask_prob": ("bert", "t5"),
+    "short_seq_prob": ("bert", "t5"),
+    "bert_no_binary_head": ("bert",),
+    "decoder_seq_length": ("t5",),
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,8 @@ class Built:
     """The indices of one dataset, or of a blend.
 
     Attributes: `path_prefix` of the dataset, None for the order of a blend; `samples`; `epochs`, how many times over
-    the documents are read, None for a blend; `bytes` of the indices; `build_seconds`, None where they were there.
+    the documents are read, None for a blend and for masked samples, whose epochs are shuffled together; `bytes` of the
+    indices; `build_seconds`, None where they were there.
     """
 
     path_prefix: str | None
@@ -73,6 +84,12 @@ def build_parser() -> ToolParser:
         metavar="N",
         help="processes of the run; needed only without --global-batch-size, which follows from it then",
     )
+    group = parser.add_argument_group("masked samples", "of models that this version does not train yet")
+    group.add_argument("--samples", choices=("gpt", "bert", "t5"), default="gpt", help="of which model (gpt)")
+    group.add_argument("--mask-prob", type=float, default=0.15, metavar="P", help="share of masked tokens (0.15)")
+    group.add_argument("--short-seq-prob", type=float, default=0.1, metavar="P", help="share of short samples (0.1)")
+    group.add_argument("--bert-no-binary-head", action="store_true", help="no pairs of texts, one of them is enough")
+    group.add_argument("--decoder-seq-length", type=positive, metavar="N", help="tokens of T5's decoder")
     parser.add_argument("--json", action="store_true", help="print one object, as JSON")
     return parser
 
@@ -101,7 +118,27 @@ def read_config(flags: list[str], world_size: int | None) -> tuple[Config, int]:
     return config, world_size or one_copy
 
 
-def describe_part(dataset: GPTDataset) -> Built:
+def masking_of(options: argparse.Namespace) -> Masking | None:
+    """How samples are masked; None for those of GPT. Raises ValueError for flags that are another model's."""
+    plain = build_parser().parse_args([])
+    for name, models in MODELS_OF_FLAGS.items():
+        if options.samples not in models and getattr(options, name) != getattr(plain, name):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is for --samples {' and '.join(models)}, not {options.samples}.")
+    if options.samples == "gpt":
+        return None
+    return Masking(
+        model=options.samples,
+        mask_prob=options.mask_prob,
+        short_seq_prob=options.short_seq_prob,
+        binary_head=not options.bert_no_binary_head,
+        decoder_seq_length=options.decoder_seq_length,
+    )
+
+
+def describe_part(dataset: Part) -> Built:
+    if isinstance(dataset, MaskedDataset):
+        return Built(dataset.path_prefix, len(dataset), None, dataset.sample_index.nbytes, dataset.build_seconds)
     indices = dataset.document_index, dataset.sample_index, dataset.shuffle_index
     size = sum(array.nbytes for array in indices)
     return Built(dataset.path_prefix, len(dataset), dataset.num_epochs, size, dataset.build_seconds)
@@ -114,7 +151,7 @@ def describe(name: str, source: SampleSource, sequence_length: int) -> Split:
         blend = Built(None, len(source), None, size, source.build_seconds)
         built = [*map(describe_part, source.datasets), blend]
     else:
-        assert isinstance(source, GPTDataset), f"{type(source).__name__} has no indices"
+        assert isinstance(source, GPTDataset | MaskedDataset), f"{type(source).__name__} has no indices"
         built = [describe_part(source)]
     return Split(name, len(source), len(source) * sequence_length, built)
 
@@ -129,9 +166,11 @@ def describe_all(datasets: Datasets, sequence_length: int) -> list[Split]:
 
 def sentence(split: Split) -> str:
     """One line about a split."""
-    parts = [built for built in split.datasets if built.epochs is not None]
+    parts = [built for built in split.datasets if built.path_prefix is not None]
     epochs = sorted({built.epochs for built in parts if built.epochs is not None})
-    times = f"{epochs[0]} to {epochs[-1]} epochs" if len(epochs) > 1 else f"{epochs[0]} epoch{'s' * (epochs[0] > 1)}"
+    times = "masked" if not epochs else f"{epochs[0]} epoch{'s' * (epochs[0] > 1)}"
+    if len(epochs) > 1:
+        times = f"{epochs[0]} to {epochs[-1]} epochs"
     of = "" if len(parts) == 1 else f" of {len(parts)} datasets"
     size = sum(built.bytes for built in split.datasets)
     new = [built.build_seconds for built in split.datasets if built.build_seconds is not None]
@@ -159,10 +198,11 @@ def build(flags: list[str], options: argparse.Namespace) -> None:
     tokenizer = build_tokenizer_of(config)
     config = with_vocabulary(config, tokenizer, world_size)
     with tqdm(unit=" datasets", disable=None, file=sys.stderr) as bar:
-        datasets = build_datasets(config, tokenizer, lambda: bar.update() and None)
+        datasets = build_datasets(config, tokenizer, lambda: bar.update() and None, masking_of(options))
     splits = describe_all(datasets, config.data.seq_length)
     first = datasets.train.datasets[0] if isinstance(datasets.train, BlendedDataset) else datasets.train
-    assert isinstance(first, GPTDataset) and first.settings.cache_path, "indices lie in a folder"
+    assert isinstance(first, GPTDataset | BERTDataset | T5Dataset), f"{type(first).__name__} has no indices"
+    assert first.settings.cache_path, "indices lie in a folder"
     folder, seconds = str(Path(first.settings.cache_path).absolute()), time.perf_counter() - begin
     if not options.json:
         report(splits, folder, datasets.notes, seconds)

@@ -12,14 +12,32 @@ from megallm.config.data_sources import read_sources
 from megallm.config.resolve import train_samples
 from megallm.config.tree import Config
 from megallm.data.feeding.loader import SampleSource
-from megallm.data.samples.blended import BlendedDataset, BuildOptions, build_run_data
+from megallm.data.samples.bert import BERTDatasetSettings
+from megallm.data.samples.blended import BlendedDataset, BuildOptions, Part, Settings, build_run_data
 from megallm.data.samples.content import content_digest
-from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings
+from megallm.data.samples.gpt import GPTDatasetSettings
+from megallm.data.samples.masking import masking_vocabulary
 from megallm.data.samples.mock import MockDataset
+from megallm.data.samples.t5 import T5DatasetSettings
 from megallm.data.tokenizer.base import Tokenizer, TokenizerSettings, state_special_tokens
 from megallm.data.tokenizer.build import build_tokenizer
 from megallm.data.tokenizer.record import check_records, describe
 from megallm.plan.rules_data import data_sources
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Samples of BERT or T5 instead of GPT's.
+
+    Attributes: `model`, "bert" or "t5"; `mask_prob`, `short_seq_prob`, `binary_head` and `decoder_seq_length` (of T5
+    alone) as Megatron's flags of these names; the sequence length of the run is BERT's, and of T5's encoder.
+    """
+
+    model: str
+    mask_prob: float = 0.15
+    short_seq_prob: float = 0.1
+    binary_head: bool = True
+    decoder_seq_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,9 +100,12 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer | None, world_size: int
 
 
 def build_datasets(
-    config: Config, tokenizer: Tokenizer | None, on_dataset: Callable[[], None] = lambda: None
+    config: Config,
+    tokenizer: Tokenizer | None,
+    on_dataset: Callable[[], None] = lambda: None,
+    masking: Masking | None = None,
 ) -> Datasets:
-    """Training, validation and test data with as many samples as the run takes.
+    """Training, validation and test data with as many samples as the run takes; of GPT where `masking` is None.
 
     Raises ValueError if a file is missing, broken or too small. `on_dataset` is called after each dataset of a blend.
     """
@@ -114,7 +135,10 @@ def build_datasets(
         on_dataset=on_dataset,
     )
     sizes = num_train, None if num_valid and data.full_validation else num_valid, num_test
-    built = build_run_data(_settings(config, tokenizer, prefixes[0]), sources, sizes, options)
+    settings: Settings = _settings(config, tokenizer, prefixes[0])
+    if masking is not None:
+        settings = _masked_settings(config, tokenizer, prefixes[0], masking)
+    built = build_run_data(settings, sources, sizes, options)
     if built.train is None:
         raise ValueError("There is no training data: --split, or the lists of data, leave it none.")
     if num_valid and not built.valid:
@@ -130,14 +154,13 @@ def build_datasets(
     return Datasets(built.train, dict(built.valid), test, tuple(notes), checksum, _content(built.train))
 
 
-def _content(train: GPTDataset | BlendedDataset) -> str:
+def _content(train: Part | BlendedDataset) -> str:
     parts = train.datasets if isinstance(train, BlendedDataset) else [train]
     return content_digest((part.indexed_dataset for part in parts), len(parts))
 
 
 def _settings(config: Config, tokenizer: Tokenizer | None, first_prefix: str) -> GPTDatasetSettings:
     data = config.data
-    cache = data.data_cache_path or str(Path(first_prefix).parent / "cache" / "GPTDataset_indices")
     eod_id = pad_id = None
     if tokenizer is not None:
         eod_id, pad_id = tokenizer.eod_id, tokenizer.pad_id
@@ -154,5 +177,39 @@ def _settings(config: Config, tokenizer: Tokenizer | None, first_prefix: str) ->
         reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,
         eod_mask_loss=data.eod_mask_loss,
-        cache_path=cache,
+        cache_path=_cache_path(config, first_prefix, "GPTDataset"),
     )
+
+
+def _masked_settings(
+    config: Config, tokenizer: Tokenizer | None, first_prefix: str, masking: Masking
+) -> BERTDatasetSettings | T5DatasetSettings:
+    if tokenizer is None:
+        raise ValueError("Masking needs a tokenizer, whose special tokens it uses: give --tokenizer-type.")
+    vocabulary, length, seed = masking_vocabulary(tokenizer), config.data.seq_length, config.training.seed
+    if masking.model == "bert":
+        return BERTDatasetSettings(
+            sequence_length=length,
+            vocabulary=vocabulary,
+            seed=seed,
+            masking_probability=masking.mask_prob,
+            short_sequence_probability=masking.short_seq_prob,
+            cache_path=_cache_path(config, first_prefix, "BERTMaskedWordPieceDataset"),
+            next_sentence=masking.binary_head,
+        )
+    if masking.decoder_seq_length is None:
+        raise ValueError("Samples of T5 need --decoder-seq-length, the tokens of the decoder.")
+    return T5DatasetSettings(
+        sequence_length=length,
+        vocabulary=vocabulary,
+        seed=seed,
+        masking_probability=masking.mask_prob,
+        short_sequence_probability=masking.short_seq_prob,
+        cache_path=_cache_path(config, first_prefix, "T5MaskedWordPieceDataset"),
+        decoder_sequence_length=masking.decoder_seq_length,
+    )
+
+
+def _cache_path(config: Config, first_prefix: str, dataset: str) -> str:
+    """The folder of the indices: --data-cache-path, or Megatron's place for a class of its datasets."""
+    return config.data.data_cache_path or str(Path(first_prefix).parent / "cache" / f"{dataset}_indices")

@@ -15,11 +15,16 @@ import numpy as np
 from megallm.config.data_sources import SPLIT_NAMES, DataSources, SplitSource, read_sources
 from megallm.data.indexed.reader import IndexedDataset
 from megallm.data.samples import helpers, index_cache
+from megallm.data.samples.bert import BERTDataset, BERTDatasetSettings
 from megallm.data.samples.gpt import GPTDataset, GPTDatasetSettings, TooFewTokensError, make_batch
+from megallm.data.samples.masked import MaskedDataset
 from megallm.data.samples.open_datasets import OpenDatasets
+from megallm.data.samples.t5 import T5Dataset, T5DatasetSettings
 
 # Raised when the meaning of what is cached changes.
 CACHE_VERSION = 1
+Part = GPTDataset | MaskedDataset
+Settings = GPTDatasetSettings | BERTDatasetSettings | T5DatasetSettings
 
 
 class BlendedDataset:
@@ -42,7 +47,7 @@ class BlendedDataset:
 
     def __init__(
         self,
-        datasets: Sequence[GPTDataset],
+        datasets: Sequence[Part],
         weights: Sequence[float] | None,
         size: int | None,
         cache_path: str | None = None,
@@ -84,9 +89,10 @@ class BlendedDataset:
                     f"{math.ceil(100 * (needs / asked - 1)) / 100:g} builds enough of each."
                 )
         self.datasets = list(datasets)
-        self._are_alike = all(
-            isinstance(dataset, GPTDataset) and dataset.settings == datasets[0].settings for dataset in datasets
-        )
+        # All of them, where the tokens of their samples may be read into one array.
+        parts = [part for part in datasets if isinstance(part, GPTDataset)]
+        are_alike = len(parts) == len(datasets) and all(part.settings == parts[0].settings for part in parts)
+        self._alike = parts if are_alike else None
 
     def __len__(self) -> int:
         return len(self.dataset_index)
@@ -101,17 +107,19 @@ class BlendedDataset:
         if outside.any():
             raise IndexError(f"The blend has samples 0 to {len(self) - 1}, not {int(chosen[outside][0])}.")
         numbers, samples = self.dataset_index[chosen].astype(np.int64), self.dataset_sample_index[chosen]
-        read = self._read_text if self._are_alike else self._read_parts
-        return {**read(numbers, samples), "dataset_id": numbers}
+        alike = self._alike
+        batch = self._read_parts(numbers, samples) if alike is None else self._read_text(alike, numbers, samples)
+        return {**batch, "dataset_id": numbers}
 
-    def _read_text(self, numbers: np.ndarray, samples: np.ndarray) -> dict[str, np.ndarray]:
+    @staticmethod
+    def _read_text(datasets: list[GPTDataset], numbers: np.ndarray, samples: np.ndarray) -> dict[str, np.ndarray]:
         """Samples `samples` of datasets `numbers`, both int64 [n], all into one array of tokens."""
-        first = self.datasets[0]
+        first = datasets[0]
         text = np.empty((len(numbers), first.settings.sequence_length + 1), np.int64)
         has_padding = False
         for number in set(numbers.tolist()):
             rows = np.flatnonzero(numbers == number)
-            has_padding |= self.datasets[number].read_text(samples[rows], rows, text)
+            has_padding |= datasets[number].read_text(samples[rows], rows, text)
         return make_batch(text, first.settings, first.pad_id if has_padding else None)
 
     def _read_parts(self, numbers: np.ndarray, samples: np.ndarray) -> dict[str, np.ndarray]:
@@ -164,9 +172,9 @@ class RunData:
         without_test: why there is no test data although `--split` gives it a share, or "".
     """
 
-    train: GPTDataset | BlendedDataset | None
-    valid: dict[str, GPTDataset | BlendedDataset]
-    test: GPTDataset | BlendedDataset | None
+    train: Part | BlendedDataset | None
+    valid: dict[str, Part | BlendedDataset]
+    test: Part | BlendedDataset | None
     without_test: str = ""
 
 
@@ -193,7 +201,7 @@ class BuildOptions:
 
 
 def build_run_data(
-    settings: GPTDatasetSettings,
+    settings: Settings,
     sources: DataSources,
     num_samples: tuple[int | None, int | None, int | None],
     options: BuildOptions | None = None,
@@ -201,7 +209,7 @@ def build_run_data(
     """The training, validation and test data of a run.
 
     Args:
-        settings: what all datasets share.
+        settings: what all datasets share, and of which model they are.
         sources: which datasets, and which share of them.
         num_samples: how many samples training, validation and test must have at least; the documents are read as many
             times over as that takes. None reads them once. 0 builds nothing.
@@ -209,7 +217,7 @@ def build_run_data(
 
     Returns:
         A split is missing where it has no share or 0 samples are asked for; the test data also where its share of
-        `--split` is too small. A single prefix without a weight is a `GPTDataset`, anything else a `BlendedDataset`.
+        `--split` is too small. A single prefix without a weight is a dataset of that model, anything else a blend.
 
     Raises:
         ValueError: what `read_sources` raises; a file is missing or broken, a split of a dataset has too few tokens, or
@@ -241,7 +249,7 @@ def build_run_data(
 class _Builder:
     """Builds splits; a file that several of them read is opened once."""
 
-    def __init__(self, settings: GPTDatasetSettings, options: BuildOptions) -> None:
+    def __init__(self, settings: Settings, options: BuildOptions) -> None:
         self._settings, self._options = settings, options
         self._open_datasets = OpenDatasets()
         # Those that are still open: the splits of a dataset share it.
@@ -249,7 +257,7 @@ class _Builder:
 
     def build(
         self, name: str, source: SplitSource | None, num_samples: int | None, keep_partial: bool = False
-    ) -> GPTDataset | BlendedDataset | None:
+    ) -> Part | BlendedDataset | None:
         """One split; the sizes are Megatron's."""
         if source is None:
             return None
@@ -260,9 +268,7 @@ class _Builder:
         except ValueError as error:
             raise ValueError(f"The {name} data ({source.flag}) cannot be built: {error}") from None
 
-    def build_validation(
-        self, source: SplitSource | None, num_samples: int | None
-    ) -> dict[str, GPTDataset | BlendedDataset]:
+    def build_validation(self, source: SplitSource | None, num_samples: int | None) -> dict[str, Part | BlendedDataset]:
         """The validation data: one dataset of no name, or each under the last part of its path."""
         if source is None:
             return {}
@@ -281,7 +287,7 @@ class _Builder:
         built = {name: self.build("validation", part, num_samples, keep_partial) for name, part in parts.items()}
         return {name: dataset for name, dataset in built.items() if dataset is not None}
 
-    def _blend(self, source: SplitSource, num_samples: int | None, keep_partial: bool) -> GPTDataset | BlendedDataset:
+    def _blend(self, source: SplitSource, num_samples: int | None, keep_partial: bool) -> Part | BlendedDataset:
         if source.weights is None and len(source.prefixes) == 1:
             return self._part(source, 0, num_samples, keep_partial)
         if source.weights is None:
@@ -298,19 +304,28 @@ class _Builder:
         size = sum(samples_of_each(shares, num_samples))
         return BlendedDataset(parts, source.weights, size, self._settings.cache_path)
 
-    def _parts(self, source: SplitSource, sizes: Sequence[int | None], keep_partial: bool) -> list[GPTDataset]:
-        def part(number: int) -> GPTDataset:
+    def _parts(self, source: SplitSource, sizes: Sequence[int | None], keep_partial: bool) -> list[Part]:
+        def part(number: int) -> Part:
             return self._part(source, number, sizes[number], keep_partial)
 
         with ThreadPoolExecutor(self._options.num_threads) as pool:
             return list(pool.map(part, range(len(sizes))))
 
-    def _part(self, source: SplitSource, number: int, size: int | None, keep_partial: bool) -> GPTDataset:
+    def _part(self, source: SplitSource, number: int, size: int | None, keep_partial: bool) -> Part:
         prefix = source.prefixes[number]
         dataset = self._opened.get(prefix)
         if dataset is None:
             self._opened[prefix] = dataset = IndexedDataset(prefix, mmap=self._options.mmap)
-        first, last = split_range(source.bounds, len(dataset))
-        part = GPTDataset(dataset, first, last, size, self._settings, keep_partial, self._open_datasets)
+        part = self._cut(dataset, source.bounds, size, keep_partial)
         self._options.on_dataset()
         return part
+
+    def _cut(self, dataset: IndexedDataset, bounds: tuple[float, float], size: int | None, keep_partial: bool) -> Part:
+        settings = self._settings
+        if isinstance(settings, GPTDatasetSettings):
+            first, last = split_range(bounds, len(dataset))
+            return GPTDataset(dataset, first, last, size, settings, keep_partial, self._open_datasets)
+        first, last = split_range(bounds, MaskedDataset.num_elements(dataset))
+        if isinstance(settings, BERTDatasetSettings):
+            return BERTDataset(dataset, first, last, size, settings)
+        return T5Dataset(dataset, first, last, size, settings)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 
 from megallm.data.indexed.reader import IndexedDataset
 from megallm.data.samples import index_cache
+from megallm.data.samples.gpt import TooFewTokensError
 from megallm.data.samples.masking import MaskingVocabulary
 from megallm.data.samples.sentence_mapping import build_sentence_mapping, short_ratio, why_empty
 
@@ -56,15 +58,17 @@ class MaskedDataset(ABC):
     `len()` is the number of samples that can be asked for: at least `num_samples`, all those of the last epoch begun
     (one epoch for None). What is masked in a sample depends on the seed and on its number alone.
 
-    Attributes: `sample_index`, uint32 or int64 [samples, 3] (see `sentence_mapping.build_sentence_mapping`).
+    Attributes: `sample_index`, uint32 or int64 [samples, 3] (see `sentence_mapping.build_sentence_mapping`);
+    `indexed_dataset` and its `path_prefix`; `build_seconds`, what building the index took, None where it was found.
 
     Args:
         num_special_tokens: those that are put around the sentences.
         min_sentences: sentences that a sample must have.
 
     Raises:
-        ValueError: nothing of a sequence this short would be masked, no document of the range can be used, or (on
-            access) a token is not below the vocabulary's size.
+        TooFewTokensError: no document of the range can be used.
+        ValueError: nothing of a sequence this short would be masked, or (on access) a token is not below the
+            vocabulary's size.
     """
 
     kind: str  # of the entries in the index cache
@@ -89,16 +93,20 @@ class MaskedDataset(ABC):
                 f"{num_special_tokens} special ones: too few to mask one of them at a probability of "
                 f"{settings.masking_probability:g}; it must be {needed} at least."
             )
-        self._indexed_dataset, self._seed = indexed_dataset, settings.seed
+        self.indexed_dataset, self._seed = indexed_dataset, settings.seed
+        self.path_prefix = indexed_dataset.path_prefix
+        self.build_seconds: float | None = None
         self._vocab_size = settings.vocabulary.vocab_size
         bounds = np.asarray(indexed_dataset.document_indices[first : last + 1])
         lengths = indexed_dataset.sequence_lengths
         probability = settings.short_sequence_probability
 
         def build() -> dict[str, np.ndarray]:
+            begin = time.perf_counter()
             rows = build_sentence_mapping(
                 bounds, lengths, num_samples, max_length, probability, settings.seed, min_sentences
             )
+            self.build_seconds = time.perf_counter() - begin
             return {"sample_index": rows}
 
         if settings.cache_path is None:
@@ -120,7 +128,7 @@ class MaskedDataset(ABC):
             arrays = index_cache.load_or_build(Path(settings.cache_path), self.kind + digest, build)
         self.sample_index = arrays["sample_index"]
         if len(self.sample_index) == 0:
-            raise ValueError(
+            raise TooFewTokensError(
                 f"{indexed_dataset.path_prefix} gives no samples from documents {first} to {last - 1} of "
                 f"{num_documents}: {why_empty(bounds, np.asarray(lengths), min_sentences)}."
             )
@@ -143,7 +151,7 @@ class MaskedDataset(ABC):
 
     def _read(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int64 [n] of sentences `first` to `last - 1`, and the length of each of these, int32."""
-        dataset = self._indexed_dataset
+        dataset = self.indexed_dataset
         dataset.check_size()
         lengths = np.asarray(dataset.sequence_lengths[first:last])
         # Sentences of one document lie back to back in the file.
@@ -170,8 +178,7 @@ class MaskedDataset(ABC):
         wrong = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
         limit = "negative" if wrong < 0 else f"not below the vocabulary size {self._vocab_size}"
         raise ValueError(
-            f"Token {wrong} in {self._indexed_dataset.path_prefix} is {limit}: "
-            f"the data was made with another tokenizer than this run's."
+            f"Token {wrong} in {self.path_prefix} is {limit}: the data was made with another tokenizer than this run's."
         )
 
 

@@ -6,6 +6,10 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from megallm.data.tokenizer.base import Tokenizer
+
+# How WordPiece writes a token that continues a word.
+CONTINUATION = "##"
 # Chance that a run ends after each of its words, where lengths are geometric: Joshi et al., "SpanBERT"
 # (arXiv 1907.10529), section 3.1.
 GEOMETRIC_PROBABILITY = 0.2
@@ -61,6 +65,23 @@ class MaskingVocabulary:
                 "take a tokenizer that has one, such as BertWordPieceLowerCase."
             )
         return tuple(found.values())
+
+
+def masking_vocabulary(tokenizer: Tokenizer) -> MaskingVocabulary:
+    """What masking needs to know of a tokenizer; its end of document is the end of a text."""
+    return MaskingVocabulary(
+        vocab_size=tokenizer.vocab_size,
+        cls_id=tokenizer.cls_id,
+        sep_id=tokenizer.sep_id,
+        mask_id=tokenizer.mask_id,
+        pad_id=tokenizer.pad_id,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eod_id,
+        sentinel_ids=tuple(tokenizer.sentinel_ids),
+        continuation_ids=frozenset(
+            token for token in range(tokenizer.vocab_size) if tokenizer.token_text(token).startswith(CONTINUATION)
+        ),
+    )
 
 
 class WordMasking:

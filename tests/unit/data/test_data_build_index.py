@@ -6,14 +6,18 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from slow_masking import write_sentences
 from small_data import TOOLS, load_tool, write_dataset
 
-from megallm.data.samples import gpt, index_cache
-from megallm.train.datasets import build_datasets, build_tokenizer_of
+from megallm.data.samples import gpt, index_cache, masked
+from megallm.data.samples.bert import BERTDataset
+from megallm.data.samples.t5 import T5Dataset
+from megallm.train.datasets import build_datasets, build_tokenizer_of, with_vocabulary
 
 SHAPE = [
     *("--num-layers", "1", "--hidden-size", "16", "--num-attention-heads", "2", "--seq-length", "16"),
@@ -164,6 +168,78 @@ def test_a_full_disk_leaves_nothing(tmp_path, capsys, monkeypatch, data):
     said = refusal(capsys, *flags(tmp_path / "cache", data[0]))
     assert "are needed" in said and "are free" in said
     assert not state_of(tmp_path / "cache")
+
+
+@pytest.fixture
+def sentences(tmp_path):
+    """Flags of a vocabulary of BERT, and of two datasets of sentences."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"{'##' * (number % 2)}w{number}" for number in range(50))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    generator = np.random.default_rng(2)
+    for name in ("a", "b"):
+        documents = [[generator.integers(5, 55, generator.integers(1, 9)) for _ in range(5)] for _ in range(80)]
+        write_sentences(tmp_path / name, [[sentence.tolist() for sentence in document] for document in documents])
+    tokenizer = ["--tokenizer-type", "BertWordPieceLowerCase", "--vocab-file", str(tmp_path / "vocab.txt")]
+    shape = [word for word in SHAPE if word not in ("--tokenizer-type", "NullTokenizer", "--vocab-size", "99")]
+    return [*shape, *tokenizer, "--vocab-extra-ids", "20", "--global-batch-size", "4", "--seq-length", "20"]
+
+
+@pytest.mark.parametrize(
+    ("model", "extra", "blend"),
+    [("bert", [], False), ("bert", ["--bert-no-binary-head"], True), ("t5", ["--decoder-seq-length", "8"], True)],
+)
+def test_masked_samples_are_built_ahead(tmp_path, capsys, monkeypatch, sentences, model, extra, blend):
+    """The datasets that a run would read find their rows; a `Masking` of another kind does not."""
+    paths = ["0.3", str(tmp_path / "a"), "0.7", str(tmp_path / "b")] if blend else [str(tmp_path / "a")]
+    arguments = [*sentences, "--data-cache-path", str(tmp_path / "cache"), "--data-path", *paths]
+    built = build(capsys, "--samples", model, *extra, *arguments)
+    assert [split["name"] for split in built["splits"]] == ["training", "validation", "test"]
+    parts = [part for split in built["splits"] for part in split["datasets"] if part["path_prefix"]]
+    assert all(part["build_seconds"] is not None and part["epochs"] is None for part in parts)
+
+    def fail(*_):
+        raise AssertionError("an index is built")
+
+    monkeypatch.setattr(masked, "build_sentence_mapping", fail)
+    tool = load_tool("build_index")
+    options, flags_of_run = tool.build_parser().parse_known_args(["--samples", model, *extra, *arguments])
+    config, world_size = tool.read_config(flags_of_run, None)
+    tokenizer = build_tokenizer_of(config)
+    config = with_vocabulary(config, tokenizer, world_size)
+    found = build_datasets(config, tokenizer, masking=tool.masking_of(options))
+    assert isinstance(
+        (found.train.datasets if blend else [found.train])[0], BERTDataset if model == "bert" else T5Dataset
+    )
+    assert len(found.train) == built["splits"][0]["samples"]
+    assert found.content
+    other = replace(tool.masking_of(options), short_seq_prob=0.5)
+    with pytest.raises(AssertionError, match="an index is built"):
+        build_datasets(config, tokenizer, masking=other)
+
+
+def test_a_line_about_masked_samples(tmp_path, capsys, sentences):
+    load_tool("build_index").main(["--samples", "bert", *sentences, "--data-path", str(tmp_path / "a")])
+    out = capsys.readouterr().out
+    assert "masked; indices of" in out.splitlines()[0]
+    assert "cache/BERTMaskedWordPieceDataset_indices holds all" in out
+
+
+def test_mistakes_with_masked_samples_are_sentences(tmp_path, capsys, data, sentences):
+    plain = flags(tmp_path / "cache", data[0])
+    assert "--mask-prob is for --samples bert and t5, not gpt" in refusal(capsys, *plain, "--mask-prob", "0.2")
+    short = [*sentences, "--data-path", str(tmp_path / "a")]
+    t5 = ("--samples", "t5", *short)
+    assert "need --decoder-seq-length" in refusal(capsys, *t5)
+    assert (
+        "the vocabulary has no sentinel"
+        in refusal(capsys, *t5, "--decoder-seq-length", "8", "--vocab-extra-ids", "0").lower()
+    )
+    assert "--bert-no-binary-head is for --samples bert, not t5" in refusal(capsys, *t5, "--bert-no-binary-head")
+    assert "has no cls and no sep" in refusal(capsys, "--samples", "bert", *plain)
+    assert "but must be between 0 and 1" in refusal(capsys, "--samples", "bert", *short, "--mask-prob", "2")
+    write_dataset(tmp_path / "whole", [[1, 2, 3]] * 50)
+    said = refusal(capsys, "--samples", "bert", *sentences, "--data-path", str(tmp_path / "whole"))
+    assert "preprocess the text with --split-sentences" in said
 
 
 def start(cache, *paths):
