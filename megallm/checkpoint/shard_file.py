@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,19 +72,20 @@ class _ShardWriter:
             self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         self.num_bytes = 0
         self._begun_flushing = 0
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush")
+        # One flushes, one hashes; this one writes.
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="checkpoint")
         self._flushing: Future[None] | None = None
 
     def __enter__(self) -> _ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(wait=True)
+        self._threads.shutdown(wait=True)
         os.close(self._descriptor)
 
     def write(self, data: memoryview) -> list[str]:
         """Appends bytes; gives the digest of each CHUNK_BYTES of them."""
-        chunks: list[str] = []
+        hashing = self._threads.submit(digests, data) if len(data) > PIECE_BYTES else None
         for at in range(0, len(data), PIECE_BYTES):
             piece = rest = data[at : at + PIECE_BYTES]
             with passing("checkpoint.shard.write"):
@@ -92,8 +93,7 @@ class _ShardWriter:
                     rest = rest[os.write(self._descriptor, rest) :]
             self.num_bytes += len(piece)
             self._flush_in_background()
-            chunks += digests(piece)
-        return chunks
+        return digests(data) if hashing is None else hashing.result()
 
     def flush(self) -> None:
         """Returns when all is on the disk. Raises OSError, also for what went wrong in the background."""
@@ -110,12 +110,12 @@ class _ShardWriter:
             # The system tells of an error once.
             self._flushing.result()
         self._begun_flushing = self.num_bytes
-        self._flushing = self._thread.submit(os.fsync, self._descriptor)
+        self._flushing = self._threads.submit(os.fsync, self._descriptor)
 
 
-def digests(data: memoryview) -> Iterator[str]:
+def digests(data: memoryview) -> list[str]:
     """The digest of each CHUNK_BYTES; the last chunk may be shorter."""
-    return (digest(data[at : at + CHUNK_BYTES]) for at in range(0, len(data), CHUNK_BYTES))
+    return [digest(data[at : at + CHUNK_BYTES]) for at in range(0, len(data), CHUNK_BYTES)]
 
 
 def _header(boxes: Sequence[LocalBox]) -> bytes:
