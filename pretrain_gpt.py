@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         if is_first:
             print(dry_run(config, world_size))
+            _print_load_preview(program, config, world_size)
         return
     # Imported late: a mistake on the command line is answered before torch is loaded.
     from megallm.generate.text import SampleWriter
@@ -61,6 +62,18 @@ def main(arguments: list[str] | None = None) -> None:
         os._exit(ExitCode.INTERRUPTED)
     if code:
         sys.exit(code)
+
+
+def _print_load_preview(program: str, config: Config, world_size: int) -> None:
+    """What the run would take up; a plan without a checkpoint needs no torch."""
+    if not (config.checkpoint.load or config.checkpoint.pretrained_checkpoint):
+        return
+    from megallm.train.load_preview import load_preview
+
+    try:
+        print("\n" + "\n".join(load_preview(config, world_size)))
+    except ValueError as error:
+        fail(program, error)
 
 
 def _with_saved_model(program: str, config: Config) -> Config:

@@ -49,7 +49,7 @@ def begin(temporary: Path, needed: int) -> None:
         ValueError: fewer than `needed` bytes are free.
     """
     root = temporary.parent
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     with passing("checkpoint.leftovers.remove"):
         _remove_leftovers(root)
     free = shutil.disk_usage(root).free
@@ -59,14 +59,31 @@ def begin(temporary: Path, needed: int) -> None:
         temporary.mkdir()
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it, so that they are there after a power cut. Raises OSError."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _flush(folder.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder with all in it; of one that is a link to another place, the link. Raises OSError."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
+
+
 def _remove_leftovers(root: Path) -> None:
     for path in root.glob("iter_*"):
         if _TEMPORARY.fullmatch(path.name):
-            shutil.rmtree(path)
+            remove_folder(path)
         elif path.name.endswith(REPLACED):
             final = path.with_name(path.name.removesuffix(REPLACED))
             if (final / MANIFEST).exists():
-                shutil.rmtree(path)
+                remove_folder(path)
             else:
                 # Its save ended between the two renames.
                 os.rename(path, final)
@@ -134,7 +151,7 @@ def commit(temporary: Path, final: Path, iteration: int, token: str, state: dict
     _write_tracker(final.parent, iteration)
     if replaced.exists():
         with passing("checkpoint.replaced.remove"):
-            shutil.rmtree(replaced)
+            remove_folder(replaced)
 
 
 def _write_tracker(root: Path, iteration: int) -> None:

@@ -24,7 +24,7 @@ def find_checkpoints(root: str, iteration: int | None = None) -> list[Path]:
     """
     top = Path(root)
     if top.exists() and not top.is_dir():
-        raise ValueError(f"--load {root} is not a folder")
+        raise ValueError(f"{root} is not a folder")
     if (top / MANIFEST).exists():
         return [top]
     found: dict[int, Path] = {}
@@ -44,6 +44,14 @@ def find_checkpoints(root: str, iteration: int | None = None) -> list[Path]:
     if broken and not found:
         raise ValueError(f"{broken[-1]} has no {MANIFEST}: it is damaged. Give another folder to start afresh")
     return [found[number] for number in sorted(found, reverse=True)]
+
+
+def newest_checkpoint(root: str, iteration: int | None = None) -> Path:
+    """The newest checkpoint under `root`, or that of one iteration. Raises ValueError where there is none."""
+    found = find_checkpoints(root, iteration)
+    if not found:
+        raise ValueError(f"{root} holds no complete checkpoint: a folder iter_... with a manifest")
+    return found[0]
 
 
 def load_boxes(folder: Path, manifest: Manifest, boxes: Iterable[LocalBox]) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,8 @@ MOST_BYTES = 2**31
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types of the elements, by their names in safetensors."""
 _FILE_NAME = re.compile(r"rank_\d{5,}\.safetensors")
+_TENSOR_NAME = re.compile(r"[a-z0-9_]+/[!-~]+")
+_FOLDER_NAME = re.compile(r"iter_(\d{7,})(\.replaced)?")
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 
 
@@ -134,10 +138,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise DamagedError(f"{path} has {size} bytes: no manifest is that long")
-        content = json.loads(path.read_bytes())
+        content = json.loads(_bytes_of(path))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, DamagedError):
             raise
@@ -148,11 +149,27 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         if content.pop("digest") != _digest_of(content) or content["chunk_bytes"] != CHUNK_BYTES:
             raise DamagedError(f"{path} is not as it was written: its checksum is another")
-        return _parse(content)
+        manifest = _parse(content)
+        named = _FOLDER_NAME.fullmatch(folder.name)
+        if named and int(named[1]) != manifest.iteration:
+            raise DamagedError(f"{path} is that of iteration {manifest.iteration}: the folder's name is another")
+        return manifest
     except DamagedError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise DamagedError(f"{path} is not as this version writes it: {error!r}") from None
+
+
+def _bytes_of(path: Path) -> bytes:
+    """All of a plain file. A link could lead anywhere, a pipe never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise DamagedError(f"{path} is no plain file")
+        if status.st_size > MOST_BYTES:
+            raise DamagedError(f"{path} has {status.st_size} bytes: no manifest is that long")
+        return file.read()
 
 
 def _digest_of(content: dict[str, Any]) -> str:
@@ -163,10 +180,15 @@ def _parse(content: dict[str, Any]) -> Manifest:
     files = tuple(SavedFile(*row) for row in content["files"])
     for file in files:
         _require(bool(_FILE_NAME.fullmatch(file.name)), f"a file is called {file.name!r}")
-        _require(0 < file.data_begin <= file.num_bytes and _is_digest(file.header_digest), f"{file.name} has no size")
+        sizes = file.num_bytes, file.data_begin
+        _require(all(map(_is_count, sizes)) and 0 < sizes[1] <= sizes[0], f"{file.name} has the sizes {sizes}")
+        _require(_is_digest(file.header_digest), f"{file.name} has a broken checksum")
     _require(len({file.name for file in files}) == len(files), "a file is named twice")
     _require(isinstance(content["state"], dict) and isinstance(content["token"], str), "there is no state")
     _require(_is_count(content["iteration"]), "there is no iteration")
+    # Names go into sentences on a terminal.
+    broken = [name for name in content["tensors"] if not _TENSOR_NAME.fullmatch(name)]
+    _require(not broken, f"a tensor is called {broken[:1]}")
     tensors = {name: _parse_tensor(name, row, files) for name, row in content["tensors"].items()}
     return Manifest(content["iteration"], content["token"], content["state"], files, tensors)
 

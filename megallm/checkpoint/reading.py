@@ -88,7 +88,7 @@ class OpenCheckpoint:
         """Fills `tensor` with the box of its shape that begins at `offset`; converts where the types differ.
 
         Raises:
-            DamagedError: something of it is not as it was written.
+            DamagedError: something of it is not as it was written. It may be in `tensor` by then.
             ValueError: there is no tensor of that name.
         """
         self.start_filling(kind, name, offset, tensor)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megallm.checkpoint.commit import checkpoint_folder, temporary_folder
+from megallm.checkpoint.commit import checkpoint_folder, remove_folder, temporary_folder
 from megallm.checkpoint.manifest import MANIFEST
 from megallm.failpoint import passing
 
@@ -75,4 +74,4 @@ def prune(root: str, retention: Retention, newest: int, token: str) -> None:
         with passing("checkpoint.prune.rename"):
             os.rename(folder, thrown_away)
         with passing("checkpoint.prune.remove"):
-            shutil.rmtree(thrown_away)
+            remove_folder(thrown_away)

@@ -43,3 +43,8 @@ def warn_once(prog: str, sentences: Sequence[str]) -> None:
     """Print one warning that holds all sentences, on the first process of the job only."""
     if sentences and int(os.environ.get("RANK", "0")) == 0:
         print(f"{prog}: some flags have no effect here:\n{numbered(sentences)}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Text from a file for a terminal: characters that could move its cursor are written out."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

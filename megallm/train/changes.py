@@ -9,6 +9,7 @@ import torch
 
 import megallm
 from megallm.config import difference
+from megallm.config.report import printable
 from megallm.config.tree import Config, ModelConfig
 
 # Settings of the model that leave the meaning of its weights as it is. A longer table of positions shows in the shape
@@ -62,11 +63,11 @@ def changes(saved: Config, made_by: Any, now: Config, world_size: int) -> list[s
     there = made_by if isinstance(made_by, dict) else {}
     names = {"world_size": "processes"}
     return found + [
-        f"{names.get(key, key)}: {there[key]} -> {value}"
+        f"{names.get(key, key)}: {_shown(there[key])} -> {value}"
         for key, value in here.items()
         if key in there and there[key] != value
     ]
 
 
 def _shown(value: Any) -> str:
-    return "none" if value is None else "nothing" if value in ("", []) else str(value)
+    return "none" if value is None else "nothing" if value in ("", []) else printable(str(value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megallm.config.data_sources import read_sources
+from megallm.config.report import printable
 from megallm.config.tree import Config
 from megallm.data.feeding.orders import DataShare, layout_in_order, permutation
 from megallm.plan.rules_data import data_sources
@@ -79,7 +80,7 @@ def check_data_order(saved: dict[str, str], now: dict[str, str], folder: str) ->
     # What older versions did not save is not held against their runs.
     names = [name for name in dict.fromkeys([*saved, *now]) if name in saved or name not in _SAVED_SINCE_THEN]
     changed = [
-        f"{name}: {saved.get(name, 'none')} there, {now.get(name, 'none')} here"
+        f"{printable(name)}: {printable(saved.get(name, 'none'))} there, {now.get(name, 'none')} here"
         + (f" ({_EFFECTS[name]})" if name in _EFFECTS else "")
         for name in names
         if saved.get(name) != now.get(name)

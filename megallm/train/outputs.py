@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from megallm.checkpoint.commit import make_folder
 from megallm.config.tree import Config
 
 
@@ -24,7 +25,7 @@ def try_outputs(config: Config) -> None:
         if folder is None:
             continue
         try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
+            make_folder(Path(folder))
             with tempfile.NamedTemporaryFile(dir=folder):
                 pass
         except OSError as error:

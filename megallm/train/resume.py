@@ -80,7 +80,7 @@ def load_engine(
     """
     settings, iteration = engine.config.checkpoint, None
     if taken_up is None:
-        taken_up, iteration = _wanted(settings), settings.ckpt_step
+        taken_up, iteration = wanted_of(settings), settings.ckpt_step
     folders = _seen_by_all(engine.mesh, root, iteration)
     notes = _note_on_tracker(root, folders)
     for number, folder in enumerate(folders):
@@ -121,7 +121,8 @@ def load_weights(model: Model, folder: Path) -> None:
     on_every_rank(model.mesh, lambda: load_boxes(folder, read_manifest(folder), boxes))
 
 
-def _wanted(settings: CheckpointConfig) -> TakenUp:
+def wanted_of(settings: CheckpointConfig) -> TakenUp:
+    """What --finetune and --no-load-optim say."""
     if settings.finetune:
         return TakenUp.WEIGHTS
     return TakenUp.ALL_BUT_OPTIMIZER if settings.no_load_optim else TakenUp.ALL
@@ -137,8 +138,8 @@ def _read_undamaged(engine: Engine, folder: Path, order: dict[str, str] | None, 
     def read() -> Manifest | DamagedError:
         try:
             manifest = read_manifest(folder)
-            _check_kinds(folder, manifest, kinds)
-            _check_state(folder, manifest, taken_up)
+            check_kinds(folder, manifest, kinds)
+            check_state(folder, manifest, taken_up)
             if _takes_rates(engine, taken_up):
                 _saved_rates(folder, manifest)
             settings = engine.config.checkpoint
@@ -156,6 +157,7 @@ def _read_undamaged(engine: Engine, folder: Path, order: dict[str, str] | None, 
         return manifest
 
     result = on_every_rank(engine.mesh, read)
+    _check_same_save(engine.mesh, folder, "" if isinstance(result, DamagedError) else result.token)
 
     def raise_damage() -> Manifest:
         if isinstance(result, DamagedError):
@@ -168,7 +170,7 @@ def _read_undamaged(engine: Engine, folder: Path, order: dict[str, str] | None, 
         raise DamagedError(str(error)) from None
 
 
-def _check_kinds(folder: Path, manifest: Manifest, wanted: set[str]) -> None:
+def check_kinds(folder: Path, manifest: Manifest, wanted: set[str]) -> None:
     """Raises ValueError where a checkpoint holds nothing at all of something that is needed: it was saved without."""
     held = {name.partition("/")[0] for name in manifest.tensors}
     missing = sorted(wanted - held)
@@ -180,7 +182,7 @@ def _check_kinds(folder: Path, manifest: Manifest, wanted: set[str]) -> None:
         )
 
 
-def _check_state(folder: Path, manifest: Manifest, taken_up: TakenUp) -> None:
+def check_state(folder: Path, manifest: Manifest, taken_up: TakenUp) -> None:
     """Raises ValueError where a checkpoint lacks what is to be taken up, DamagedError where that is nonsense."""
     state = manifest.state
     if not isinstance(state.get("config"), dict):
@@ -277,12 +279,29 @@ def _seen_by_all(mesh: Mesh, root: str, iteration: int | None) -> list[Path]:
     return folders
 
 
+def _check_same_save(mesh: Mesh, folder: Path, token: str) -> None:
+    """Raises ValueError where ranks have read the manifests of different saves, as a file system may still show them.
+
+    `token` is empty where a rank has found damage, which is told elsewhere.
+    """
+    mine = int(digest(token.encode()), 16) >> 1 if token else -1
+    extremes = torch.tensor([mine, -mine if token else -(2**63) + 1], dtype=torch.int64, device=mesh.device)
+    mesh.world.all_reduce(extremes, "max")
+    if int(extremes[1]) != -(2**63) + 1 and int(extremes[0]) != -int(extremes[1]):
+        raise ValueError(f"{folder}: processes find different saves there; all machines must share the folder")
+
+
 def _note_on_tracker(root: str, folders: list[Path]) -> list[str]:
     """Somebody may have written an earlier iteration into the tracker file to go back to it."""
     tracker = Path(root) / TRACKER
-    if len(folders) < 2 or not tracker.exists():
+    if len(folders) < 2 or not tracker.is_file():
         return []
-    named = tracker.read_text(errors="replace").strip()
-    if named.isdigit() and any(int(named) == int(re.sub(r"\D", "", folder.name)) for folder in folders[1:]):
+    with open(tracker, "rb") as file:
+        named = file.read(32).decode(errors="replace").strip()
+    if (
+        named.isascii()
+        and named.isdigit()
+        and any(int(named) == int(re.sub(r"\D", "", folder.name)) for folder in folders[1:])
+    ):
         return [f"{TRACKER} names {named}, which is not the newest: --ckpt-step {named} continues from there"]
     return []
