@@ -65,8 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _print_load_preview(program: str, config: Config, world_size: int) -> None:
-    """What the run would take up; a plan without a checkpoint needs no torch."""
-    if not (config.checkpoint.load or config.checkpoint.pretrained_checkpoint):
+    """What the run would take up, where it is on this machine; a plan without that needs no torch."""
+    folders = config.checkpoint.load, config.checkpoint.pretrained_checkpoint
+    if config.plan.json or not any(folder and os.path.isdir(folder) for folder in folders):
         return
     from megallm.train.load_preview import load_preview
 
