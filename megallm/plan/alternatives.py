@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
@@ -17,8 +18,10 @@ from megallm.plan.stages import Layout
 from megallm.plan.timing import end_of_step, stage_costs
 from megallm.plan.validate import validate
 
-# Layouts that are planned in full, after all were estimated, and forwards of each that are timed one by one.
-_PLANNED = 20
+# Of the layouts that were estimated, as many pairs of sizes are planned in full, each with its best settings; and so
+# many forwards of each are timed one by one.
+_PLANNED = 8
+_PLANNED_OF_EACH = 4
 _TIMED = 400
 _CLEARLY_FASTER = 0.99
 
@@ -49,7 +52,13 @@ def next_best(plan: Plan, number: int) -> list[Plan]:
             estimated.append((seconds, len(estimated), candidate))
     best: dict[tuple[int, int], Plan] = {}
     given = (layout.tensor, layout.pipeline)
-    for _, _, candidate in sorted(estimated)[:_PLANNED]:
+    planned: Counter[tuple[int, int]] = Counter()
+    for _, _, candidate in sorted(estimated):
+        planned[candidate.tensor, candidate.pipeline] += 1
+        if planned[candidate.tensor, candidate.pipeline] > _PLANNED_OF_EACH:
+            continue
+        if len(planned) > _PLANNED:
+            break
         made = make_plan(candidate, gpu, _TIMED)
         # One plan for each way to share the work: of micro-batches and virtual stages the best.
         key = (candidate.tensor, candidate.pipeline)
@@ -64,7 +73,7 @@ def _configurations(layout: Layout) -> Iterator[Config]:
     """Valid configurations for the same processes, model and batch."""
     config, world_size = layout.config, layout.world_size
     tensors = [size for size in (1, 2, 4, 8) if world_size % size == 0]
-    pipelines = [size for size in range(1, min(config.model.num_layers, 64) + 1) if world_size % size == 0]
+    pipelines = [size for size in range(1, min(config.model.num_layers, 32) + 1) if world_size % size == 0]
     # Without dropout the core of attention keeps next to nothing that could be computed again.
     recomputed = (None, "selective", "full") if config.model.attention_dropout else (None, "full")
     batches = [size for size in (1, 2, 4, 8) if size <= 2 * config.training.micro_batch_size]

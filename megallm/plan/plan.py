@@ -15,7 +15,7 @@ from megallm.plan.timing import StepTime, Traffic, step_time, traffic
 from megallm.schedule import LoweredSchedule, lower
 
 # Forwards of all stages that are timed one by one; of a longer step the rest repeats the middle.
-_MOST_TIMED = 6000
+_MOST_TIMED = 3000
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ def make_plan(layout: Layout, gpu: Gpu, most_timed: int = _MOST_TIMED) -> Plan:
 def _timed(layout: Layout, most_timed: int) -> LoweredSchedule:
     ranks, number = layout.pipeline, layout.num_micro_batches
     rest = number % ranks
-    most = max(most_timed // (ranks * layout.virtual) // ranks * ranks, 2 * ranks) + rest
+    least = ranks if layout.virtual == 1 else 2 * ranks  # from there on a rank holds as much as it ever will
+    most = max(most_timed // (ranks * layout.virtual) // ranks * ranks, least) + rest
     if pipeline_schedule(layout.config.parallel) == "gpipe":
         most = number  # every micro-batch is held
     return lower(schedule_of(layout.config.parallel, min(number, most)))

@@ -144,7 +144,7 @@ def _time(plan: Plan) -> str:
         f"GPU: {half:.0f}% of peak, {half * plan.flops.full / plan.flops.half:.0f}% with full attention",
         "by stated rates and efficiencies of the GPU, not from a measurement",
     ]
-    sent = [f"{axis} {it.messages:,.0f} ({it.sent / GIB:,.3g} GiB)" for axis, it in plan.traffic.items()]
+    sent = [f"{axis} {it.messages:,.0f} ({_few_digits(it.sent / GIB)} GiB)" for axis, it in plan.traffic.items()]
     messages = _lines("messages", f"of a process in a step: {', '.join(sent)}") + "\n" if sent else ""
     return messages + _lines("time", *lines)
 
@@ -187,6 +187,10 @@ def table(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
         "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, alignment, widths, strict=True))
         for row in rows
     ]
+
+
+def _few_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def span(first: int, last: int) -> str:

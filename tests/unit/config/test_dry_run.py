@@ -142,6 +142,7 @@ def test_a_step_takes_what_the_operations_take_and_not_much_more() -> None:
     assert plan.step.bubble == pytest.approx(0.0, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_changes_that_fit_do_and_other_layouts_are_valid() -> None:
     layout = laid_out(8)
     small = replace(GPUS["A100-40"], name="small")
@@ -157,6 +158,7 @@ def test_changes_that_fit_do_and_other_layouts_are_valid() -> None:
     assert changes_that_fit(plan, memory=2**30) == []
 
 
+@pytest.mark.slow
 def test_the_text_fits_a_screen_and_says_what_it_assumes() -> None:
     config = configuration({"plan.dry_run": True, PIPELINE: 4, VIRTUAL: 2, TENSOR: 2})
     text = dry_run(config, 16)
@@ -187,6 +189,7 @@ def test_json_holds_the_same_in_bytes_and_seconds() -> None:
     assert plan["next_best"]
 
 
+@pytest.mark.slow
 def test_a_large_plan_needs_neither_torch_nor_numpy() -> None:
     words = """
         --num-layers 96 --hidden-size 12288 --num-attention-heads 96 --seq-length 2048 --vocab-size 50257 --bf16

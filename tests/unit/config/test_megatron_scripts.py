@@ -10,7 +10,9 @@ import pretrain_gpt
 from tests.unit.config.megatron_scripts import SCRIPTS
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name.endswith(("345M", "7B")) else pytest.mark.slow) for name in SCRIPTS]
+)
 def test_published_scripts_parse_and_are_planned(capsys: pytest.CaptureFixture[str], name: str) -> None:
     gpus, line, billions = SCRIPTS[name]
     pretrain_gpt.main([*line.split(), "--dry-run", "--json", "--world-size", str(gpus)])

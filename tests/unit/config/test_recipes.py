@@ -18,7 +18,13 @@ EXPECTED = re.compile(
 )
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=[recipe.stem for recipe in RECIPES])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(recipe, id=recipe.stem, marks=() if recipe.stem == "125m_1gpu" else pytest.mark.slow)
+        for recipe in RECIPES
+    ],
+)
 def test_a_recipe_needs_what_it_says(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:
     found = EXPECTED.fullmatch(recipe.read_text().splitlines()[1])
     assert found, f"{recipe.name} does not say what to expect"
