@@ -36,6 +36,7 @@ CASES = [
     Case("llama, tensor 2, sequence parallelism", LLAMA, tp=2),
 ]
 SLOW = (
+    "llama, tensor",
     "llama, tensor 2, sequence parallelism",
     "llama, tensor 4, fewer groups than ranks",
     "sinusoidal",

@@ -32,6 +32,7 @@ def try_to_load(rank: int, case: Case, root: str) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_the_schedule_of_the_checkpoint_holds_where_it_is_asked_for(pool: WorkerPool, tmp_path: Path) -> None:
     case = Case("sgd", UNTIED | SGD | DECOUPLED)
     (log,) = pool.run(1, train_and_save, case, str(tmp_path))
