@@ -9,7 +9,8 @@ Both are optional: where there is no C++ compiler, or where one of them does not
 it, says so, and works on its references in plain torch and numpy.
 
 Environment:
-    MEGALLM_CUDA          auto (default): CUDA operators when a toolkit is found; 0: never; 1: their absence is an error
+    MEGALLM_CUDA          auto (default): CUDA operators when a toolkit is found; 0: never; 1: their absence is an
+                          error, and so is a kernel that spills registers or keeps anything in local memory
     MEGALLM_NATIVE        auto (default): what fails to build is left out; 0: build nothing; 1: a failure is an error
     TORCH_CUDA_ARCH_LIST  GPU architectures, "8.0;9.0+PTX" unless set
     MAX_JOBS              compile jobs at once, 2 unless set
@@ -103,6 +104,8 @@ def operator_library(cuda: "Path | None") -> Extension:
         sources += ROOT.glob("csrc/cuda/*.cu")
     stable_abi = [f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}", "-DTORCH_STABLE_ONLY"]
     architectures = os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else ""
+    # Another toolkit may allocate registers otherwise: where nobody asked, a slower kernel is better than none.
+    strict = setting("MEGALLM_CUDA") == "1"
     # Nothing of the library needs libtorch before it is loaded, so the linker would drop it, and with it the weak
     # reference to the current CUDA stream, which would then be null on every torch.
     linker = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else []
@@ -118,9 +121,14 @@ def operator_library(cuda: "Path | None") -> Extension:
         extra_link_args=linker,
         extra_compile_args={
             # OpenMP only as loop annotations: threads are torch's own pool, so no second OpenMP runtime is linked.
-            "cxx": ["-O3", "-fvisibility=hidden", "-fopenmp-simd", "-g0", *stable_abi],
+            # Without errno and traps a root or a comparison does not keep a loop from being vectorised.
+            "cxx": [
+                *("-O3", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-g0"),
+                *stable_abi,
+            ],
             "nvcc": [
                 *("-O3", "-lineinfo", "--threads", "2", "-Xcompiler", "-fvisibility=hidden", "-Xptxas", "-v"),
+                *(("-Xptxas", "--warn-on-spills,--warn-on-local-memory-usage,-Werror") if strict else ()),
                 *("-U__CUDA_NO_HALF_OPERATORS__", "-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_HALF2_OPERATORS__"),
                 *("-U__CUDA_NO_BFLOAT16_CONVERSIONS__", *stable_abi),
             ],

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from megallm.random import normal_box, uniform_box
+from megallm.ops.initial import normal_box, uniform_box
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,11 @@ def piece_views(tensor: torch.Tensor, description: Description) -> list[tuple[Pi
 
 
 @torch.no_grad()
-def initialize(parameter: torch.Tensor, seed: int) -> None:
-    """Fills a parameter with its initial values: for each element the same bits in every layout. Padding is zero."""
+def initialize(parameter: torch.Tensor, seed: int, implementation: str = "auto") -> None:
+    """Fills a parameter with its initial values: for each element the same bits in every layout. Padding is zero.
+
+    `implementation` is that of the operator `initial_values`.
+    """
     description = description_of(parameter)
     parameter.zero_()
     for piece, view in piece_views(parameter, description):
@@ -160,7 +163,7 @@ def initialize(parameter: torch.Tensor, seed: int) -> None:
             view.fill_(size)
         elif view.numel():
             box = {"normal": normal_box, "uniform": uniform_box}[distribution]
-            values = box(seed, f"initial/{piece.name}", piece.global_shape, piece.offset, piece.shape)
+            values = box(seed, f"initial/{piece.name}", piece.global_shape, piece.offset, piece.shape, implementation)
             view.copy_(values * size)
 
 

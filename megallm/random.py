@@ -87,26 +87,30 @@ def normal_box(
     The tensor is read as a matrix whose rows are all dims but the last. Box-Muller on pairs of words, in float64 and
     rounded to float32 once: every layout then gets the same bits.
     """
-    return _box(_normal_rows, stream_key(seed, name), global_shape, offset, shape)
+    return fill_box(_normal_rows, stream_key(seed, name), global_shape, offset, shape)
 
 
 def uniform_box(
     seed: int, name: str, global_shape: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...]
 ) -> torch.Tensor:
     """The box [offset, offset + shape) of a tensor of `global_shape` that is uniform from -1 to 1: float32."""
-    return _box(_uniform_rows, stream_key(seed, name), global_shape, offset, shape)
+    return fill_box(_uniform_rows, stream_key(seed, name), global_shape, offset, shape)
 
 
-def _box(
+def fill_box(
     rows_of: Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor],
     key: torch.Tensor,
     global_shape: tuple[int, ...],
     offset: tuple[int, ...],
     shape: tuple[int, ...],
 ) -> torch.Tensor:
-    """`rows_of` takes (key, rows, first column, number of columns)."""
+    """The box [offset, offset + shape) of a tensor of `global_shape`, read as a matrix whose rows are all dims but the
+    last: float32.
+
+    `rows_of` makes its numbers, from (key, numbers of the rows, first column, number of columns).
+    """
     if len(global_shape) == 1:
-        return _box(rows_of, key, (1, *global_shape), (0, *offset), (1, *shape)).reshape(shape)
+        return fill_box(rows_of, key, (1, *global_shape), (0, *offset), (1, *shape)).reshape(shape)
     if 0 in shape:
         return torch.empty(shape, dtype=torch.float32)
     rows = torch.zeros((), dtype=torch.int64)

@@ -11,8 +11,12 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("swiglu", "geglu", "gelu", "gelu_tanh", "relu", "squared_relu"), ("activation_forward", "activation_backward")
     ),
+    "initial_values": ("initial_rows",),
 }
 """Each operator that can be chosen, with the compiled operators that it consists of."""
+
+ON_THE_CPU = frozenset({"initial_values"})
+"""Operators that run on the CPU whatever device the model is on."""
 
 OTHERS: dict[str, frozenset[str]] = {
     "torch": frozenset({"rms_norm", "layer_norm"}),

@@ -191,4 +191,4 @@ class GPTStage(nn.Module):
     def initialize(self) -> None:
         """Fills every parameter with its initial values, the same in every layout."""
         for parameter in dict.fromkeys(self.parameters()):
-            initialize(parameter, self.context.seed)
+            initialize(parameter, self.context.seed, self.context.operators.of("initial_values"))

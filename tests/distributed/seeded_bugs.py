@@ -98,7 +98,12 @@ def norms_decay(patch: pytest.MonkeyPatch) -> None:
 
 def same_initial_values_on_every_tensor_rank(patch: pytest.MonkeyPatch) -> None:
     def box_at_zero(
-        seed: int, name: str, global_shape: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...]
+        seed: int,
+        name: str,
+        global_shape: tuple[int, ...],
+        offset: tuple[int, ...],
+        shape: tuple[int, ...],
+        implementation: str,
     ) -> torch.Tensor:
         return normal_box(seed, name, global_shape, (0,) * len(offset), shape)
 
