@@ -89,11 +89,20 @@ def read_arguments(given: Mapping[str, Any], vocab_size: int) -> ModelConfig:
         group_query_attention=is_grouped,
         num_query_groups=given["num_query_groups"] if is_grouped else heads,
         kv_channels=given.get("kv_channels"),
-        activation=next((ours for theirs, ours in _ACTIVATIONS.items() if given.get(theirs)), "gelu"),
+        activation=_activation(given),
         tie_embeddings=not given.get("untie_embeddings_and_output_weights", False),
         window_size=None if window is None else ",".join(map(str, window)),
         vocab_size=vocab_size,
     )
+
+
+def _activation(given: Mapping[str, Any]) -> str:
+    """Fused with its bias, which is the default there, GELU is its approximation by tanh."""
+    for theirs, ours in _ACTIVATIONS.items():
+        if given.get(theirs):
+            return ours
+    is_fused = given.get("bias_gelu_fusion", True) and given.get("add_bias_linear", True)
+    return "gelu_tanh" if is_fused else "gelu"
 
 
 def write_arguments(model: ModelConfig) -> dict[str, Any]:
@@ -122,6 +131,7 @@ def write_arguments(model: ModelConfig) -> dict[str, Any]:
         "num_query_groups": groups,
         "kv_channels": kv_channels(model),
         **{theirs: model.activation == ours for theirs, ours in _ACTIVATIONS.items()},
+        "bias_gelu_fusion": False,
         "untie_embeddings_and_output_weights": not model.tie_embeddings,
         "window_size": None if before is None else (before, 0),
         "vocab_size": model.vocab_size,

@@ -23,11 +23,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megallm.config.tree import ParallelConfig
+from megallm.config.tree import ModelConfig, ParallelConfig
 from megallm.convert.compare import compare
 from megallm.convert.huggingface import open_folder
+from megallm.convert.megatron.arguments import read_arguments, write_arguments
 from megallm.convert.megatron.folder import find_iteration, open_megatron, write_torch_folder
-from megallm.convert.model import Weights
+from megallm.convert.model import Weights, config_of
 from tests.unit.convert import folders
 
 VOCAB, PADDED, HIDDEN, FFN, HEADS, GROUPS, WIDTH, LAYERS = 11, 16, 8, 12, 4, 2, 2, 4
@@ -216,6 +217,19 @@ def test_a_torch_folder_is_written(tmp_path: Path, tp: int, pp: int, virtual: in
                     table = torch.cat((logical()[name], torch.zeros(rows - VOCAB, HIDDEN)))
                     value = table[first : first + rows // tp]
                 assert torch.equal(found, value), key
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "squared_relu"])
+def test_activations_keep_their_meaning(activation: str) -> None:
+    model = config_of(
+        ModelConfig(num_layers=1, hidden_size=4, num_attention_heads=2, vocab_size=5, activation=activation)
+    )
+    arguments = write_arguments(model.model)
+    assert read_arguments(arguments, 5).activation == activation
+    if activation == "gelu":
+        # Their fused kernel computes the approximation.
+        assert read_arguments(arguments | {"bias_gelu_fusion": True}, 5).activation == "gelu_tanh"
+        assert read_arguments(arguments | {"bias_gelu_fusion": True, "add_bias_linear": False}, 5).activation == "gelu"
 
 
 def test_tied_weights_have_a_copy_on_the_last_stage(tmp_path: Path) -> None:
