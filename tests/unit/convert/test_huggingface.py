@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from megallm.checkpoint.boxes import WEIGHTS
 from megallm.checkpoint.load import verify
 from megallm.checkpoint.reading import open_checkpoint
+from megallm.convert import command
+from megallm.convert.command import Place, check
 from megallm.convert.huggingface import open_folder, write_folder
 from megallm.convert.native import KEPT, open_native, write_native
 from tests.unit.convert import folders
@@ -182,6 +184,29 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is damaged between bytes"):
         to_theirs(checkpoint, tmp_path / "back")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    checkpoint = to_ours(llama(tmp_path / "theirs"), tmp_path / "ours")
+    left = tmp_path / "back.0123456789abcdef.tmp"
+    left.mkdir()
+    (tmp_path / "back.tmp").mkdir()
+    to_theirs(checkpoint, tmp_path / "back")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "back.tmp", "ours", "theirs"]
+
+
+def test_without_the_library_the_tensors_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "has_transformers", lambda: False)
+    folder = llama(tmp_path / "theirs", torch.float32)
+    ours = Place("megallm", to_ours(folder, tmp_path / "ours", torch.bfloat16))
+    lines: list[str] = []
+    check(Place("hf", folder), ours, torch.bfloat16, None, lines.append)
+    assert lines == [
+        "verified tensor by tensor: all 21 are equal",
+        "transformers is not installed: logits were not compared",
+    ]
+    with pytest.raises(ValueError, match=r"embedding\.word\.weight differs by .* at \[\d+, \d\] after conversion"):
+        check(Place("hf", folder), ours, None, None, lines.append)
 
 
 def test_a_full_disk_is_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
