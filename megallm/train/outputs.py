@@ -7,15 +7,19 @@ from pathlib import Path
 
 from megallm.checkpoint.commit import make_folder
 from megallm.config.tree import Config
+from megallm.train.writers import import_wandb
 
 
 def try_outputs(config: Config) -> None:
     """Makes the folders that a run writes to, and writes there.
 
-    Raises ValueError naming the flag and the place where that fails.
+    Raises ValueError naming the flag and the place where that fails, or a package that is missing.
     """
     checkpoint, logging = config.checkpoint, config.logging
+    if logging.wandb_project:
+        import_wandb()
     folders = {"--save": checkpoint.save, "--save-hf": checkpoint.save_hf, "--tensorboard-dir": logging.tensorboard_dir}
+    folders["--wandb-save-dir"] = logging.wandb_save_dir
     files = {"--metrics-jsonl": logging.metrics_jsonl, "--timeline": logging.timeline}
     for flag, file in files.items():
         if file is not None and flag == "--metrics-jsonl" and Path(file).is_dir():

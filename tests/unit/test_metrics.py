@@ -18,6 +18,7 @@ from megallm.config import resolve
 from megallm.config.dictionary import build
 from megallm.config.tree import Config
 from megallm.train.metrics import Reporter, log_on_rank_zero, mean_losses
+from megallm.train.outputs import try_outputs
 from megallm.train.step import StepMetrics
 from megallm.train.timing import format_times
 from megallm.train.writers import JsonLines
@@ -204,6 +205,9 @@ def test_weights_and_biases_gets_everything_and_is_asked_for_where_it_is_missing
     with pytest.raises(ValueError, match="pip install wandb"):
         reporter_of(wanted)
     reporter_of(wanted, report=False).close()
+    # All ranks are told before the first step; only one of them would find out later.
+    with pytest.raises(ValueError, match="pip install wandb"):
+        try_outputs(wanted)
 
     class Run:
         logged: ClassVar[list[tuple[dict[str, Any], int]]] = []
