@@ -40,7 +40,7 @@ def measured_rates(mesh: Mesh, dtype: torch.dtype, tokens: int, width: int, inne
         accumulate_weight_gradient(gradient, output, input)
 
     product = _seconds(device, products)
-    source = torch.ones(2**20 if device.type == "cpu" else 2**27, dtype=dtype, device=device)
+    source = torch.ones(2**20 if device.type == "cpu" else 2**26, dtype=dtype, device=device)
     target = torch.empty_like(source)
     copy = _seconds(device, lambda: torch.mul(source, source, out=target))
     few = torch.ones(8, dtype=dtype, device=device)
