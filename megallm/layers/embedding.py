@@ -37,6 +37,12 @@ def vocabulary_parameter(
     return make_parameter(description, context.dtype, context.device)
 
 
+def vocabulary_bias(name: str, vocab_size: int, padded_size: int, context: LayoutContext) -> nn.Parameter:
+    """A [vocabulary] vector of zeros, cut as `vocabulary_parameter` cuts its rows."""
+    piece = padded_part(name, (vocab_size,), padded_size, context.tp.size, context.tp.rank)
+    return make_parameter(Description((piece,), decays=False), context.dtype, context.device)
+
+
 class _Lookup(torch.autograd.Function):
     """Rows of a table.
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from megallm.communication import Group, Work
 from megallm.layers.context import LayoutContext, WeightGradients
-from megallm.layers.regions import gather_first_dim, scatter_sum_sequence, sum_over_group
+from megallm.layers.regions import gather_first_dim, gradient_of_first_rank, scatter_sum_sequence, sum_over_group
 from megallm.parameter import Description, Initial, InitialMethod, Piece, make_parameter, part, whole
 
 
@@ -141,6 +141,52 @@ class RowParallelLinear(nn.Module):
         else:
             output = sum_over_group(output, context.tp)
         return output if self.bias is None else output + self.bias
+
+
+class ReplicatedLinear(nn.Module):
+    """Whole on every tensor rank, with a bias: [..., in] -> [..., out].
+
+    `sees_parts` says that ranks see different rows of the input. Where all see the same, a product may still round
+    differently from rank to rank (seen on a CPU), and copies of weights that each rank updates by itself would drift
+    apart: only the first rank's gradients count.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        input_size: int,
+        output_size: int,
+        context: LayoutContext,
+        initial: InitialMethod,
+        *,
+        sees_parts: bool,
+    ) -> None:
+        super().__init__()
+        self.context = context
+        self.sees_parts = sees_parts
+
+        def parameter(suffix: str, shape: tuple[int, ...], initial: Initial, decays: bool) -> nn.Parameter:
+            description = Description(
+                (whole(f"{name}.{suffix}", shape),),
+                initial,
+                replicated_over=("tp",),
+                gradient_partial_over=("tp",),
+                decays=decays,
+            )
+            return make_parameter(description, context.dtype, context.device)
+
+        shape = (output_size, input_size)
+        self.weight = parameter("weight", shape, initial(shape), decays=True)
+        self.bias = parameter("bias", (output_size,), Initial("constant", 0.0), decays=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        weight: torch.Tensor = self.weight
+        bias: torch.Tensor = self.bias
+        if not self.sees_parts:
+            input = gradient_of_first_rank(input, self.context.tp)
+            if self.context.tp.rank > 0:
+                weight, bias = weight.detach(), bias.detach()
+        return _Linear.apply(input, weight, self.context.weight_gradients, None, False) + bias
 
 
 def column_parallel_linear(input: torch.Tensor, weight: nn.Parameter, context: LayoutContext) -> torch.Tensor:

@@ -62,6 +62,48 @@ class _GatherFeatures(torch.autograd.Function):
         return reduce_scatter_first_dim(parts, ctx.group).squeeze(0), None
 
 
+class _FirstPosition(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.is_here, ctx.shape = group.rank == 0, tensor.shape
+        first = tensor[0].clone()
+        group.broadcast(first, 0)
+        return first
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        whole = grad.new_zeros(ctx.shape)
+        if ctx.is_here:
+            whole[0] = grad
+        return whole, None
+
+
+def first_position(tensor: torch.Tensor, group: Group, is_cut: bool) -> torch.Tensor:
+    """What stands first in a sequence that may be cut over the group: [sequence (/ size), ...] -> [...] on every rank.
+
+    All ranks are to compute the same with it: the gradient is taken from each for its own part of the sequence.
+    """
+    return _FirstPosition.apply(tensor, group) if is_cut else tensor[0]
+
+
+class _GradientOfFirstRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        ctx.group.broadcast(grad, 0)
+        return grad, None
+
+
+def gradient_of_first_rank(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """`tensor`, which all ranks have alike and use alike; its gradient is the first rank's, to the last bit."""
+    return tensor if group.size == 1 else _GradientOfFirstRank.apply(tensor, group)
+
+
 def sum_over_group(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """Sum over the group; the gradient passes unchanged. Goes after computations that each rank does in part."""
     return tensor if group.size == 1 else _SumOverGroup.apply(tensor, group)

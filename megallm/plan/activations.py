@@ -1,10 +1,10 @@
 """What a micro-batch keeps between its forward and its backward pass, operator by operator. Needs no torch.
 
 Each table below has a line for each operator that keeps something, in the order of the code it describes: `_layer` of
-`model/block.py`, `_attention` of `layers/attention.py`, `_embedding` and `_output` of `model/gpt.py`. An operator that
-keeps other tensors than before (a fused kernel, a norm that saves its output, a new mask) changes its line and nothing
-else. tests/distributed/test_activation_formula.py counts what autograd really keeps, storage by storage, and holds the
-sums to it byte for byte, over random configurations on a CPU.
+`model/block.py`, `_attention` of `layers/attention.py`, `_embedding` of `model/embedding.py`, `_output` of
+`model/gpt.py`. An operator that keeps other tensors than before (a fused kernel, a norm that saves its output, a new
+mask) changes its line and nothing else. tests/distributed/test_activation_formula.py counts what autograd really keeps,
+storage by storage, and holds the sums to it byte for byte, over random configurations on a CPU.
 
 Counted are the storages that autograd saves, the stage's input among them, each once; not parameters, tables and the
 micro-batch itself, which are there anyway. The native operators are assumed.

@@ -21,6 +21,7 @@ from megallm.config.dictionary import build
 from megallm.mesh import Mesh, MeshShape
 from megallm.train.engine import Engine, build_engine
 from megallm.train.step import train_step
+from megallm.train.tasks.bert import BERTTask
 from megallm.train.tasks.gpt import GPTTask
 from tests.distributed.pool import WorkerPool
 
@@ -64,7 +65,7 @@ LLAMA = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model and batch (`features`), and a layout of it."""
+    """A model and batch (`features`), and a layout of it. `kind` is "gpt" or "bert"."""
 
     name: str
     features: dict[str, Any]
@@ -75,6 +76,7 @@ class Case:
     mask: str = "full"
     delayed: bool = False
     num_steps: int = NUM_STEPS
+    kind: str = "gpt"
 
     @property
     def world_size(self) -> int:
@@ -91,7 +93,7 @@ class Case:
     def reference(self) -> Case:
         """The same model and batch in one process, all at once."""
         layout = {"training.micro_batch_size": 8}
-        return Case("reference", self.features, mask=self.mask, layout=layout, num_steps=self.num_steps)
+        return Case("reference", self.features, mask=self.mask, layout=layout, num_steps=self.num_steps, kind=self.kind)
 
 
 @dataclass
@@ -127,6 +129,22 @@ def global_batch(step: int, batch_size: int, length: int, vocab_size: int, mask:
     }
 
 
+def masked_batch(step: int, batch_size: int, length: int, vocab_size: int) -> dict[str, torch.Tensor]:
+    """The same for BERT: two texts each, of 5 tokens and more, then padding; a quarter of the tokens is to be found."""
+    batch = global_batch(step, batch_size, length, vocab_size, "full")
+    generator = torch.Generator().manual_seed(2000 + step)
+    lengths = torch.randint(5, length + 1, (batch_size, 1), generator=generator)
+    is_token = torch.arange(length) < lengths
+    is_masked = is_token & (torch.rand(batch_size, length, generator=generator) < 0.25)
+    return batch | {
+        "types": (is_token & (torch.arange(length) >= 3)).long(),
+        "padding_mask": is_token.long(),
+        "loss_mask": is_masked.float(),
+        "labels": batch["labels"].masked_fill(~is_masked, -1),
+        "is_random": torch.randint(0, 2, (batch_size,), generator=generator),
+    }
+
+
 def micro_batches(engine: Engine, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     """This data parallel rank's share, in Megatron's order."""
     size, dp = engine.config.training.micro_batch_size, engine.mesh.dp
@@ -142,7 +160,9 @@ def make_engine(rank: int, case: Case) -> Engine:
         delay = lambda: generator.choice((0.0, 0.002, 0.01))  # noqa: E731
     mesh = Mesh(MeshShape(tp=case.tp, pp=case.pp, dp=case.dp), rank, torch.device("cpu"), delay=delay)
     assert config.model.vocab_size is not None
-    return build_engine(config, GPTTask(config.model.vocab_size), mesh)
+    vocab_size = config.model.vocab_size
+    task = BERTTask(vocab_size, next_sentence=True) if case.kind == "bert" else GPTTask(vocab_size)
+    return build_engine(config, task, mesh)
 
 
 def run_case(rank: int, case: Case, prepare: Callable[[Engine], None] | None = None) -> Outcome:
@@ -162,11 +182,10 @@ def run_case(rank: int, case: Case, prepare: Callable[[Engine], None] | None = N
     config = engine.config
     for number in range(case.num_steps):
         assert config.model.vocab_size and config.training.global_batch_size
-        batch = global_batch(
-            number, config.training.global_batch_size, config.data.seq_length, config.model.vocab_size, case.mask
-        )
+        sizes = config.training.global_batch_size, config.data.seq_length, config.model.vocab_size
+        batch = masked_batch(number, *sizes) if case.kind == "bert" else global_batch(number, *sizes, case.mask)
         metrics = train_step(engine, micro_batches(engine, batch))
-        outcome.losses.append(float(metrics.losses[0]))
+        outcome.losses.append(float(metrics.losses.sum()))
         outcome.grad_norms.append(float(metrics.grad_norm))
     engine.reducer.finish_gather()
     outcome.weights = _boxes(engine, lambda shard: shard.master)
@@ -263,7 +282,7 @@ class References:
 
     def of(self, case: Case) -> list[Outcome]:
         reference = case.reference()
-        key = repr((sorted(reference.settings().items()), reference.mask, reference.num_steps))
+        key = repr((sorted(reference.settings().items()), reference.mask, reference.num_steps, reference.kind))
         if key not in self._known:
             self._known[key] = self.pool.run(1, run_case, reference)
         return self._known[key]

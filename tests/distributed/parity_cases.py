@@ -57,6 +57,7 @@ NEOX = GPT | {
     "model.tie_embeddings": False,
 }
 POST_NORM = {"model.apply_residual_connection_post_layernorm": True}
+BERT = GPT | POST_NORM
 PARTIAL_INTERLEAVED = {"model.rotary_percent": 0.5, "model.rotary_interleaved": True}
 GEGLU = {"model.activation": "geglu"}
 SQUARED_RELU = {"model.activation": "squared_relu"}
@@ -124,6 +125,15 @@ CASES = [
     Case("gpt, data, sharded, overlapped, delayed", GPT, dp=2, layout=OVERLAPPED, delayed=True),
     Case("gpt, data, overlapped all-reduce, delayed", GPT | DROPOUT, dp=2, layout=OVERLAPPED_ALL_REDUCE, delayed=True),
     Case("gpt, data, ragged mask, clipped", GPT | CLIPPED, dp=2, mask="ragged", layout=SHARDED | FOUR_PER_MICRO_BATCH),
+    Case("bert, post-norm, tensor, both dropouts", BERT | DROPOUT, tp=2, kind="bert"),
+    Case(
+        "bert, tensor, no sequence parallelism, vocabulary 51",
+        BERT | ODD_VOCABULARY,
+        tp=2,
+        layout=NO_SEQUENCE_PARALLEL,
+        kind="bert",
+    ),
+    Case("bert, pre-norm, interleaved", GPT, pp=2, layout=TWO_STAGES | TWO_PER_MICRO_BATCH, kind="bert"),
     # four processes
     Case("llama, tensor 4, fewer groups than ranks", LLAMA, tp=4, layout=TWO_PER_MICRO_BATCH),
     Case(
@@ -202,6 +212,15 @@ CASES = [
         layout=TWO_STAGES | GROUPS_OF_THREE | {"parallel.pipeline_model_parallel_layout": "E|tt|ttt|L"},
     ),
     # eight processes, every axis at once
+    Case(
+        "bert, all axes, sharded, selective",
+        BERT | DROPOUT | ODD_VOCABULARY,
+        tp=2,
+        pp=2,
+        dp=2,
+        layout=SHARDED | BOTH_MODULES,
+        kind="bert",
+    ),
     Case("llama, all axes, interleaved, sharded", LLAMA, tp=2, pp=2, dp=2, layout=SHARDED | TWO_STAGES),
     Case(
         "gpt tied, all axes, interleaved, sharded, overlapped, delayed",

@@ -19,7 +19,7 @@ import megallm.data_parallel.reducer
 import megallm.layers.attention
 import megallm.layers.linear
 import megallm.layers.norm
-import megallm.model.gpt
+import megallm.model.embedding
 import megallm.parameter
 import megallm.train.step
 import megallm.train.tasks.gpt
@@ -30,7 +30,7 @@ from megallm.data_parallel.reducer import GradientReducer
 from megallm.layers.attention import SelfAttention
 from megallm.layers.context import SequenceContext
 from megallm.layers.dropout import HiddenDropout
-from megallm.layers.linear import ColumnParallelLinear, _Linear
+from megallm.layers.linear import ColumnParallelLinear, ReplicatedLinear, _Linear
 from megallm.layers.norm import Norm
 from megallm.layers.regions import _GatherFeatures, gather_features
 from megallm.mesh import Mesh
@@ -89,7 +89,7 @@ def row_parallel_bias_gradient_not_summed_over_tensor_ranks(patch: pytest.Monkey
 
 
 def position_gradient_not_summed_over_tensor_ranks(patch: pytest.MonkeyPatch) -> None:
-    _describe(patch, megallm.model.gpt, gradient_partial_over=())
+    _describe(patch, megallm.model.embedding, gradient_partial_over=())
 
 
 def norms_decay(patch: pytest.MonkeyPatch) -> None:
@@ -358,6 +358,13 @@ def padded_vocabulary_gets_probability(patch: pytest.MonkeyPatch) -> None:
         "vocabulary_cross_entropy",
         lambda logits, targets, size, group: cross_entropy(logits, targets, logits.shape[-1] * group.size, group),
     )
+
+
+def whole_layer_counted_on_every_tensor_rank(patch: pytest.MonkeyPatch) -> None:
+    def forward(self: ReplicatedLinear, input: torch.Tensor) -> torch.Tensor:
+        return _Linear.apply(input, self.weight, self.context.weight_gradients, None, False) + self.bias
+
+    patch.setattr(ReplicatedLinear, "forward", forward)
 
 
 def column_parallel_input_gradient_not_summed(patch: pytest.MonkeyPatch) -> None:

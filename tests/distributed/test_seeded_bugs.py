@@ -50,6 +50,7 @@ TENSOR_PLAIN_DROPOUT = case("tensor plain dropout", DROPOUT, NO_SEQUENCE_PARALLE
 TENSOR_GROUPS = case("tensor groups", THREE_GROUPS, NO_SEQUENCE_PARALLEL, tp=2)
 TENSOR_HEAD_NORMS = case("tensor head norms", QK_NORM, tp=2)
 TENSOR_PLAIN_HEAD_NORMS = case("tensor plain head norms", QK_NORM, layout=NO_SEQUENCE_PARALLEL, tp=2)
+TENSOR_BERT = case("tensor bert", CLIPPED, tp=2, kind="bert")
 TENSOR_VOCABULARY = case("tensor vocabulary", ODD_VOCABULARY, tp=2)
 PIPELINE = case("pipeline", CLIPPED, pp=2)
 PIPELINE_GPIPE = case("pipeline gpipe", layout=GPIPE, pp=2)
@@ -150,6 +151,7 @@ SEEDED = [
     Seeded(bugs.cross_entropy_without_the_largest_over_ranks, TENSOR, EVERY, first_loss=0, blind=DATA),
     Seeded(bugs.cross_entropy_without_the_sum_over_ranks, TENSOR, EVERY, first_loss=0, blind=DATA),
     Seeded(bugs.padded_vocabulary_gets_probability, TENSOR_VOCABULARY, EVERY, first_loss=0),
+    Seeded(bugs.whole_layer_counted_on_every_tensor_rank, TENSOR_BERT, r"pooler\..*|next_sentence\..*"),
     Seeded(
         bugs.column_parallel_input_gradient_not_summed,
         TENSOR_PLAIN,
@@ -224,7 +226,7 @@ class Runs:
 
     def reference(self, chosen: Case) -> list[Outcome]:
         reference = chosen.reference()
-        name = repr((sorted(reference.settings().items()), reference.mask))
+        name = repr((sorted(reference.settings().items()), reference.mask, reference.kind))
         return self.sound(replace(reference, name=name, num_steps=chosen.num_steps))
 
     def changed(self, chosen: Case, changes: tuple[bugs.Bug, ...]) -> list[Outcome]:

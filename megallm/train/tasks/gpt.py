@@ -7,7 +7,8 @@ import torch
 from megallm.config.tree import Config
 from megallm.layers.context import LayoutContext
 from megallm.layers.embedding import vocabulary_cross_entropy
-from megallm.model.gpt import Batch, GPTStage
+from megallm.model.embedding import Batch
+from megallm.model.gpt import GPTStage
 from megallm.train.loss import LossTerm
 
 

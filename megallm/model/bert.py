@@ -1,0 +1,101 @@
+"""The encoder of BERT (Devlin et al., arXiv 1810.04805), cut into pipeline stages.
+
+Its layers are those of every other model here. With --apply-residual-connection-post-layernorm they compute what the
+original does, whose norms stand at the end of a layer: the norm of the embedding is the first of layer 0, the norm at
+the end of a layer is the first of the next one, and the last one is the final norm.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megallm.config.tree import Config, ModelConfig
+from megallm.layers.context import LayoutContext
+from megallm.layers.embedding import vocabulary_bias
+from megallm.layers.linear import ReplicatedLinear, column_parallel_linear
+from megallm.layers.norm import Norm
+from megallm.layers.regions import first_position
+from megallm.model.block import norm_settings
+from megallm.model.embedding import Batch
+from megallm.model.initial import initial_methods
+from megallm.model.stage import TransformerStage
+from megallm.ops import gelu
+
+NUM_TOKEN_TYPES = 2
+"""The first text of a sample and the second one."""
+
+
+class BERTHead(nn.Module):
+    """Final norm; words at every position, and with `next_sentence` whether the two texts are in another order.
+
+    [sequence (/ tp), batch, hidden] -> logits [sequence, batch, padded vocabulary / tp], and [batch, 2].
+    """
+
+    def __init__(
+        self, config: Config, context: LayoutContext, weight: nn.Parameter, padded_size: int, next_sentence: bool
+    ) -> None:
+        super().__init__()
+        model = config.model
+        assert model.vocab_size, "the configuration is resolved"
+        hidden, norm, initial = model.hidden_size, norm_settings(model), initial_methods(model).inner
+        self.context = context
+        self.norm = Norm("encoder.final_norm", norm, hidden, context)
+        self.transform = ReplicatedLinear(
+            "head.transform", hidden, hidden, context, initial, sees_parts=context.sequence_parallel
+        )
+        self.transform_norm = Norm("head.norm", norm, hidden, context)
+        self.weight = weight
+        self.bias = vocabulary_bias("output.bias", model.vocab_size, padded_size, context)
+        self.next_sentence = NextSentence(model, context) if next_sentence else None
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        hidden = self.norm(hidden)
+        transformed = self.transform_norm(gelu(self.transform(hidden)))
+        logits = column_parallel_linear(transformed, self.weight, self.context) + self.bias
+        return (logits,) if self.next_sentence is None else (logits, self.next_sentence(hidden))
+
+
+class NextSentence(nn.Module):
+    """From what stands at the first token: [sequence (/ tp), batch, hidden] -> [batch, 2], on every tensor rank."""
+
+    def __init__(self, model: ModelConfig, context: LayoutContext) -> None:
+        super().__init__()
+        self.context = context
+        initial = initial_methods(model).inner
+        hidden = model.hidden_size
+        self.pooler = ReplicatedLinear("pooler", hidden, hidden, context, initial, sees_parts=False)
+        self.output = ReplicatedLinear("next_sentence", hidden, 2, context, initial, sees_parts=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        first = first_position(hidden, self.context.tp, self.context.sequence_parallel)
+        return self.output(torch.tanh(self.pooler(first)))
+
+
+class BERTStage(TransformerStage):
+    """Consecutive layers of a BERT, with the embedding before the first and the heads after the last.
+
+    Of a micro-batch it also takes `padding_mask` int64 [batch, sequence], 0 where attention must not look, and with
+    `next_sentence` `types` int64 [batch, sequence], 0 or 1.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        layers: range,
+        context: LayoutContext,
+        *,
+        is_first: bool,
+        is_last: bool,
+        next_sentence: bool,
+    ) -> None:
+        num_types = NUM_TOKEN_TYPES if next_sentence else 0
+        super().__init__("encoder", config, layers, context, is_first=is_first, is_last=is_last, num_types=num_types)
+        if is_last:
+            self.head = BERTHead(config, context, self.output_weight(), self.padded_size, next_sentence)
+
+    def allowed_positions(self, batch: Batch) -> torch.Tensor:
+        """All that is no padding, before and after: bool [batch, 1, sequence, sequence]."""
+        tokens = batch["padding_mask"].bool()
+        # [batch, sequence of keys] -> [batch, 1, sequence of queries, sequence of keys]
+        return tokens[:, None, None, :].expand(-1, 1, tokens.shape[1], -1)
