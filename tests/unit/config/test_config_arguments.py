@@ -258,6 +258,8 @@ def test_flags_without_effect_are_listed_in_one_warning(
         ("--moe-router-topk 2", "leave it out"),
         ("--decrease-batch-size-if-needed", "give sizes that divide"),
         ("--distribute-saved-activations", "leave it out"),
+        ("--layernorm-epsilon 1e-6", "--norm-epsilon"),
+        ("--yarn-mscale 1.0", "--use-rope-scaling"),
     ],
 )
 def test_flags_that_would_change_the_run_are_refused(
@@ -282,6 +284,9 @@ MEGATRON_FLAGS = """
 --untie-embeddings-and-output-weights --make-vocab-size-divisible-by --apply-query-key-layer-scaling
 --attention-softmax-in-fp32 --transformer-impl --attention-backend --use-flash-attn --init-method-std
 --init-method-xavier-uniform --attention-dropout --hidden-dropout --window-size
+--apply-residual-connection-post-layernorm --embedding-init-method-std --window-attn-skip-freq --softmax-scale
+--layernorm-epsilon --use-mup --yarn-rotary-scaling-factor --mrope-section --qk-l2-norm --fp32-residual-connection
+--heterogeneous-layers-config-path --hybrid-layer-pattern --cpu-offloading-num-layers --checkpoint-activations
 --micro-batch-size --global-batch-size --rampup-batch-size --step-batch-size-schedule --train-iters --train-samples
 --optimizer --lr --min-lr --lr-decay-style --lr-decay-iters --lr-decay-samples --lr-warmup-iters --lr-warmup-samples
 --lr-warmup-fraction --lr-warmup-init --lr-wsd-decay-style --lr-wsd-decay-iters --weight-decay --start-weight-decay
