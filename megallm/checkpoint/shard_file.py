@@ -195,9 +195,8 @@ class ShardReader:
         for found in digests(into):
             if found != box.chunks[number]:
                 place = box.begin + number * CHUNK_BYTES
-                raise DamagedError(
-                    f"{self.path} is damaged between bytes {place} and {place + CHUNK_BYTES}, in {name} at {box.offset}"
-                )
+                end = min(place + CHUNK_BYTES, box.begin + box.num_bytes)
+                raise DamagedError(f"{self.path} is damaged between bytes {place} and {end}, in {name} at {box.offset}")
             number += 1
 
     def _read(self, begin: int, into: memoryview) -> None:

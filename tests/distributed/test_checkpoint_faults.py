@@ -22,9 +22,10 @@ from safetensors.numpy import load_file
 
 from megallm import failpoint
 from megallm.checkpoint.background import BackgroundSaver
+from megallm.checkpoint.boxes import local_boxes
 from megallm.checkpoint.commit import TRACKER
 from megallm.checkpoint.inspection import values_of
-from megallm.checkpoint.load import find_checkpoints, verify
+from megallm.checkpoint.load import find_checkpoints, load_boxes, verify
 from megallm.checkpoint.manifest import CHUNK_BYTES, MANIFEST, DamagedError, digest, read_manifest
 from megallm.checkpoint.reading import open_checkpoint
 from megallm.checkpoint.save import Saved
@@ -312,7 +313,10 @@ def test_every_flipped_bit_is_refused_by_name_and_no_clean_load(clean: tuple[Eng
                 file.seek(bit // 8)
                 file.write(original[bit // 8 : bit // 8 + 1])
         assert path.read_bytes() == original
+    boxes = list(local_boxes(engine.optimizer, engine.chunks, engine.mesh))
     for _ in range(2000):
+        load_boxes(folder, read_manifest(folder), boxes)
+    for _ in range(200):
         list(verify(folder))
 
 

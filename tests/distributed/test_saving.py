@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -73,6 +74,9 @@ def wait_until(condition: object, seconds: float = 60.0) -> None:
 def test_signals_and_the_file_save(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     with running([sys.executable], root) as process:
+        second = python("pretrain_gpt.py", *LONG, "--save", str(root))
+        assert second.code == ExitCode.MISTAKE
+        assert f"is in use by another job, process {process.pid} on {socket.gethostname()}" in second.errors
         process.send_signal(signal.SIGUSR1)
         wait_until(lambda: len(find_checkpoints(str(root))) == 1)
         (root / SAVE_NOW).touch()
