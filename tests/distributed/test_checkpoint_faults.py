@@ -154,8 +154,9 @@ def test_killed_there_the_old_or_the_new_one_is_whole(
 ) -> None:
     root, iteration = tmp_path / "checkpoints", 5 if how == "same iteration" else 6
     prepare(victims, root, 5)
-    # That the process dies there is what shows that the place is reached.
-    with pytest.raises(RuntimeError, match=rf"rank {place.split('@')[1][0]} failed|process died"):
+    # That the process dies there is what shows that the place is reached; the other one may be the first to tell.
+    died = rf"rank {place.split('@')[1][0]} failed|process died|Connection (reset|closed) by peer"
+    with pytest.raises(RuntimeError, match=died):
         victims.run(2, save, str(root), iteration, NEW, f"{place}=kill", how == "in the background")
     newest = find_checkpoints(str(root))[0]
     position = list(failpoint.POINTS).index(point)
