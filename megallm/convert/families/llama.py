@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megallm.convert.families.settings import Activation, GroupedHeads, Rotary, SlidingWindow
 from megallm.convert.family import Family
 
@@ -35,6 +37,11 @@ _DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "
 _SPECIAL = (GroupedHeads(), Activation(("hidden_act",), {"silu": "swiglu"}), Rotary())
 _SURPLUS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
+_NO_BIAS_OF_ATTENTION = {
+    "attention_bias": (False, "biases of all four projections of the attention, without any in the MLP")
+}
+_NO_WINDOW_IN_SOME_LAYERS = {"use_sliding_window": (False, "a window in some layers only")}
+
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
@@ -42,61 +49,43 @@ LLAMA = Family(
     settings=_SETTINGS,
     always=_ALWAYS,
     defaults=_DEFAULTS | {"max_position_embeddings": 2048},
-    only={
-        "attention_bias": (False, "biases of all four projections of the attention, without any in the MLP"),
-        "mlp_bias": (False, "biases in the MLP alone"),
-    },
+    only=_NO_BIAS_OF_ATTENTION | {"mlp_bias": (False, "biases in the MLP alone")},
     special=_SPECIAL,
     prefix="model.",
     surplus=_SURPLUS,
 )
 
-MISTRAL = Family(
+MISTRAL = replace(
+    LLAMA,
     model_type="mistral",
     architecture="MistralForCausalLM",
-    modules=_MODULES,
-    settings=_SETTINGS,
-    always=_ALWAYS,
     defaults=_DEFAULTS | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    only={},
     special=(*_SPECIAL, SlidingWindow("sliding_window")),
-    prefix="model.",
-    surplus=_SURPLUS,
 )
 
-QWEN2 = Family(
+QWEN2 = replace(
+    LLAMA,
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
-    modules=_MODULES,
-    settings=_SETTINGS,
     always=_ALWAYS | {"add_qkv_bias": True},
     defaults=_DEFAULTS | {"max_position_embeddings": 32768, "num_key_value_heads": 32},
-    only={"use_sliding_window": (False, "a window in some layers only")},
-    special=_SPECIAL,
-    prefix="model.",
-    surplus=_SURPLUS,
+    only=_NO_WINDOW_IN_SOME_LAYERS,
 )
 
-QWEN3 = Family(
+QWEN3 = replace(
+    LLAMA,
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    modules=_MODULES,
-    settings=_SETTINGS,
     always=_ALWAYS | {"qk_layernorm": True},
     defaults=_DEFAULTS | {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
-    only={
-        "attention_bias": (False, "biases of all four projections of the attention, without any in the MLP"),
-        "use_sliding_window": (False, "a window in some layers only"),
-    },
-    special=_SPECIAL,
-    prefix="model.",
-    surplus=_SURPLUS,
+    only=_NO_BIAS_OF_ATTENTION | _NO_WINDOW_IN_SOME_LAYERS,
 )
 
-GEMMA = Family(
+GEMMA = replace(
+    LLAMA,
     model_type="gemma",
     architecture="GemmaForCausalLM",
-    modules=_MODULES,
-    settings=_SETTINGS,
     always=_ALWAYS | {"apply_layernorm_1p": True, "scale_embeddings": True},
     defaults=_DEFAULTS
     | {
@@ -106,16 +95,11 @@ GEMMA = Family(
         "tie_word_embeddings": True,
         "hidden_act": "gelu_pytorch_tanh",
     },
-    only={
-        "attention_bias": (False, "biases of all four projections of the attention, without any in the MLP"),
-        "use_bidirectional_attention": (False, "attention to what comes after"),
-    },
+    only=_NO_BIAS_OF_ATTENTION | {"use_bidirectional_attention": (False, "attention to what comes after")},
     special=(
         GroupedHeads(),
         # The first models say "gelu" and mean this one, as the library knows.
         Activation(("hidden_act", "hidden_activation"), {"gelu_pytorch_tanh": "geglu", "gelu": "geglu"}),
         Rotary(),
     ),
-    prefix="model.",
-    surplus=_SURPLUS,
 )
