@@ -28,10 +28,10 @@ constexpr int kWarpsPerBlockOfShortRows = 4;
 // it helps.
 constexpr int64_t kMinRowsPerPartial = 16;
 
-// Vectors of one thread that are kept in registers. The backward pass of a centred norm has two sums for each column.
-constexpr int kCachedForward = 4;
+// Vectors of one thread that are kept in registers. A centred norm has a weight and a bias, and two sums, for each
+// column.
 template <bool kCentred>
-constexpr int kCachedBackward = kCentred ? 2 : 4;
+constexpr int kCachedVectors = kCentred ? 2 : 4;
 
 template <typename Scalar, typename Parameter, typename Accumulator>
 struct ForwardArguments {
@@ -179,7 +179,7 @@ __device__ __forceinline__ void write_normalised(const ForwardArguments<Scalar, 
 template <bool kCentred, int kSize, typename Scalar, typename Parameter, typename Accumulator>
 __global__ void __launch_bounds__(kMaxThreads)
     forward_kernel(const ForwardArguments<Scalar, Parameter, Accumulator> arguments, bool row_per_block) {
-  constexpr int kCached = kCachedForward;
+  constexpr int kCached = kCachedVectors<kCentred>;
   __shared__ Accumulator scratch[2 * kMaxThreads / kWarp];
   const Group group = this_group(row_per_block);
   const int width = arguments.width;
@@ -324,7 +324,7 @@ __device__ __forceinline__ void write_gradient(const BackwardArguments<Scalar, P
 template <bool kCentred, int kSize, typename Scalar, typename Parameter, typename Accumulator>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     backward_kernel(const BackwardArguments<Scalar, Parameter, Accumulator> arguments, bool row_per_block) {
-  constexpr int kCached = kCachedBackward<kCentred>;
+  constexpr int kCached = kCachedVectors<kCentred>;
   __shared__ Accumulator scratch[2 * kMaxThreads / kWarp];
   const Group group = this_group(row_per_block);
   const int width = arguments.width;
@@ -419,7 +419,7 @@ Shape choose_shape(int64_t width, int vector_size, int cached) {
 
 template <bool kCentred, int kSize, typename Scalar, typename Parameter, typename Accumulator>
 void launch_forward(const ForwardArguments<Scalar, Parameter, Accumulator>& arguments, cudaStream_t stream) {
-  const Shape shape = choose_shape(arguments.width, kSize, kCachedForward);
+  const Shape shape = choose_shape(arguments.width, kSize, kCachedVectors<kCentred>);
   const int64_t blocks = (arguments.rows + shape.groups_per_block() - 1) / shape.groups_per_block();
   // Groups are counted in 32 bits; each takes further rows in its turn.
   const int64_t grid = std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max() / shape.groups_per_block());
@@ -479,7 +479,7 @@ int64_t persistent_blocks(Kernel kernel, const Shape& shape, int64_t rows) {
 template <bool kCentred, int kSize, typename Scalar, typename Parameter, typename Accumulator>
 void launch_backward(BackwardArguments<Scalar, Parameter, Accumulator> arguments, const Tensor& grad_parameters,
                      cudaStream_t stream) {
-  constexpr int kCached = kCachedBackward<kCentred>;
+  constexpr int kCached = kCachedVectors<kCentred>;
   const auto kernel = backward_kernel<kCentred, kSize, Scalar, Parameter, Accumulator>;
   const Shape shape = choose_shape(arguments.width, kSize, kCached);
   const int64_t blocks = persistent_blocks(kernel, shape, arguments.rows);
