@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
+from megallm.checkpoint.load import newest_checkpoint
 from megallm.config.tree import ParallelConfig
 from megallm.convert.compare import compare, settings_apart
 from megallm.convert.huggingface import open_folder, write_folder
 from megallm.convert.megatron.folder import find_iteration, open_megatron, write_torch_folder
 from megallm.convert.model import Weights
-from megallm.convert.native import find_native, open_native, write_native
+from megallm.convert.native import open_native, write_native
 from megallm.convert.output import Progress, log_line
 from megallm.convert.relayout import relayout
 from megallm.convert.verify import BOUNDS, has_transformers, judge, our_logits, their_logits, tokens_for
@@ -40,7 +41,7 @@ class Place:
             return open_folder(self.path)
         if self.kind == "megatron":
             return open_megatron(find_iteration(self.path, self.iteration), self.true_vocab_size)
-        return open_native(find_native(str(self.path), self.iteration))
+        return open_native(newest_checkpoint(str(self.path), self.iteration))
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def convert(source: Place, target: Place, output: Output) -> Place:
     """
     if source.kind == target.kind == "megallm":
         folder = relayout(
-            find_native(str(source.path), source.iteration),
+            newest_checkpoint(str(source.path), source.iteration),
             target.path,
             output.parallel,
             output.dtype,

@@ -13,7 +13,6 @@ import torch
 
 from megallm.checkpoint.boxes import WEIGHTS, declared_box
 from megallm.checkpoint.commit import checkpoint_folder
-from megallm.checkpoint.load import find_checkpoints
 from megallm.checkpoint.manifest import DTYPES
 from megallm.checkpoint.reading import OpenCheckpoint, open_checkpoint
 from megallm.checkpoint.save import save_stream
@@ -37,14 +36,6 @@ class _NativeTensors:
     def fill(self, name: str, offset: tuple[int, ...], tensor: torch.Tensor) -> None:
         """As `LogicalTensors.fill`."""
         self._checkpoint.fill(WEIGHTS, name, offset, tensor)
-
-
-def find_native(root: str, iteration: int | None = None) -> Path:
-    """The newest checkpoint under `root`, or that of an iteration. Raises ValueError where there is none."""
-    folders = find_checkpoints(root, iteration)
-    if not folders:
-        raise ValueError(f"--load {root} holds no complete checkpoint: a folder iter_... with a manifest")
-    return folders[0]
 
 
 @contextmanager

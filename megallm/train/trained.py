@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from megallm.checkpoint.load import find_checkpoints
+from megallm.checkpoint.load import newest_checkpoint
 from megallm.checkpoint.manifest import read_manifest
 from megallm.config import from_dict
 from megallm.config.tree import CheckpointConfig, Config, LoggingConfig, ParallelConfig
@@ -39,9 +39,7 @@ def trained_model(
 
     Raises ValueError, the same on every rank, where there is none, or it was not trained on text.
     """
-    folder = next(iter(find_checkpoints(load)), None)
-    if folder is None:
-        raise ValueError(f"--load {load} holds no complete checkpoint: a folder iter_... with a manifest")
+    folder = newest_checkpoint(load)
     config = _placed(from_dict(read_manifest(folder).state["config"]), placement)
     if config.data.tokenizer_type in (None, "NullTokenizer"):
         raise ValueError("the model was trained on numbers, without a tokenizer of text: there is no text to continue")

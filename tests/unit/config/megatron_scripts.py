@@ -1,4 +1,8 @@
-"""Flags of launch scripts for Megatron-LM as they are published, names of files made up. Nothing is adapted."""
+"""Flags of launch scripts for Megatron-LM, names of files made up.
+
+Where a comment names a file of Megatron-LM's, its flags stand as they are published; the others were put together from
+flags that such scripts commonly have.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ _GPT2 = "--data-path corpus_text_document --vocab-file gpt2-vocab.json --merge-f
 
 # name -> (GPUs, command line, parameters as the paper or model card counts them, in billions)
 SCRIPTS = {
-    # Megatron-LM's pretrain_gpt_distributed_with_mp.sh of 2023 and before
+    # as scripts of 2023 and before have it
     "gpt3 345M": (
         8,
         f"""--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel --num-layers 24
@@ -30,7 +34,7 @@ SCRIPTS = {
         --eval-iters 10 {_FILES}""",
         174.6,
     ),
-    # A Llama-2 recipe for Megatron-LM, as clusters' handbooks have it
+    # as handbooks of clusters have it
     "llama2 7B": (
         8,
         """--use-mcore-models --tensor-model-parallel-size 2 --pipeline-model-parallel-size 1 --sequence-parallel
