@@ -12,6 +12,13 @@
 #include <tuple>
 #include <vector>
 
+// For functions that both compilers see, of which only nvcc tells processors apart.
+#ifdef __CUDACC__
+#define MEGALLM_HOST_DEVICE __host__ __device__
+#else
+#define MEGALLM_HOST_DEVICE
+#endif
+
 namespace megallm {
 
 using torch::headeronly::ScalarType;

@@ -12,6 +12,9 @@ OPERATORS: dict[str, tuple[str, ...]] = {
         ("swiglu", "geglu", "gelu", "gelu_tanh", "relu", "squared_relu"), ("activation_forward", "activation_backward")
     ),
     "initial_values": ("initial_rows",),
+    "adamw": ("adamw_",),
+    "sum_of_squares": ("sum_of_squares",),
+    "accumulate": ("accumulate_",),
 }
 """Each operator that can be chosen, with the compiled operators that it consists of."""
 
@@ -19,7 +22,7 @@ ON_THE_CPU = frozenset({"initial_values"})
 """Operators that run on the CPU whatever device the model is on."""
 
 OTHERS: dict[str, frozenset[str]] = {
-    "torch": frozenset({"rms_norm", "layer_norm"}),
+    "torch": frozenset({"adamw", "rms_norm", "layer_norm"}),
     "apex": frozenset({"rms_norm", "layer_norm"}),
 }
 """Libraries that have fused versions of some operators, and of which."""

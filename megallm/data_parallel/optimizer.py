@@ -7,11 +7,13 @@ from functools import partial
 
 import torch
 
+from megallm.config.operators import OperatorChoices
 from megallm.data_parallel.buckets import Bucket
 from megallm.data_parallel.reducer import GradientReducer
 from megallm.mesh import Mesh
+from megallm.ops.sum_of_squares import sum_of_squares
 from megallm.optimizer.adamw import AdamWSettings, AdamWState, adamw_step, new_state
-from megallm.optimizer.clipping import clip_coefficient, count_zeros, squared_norm
+from megallm.optimizer.clipping import clip_coefficient, count_zeros
 from megallm.optimizer.loss_scale import LossScale
 from megallm.optimizer.rates import Rates
 from megallm.optimizer.sgd import SGDSettings, SGDState, new_sgd_state, sgd_step
@@ -28,6 +30,12 @@ class Shard:
     @property
     def gradient(self) -> torch.Tensor:
         return self.bucket.gradient[self.bucket.shard]
+
+    @property
+    def rounded(self) -> torch.Tensor | None:
+        """The model's own weights in this range, where they have fewer bits than the master weights."""
+        own = self.bucket.weights[self.bucket.shard]
+        return None if own.dtype == self.master.dtype else own
 
 
 @dataclass
@@ -61,6 +69,7 @@ class BucketOptimizer:
         max_grad_norm: float,
         overlap_gather: bool,
         loss_scale: LossScale,
+        operators: OperatorChoices,
         counts_zeros: bool = False,
     ) -> None:
         self.reducer = reducer
@@ -70,6 +79,7 @@ class BucketOptimizer:
         self.overlap_gather = overlap_gather
         self.loss_scale = loss_scale
         self.counts_zeros = counts_zeros
+        self.operators = operators
         self.shards: list[Shard] = []
         for bucket in reducer.buckets:
             own = bucket.weights[bucket.shard]
@@ -82,11 +92,9 @@ class BucketOptimizer:
         `sums`, float64 [n], is summed over all ranks in the message that carries the norm. A norm that is not finite
         skips the step on every rank alike, and is what the loss scale goes down by. Waits for nothing on a GPU.
         """
-        squares = squared_norm(
-            [shard.gradient for shard in self.shards if self._counts(shard.bucket)], self.mesh.device
-        )
+        squares = self._squares([shard.gradient for shard in self.shards if self._counts(shard.bucket)])
         # A copy that does not count must be finite all the same: zero times anything else is not a number.
-        copies = squared_norm([s.gradient for s in self.shards if not s.bucket.key.counts], self.mesh.device)
+        copies = self._squares([shard.gradient for shard in self.shards if not shard.bucket.key.counts])
         totals = torch.cat(((squares + 0.0 * copies).reshape(1), sums, self._zeros()))
         self.mesh.world.all_reduce(totals)
         scale = self.loss_scale.value
@@ -96,8 +104,8 @@ class BucketOptimizer:
         coefficient = clip_coefficient(norm, self.max_grad_norm) / scale
         for shard in self.shards:
             self._update(shard, rates, coefficient, skipped)
+            shard.bucket.start_gather()
         self.loss_scale.update(skipped)
-        self.publish_weights()
         if not self.overlap_gather:
             self.reducer.finish_gather()
         num_zeros = totals[-1] if self.counts_zeros else None
@@ -106,29 +114,34 @@ class BucketOptimizer:
     def weights_norm(self) -> torch.Tensor:
         """The norm of all trained weights: float64 scalar, the same on every rank. Waits for nothing on a GPU."""
         counted = [shard.master for shard in self.shards if self._counts(shard.bucket)]
-        total = squared_norm(counted, self.mesh.device)
+        total = self._squares(counted)
         self.mesh.world.all_reduce(total)
         return total.sqrt()
 
     def publish_weights(self) -> None:
         """Copies master weights into the model's and starts collecting the other ranks' ranges."""
         for shard in self.shards:
-            own = shard.bucket.weights[shard.bucket.shard]
-            if own.data_ptr() != shard.master.data_ptr():
-                own.copy_(shard.master)
+            if shard.rounded is not None:
+                shard.rounded.copy_(shard.master)
             shard.bucket.start_gather()
+
+    def _squares(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        return sum_of_squares(gradients, self.mesh.device, self.operators.of("sum_of_squares"))
 
     def _new_state(self, master: torch.Tensor) -> AdamWState | SGDState:
         return new_state(master) if isinstance(self.settings, AdamWSettings) else new_sgd_state(master)
 
     def _update(self, shard: Shard, rates: Rates, coefficient: torch.Tensor, skipped: torch.Tensor) -> None:
+        """Moves master weights, and the model's own with them."""
         key, settings = shard.bucket.key, self.settings
+        adamw = partial(adamw_step, implementation=self.operators.of("adamw"))
         update = partial(
-            adamw_step if isinstance(settings, AdamWSettings) else sgd_step,
+            adamw if isinstance(settings, AdamWSettings) else sgd_step,
             learning_rate=rates.vocabulary_learning_rate if key.decoupled else rates.learning_rate,
             weight_decay=rates.weight_decay if key.decays else 0.0,
             clip_coefficient=coefficient,
             skip=skipped,
+            rounded=shard.rounded,
         )
         update(shard.master, shard.gradient, shard.state, settings)
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from megallm.config.operators import OperatorChoices
 from megallm.data_parallel.buckets import Bucket, build_buckets, own_parameters
 from megallm.layers.context import WeightGradients
 from megallm.mesh import Mesh
-from megallm.ops.accumulate import accumulate_weight_gradient
+from megallm.ops.accumulate import accumulate, accumulate_weight_gradient
 
 
 class GradientReducer:
@@ -32,12 +33,14 @@ class GradientReducer:
         sharded: bool,
         overlap: bool,
         decoupled: bool = False,
+        operators: OperatorChoices,
     ) -> None:
         # Buckets start in this order. Tied ones wait for another pipeline rank at the end of the step and must not
         # hold up the others.
         buckets = build_buckets(chunks, mesh, bucket_elements, sharded, decoupled)
         self.buckets = sorted(buckets, key=lambda bucket: bucket.key.tie is not None)
         self.overlap = overlap
+        self._accumulate = operators.of("accumulate")
         self._home: dict[nn.Parameter, tuple[Bucket, torch.Tensor]] = {}
         self._remaining: dict[nn.Parameter, int] = {}
         self._incomplete: dict[Bucket, set[nn.Parameter]] = {}
@@ -90,7 +93,7 @@ class GradientReducer:
         assert isinstance(parameter, nn.Parameter), "hooks are registered on parameters"
         bucket, gradient = self._home[parameter]
         if parameter.grad is not None:
-            gradient.add_(parameter.grad)
+            accumulate(gradient, parameter.grad, implementation=self._accumulate)
             parameter.grad = None
         self._remaining[parameter] -= 1
         if self._remaining[parameter] == 0 and bucket.key.tie is None:
@@ -100,11 +103,11 @@ class GradientReducer:
     def _take_product(self, weight: nn.Parameter, grad_output: torch.Tensor, input: torch.Tensor) -> None:
         """Adds the product of a linear layer's two factors to the bucket."""
         _, gradient = self._home[weight]
-        accumulate_weight_gradient(gradient, grad_output, input)
+        accumulate_weight_gradient(gradient, grad_output, input, self._accumulate)
 
     def _take_wide_gradient(self, weight: nn.Parameter, gradient: torch.Tensor) -> None:
         """Adds a gradient that was not rounded to the weight's dtype."""
-        self._home[weight][1].add_(gradient)
+        accumulate(self._home[weight][1], gradient, implementation=self._accumulate)
 
     def _start_complete_buckets(self) -> None:
         if self.overlap:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.optim.adamw import adamw
+
+from megallm.ops.adamw import adamw
 
 
 @dataclass(frozen=True)
@@ -49,34 +50,30 @@ def adamw_step(
     weight_decay: float | torch.Tensor,
     clip_coefficient: torch.Tensor,
     skip: torch.Tensor,
+    rounded: torch.Tensor | None = None,
+    implementation: str = "auto",
 ) -> None:
     """Updates flat `weights` in place.
 
-    `learning_rate` (float64), `clip_coefficient` (multiplies the gradient) and `skip` (1 leaves everything as it was)
-    are scalars on the tensors' device, so that nothing waits for the host. `weight_decay` may be one too. On a GPU the
-    learning rate is rounded to float32. `gradient` is overwritten.
+    `learning_rate`, `clip_coefficient` (multiplies the gradient) and `skip` (1 leaves everything as it was) are float64
+    scalars on the tensors' device, so that nothing waits for the host. `weight_decay` may be one too. `gradient` may be
+    overwritten. `rounded`, of 16 bits, gets a copy of the new weights.
     """
-    if weights.numel() == 0:
-        return
-    gradient.mul_(clip_coefficient)
-    if isinstance(weight_decay, torch.Tensor):
-        # torch's function takes a number, which only the host could give it.
-        weights.mul_(1.0 - learning_rate * weight_decay * (1.0 - skip))
-        weight_decay = 0.0
+    if not isinstance(weight_decay, torch.Tensor):
+        weight_decay = torch.full_like(learning_rate, weight_decay)
     adamw(
-        [weights],
-        [gradient],
-        [state.first_moment],
-        [state.second_moment],
-        [],
-        [state.num_updates],
-        fused=True,
-        found_inf=skip.float(),
-        amsgrad=False,
+        weights,
+        gradient,
+        state.first_moment,
+        state.second_moment,
+        state.num_updates,
+        rounded,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        gradient_scale=clip_coefficient,
+        skip=skip,
         beta1=settings.beta1,
         beta2=settings.beta2,
-        lr=learning_rate.float() if weights.is_cuda else learning_rate,
-        weight_decay=weight_decay,
-        eps=settings.epsilon,
-        maximize=False,
+        epsilon=settings.epsilon,
+        implementation=implementation,
     )

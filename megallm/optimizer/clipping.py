@@ -5,15 +5,6 @@ from __future__ import annotations
 import torch
 
 
-def squared_norm(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Sum of squares over flat tensors: float64 scalar. Norms are taken in each tensor's own dtype."""
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for tensor in tensors:
-        if tensor.numel():
-            total += torch.linalg.vector_norm(tensor).double().square()
-    return total
-
-
 def count_zeros(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     """Elements of flat tensors that are exactly zero: float64 scalar."""
     total = torch.zeros((), dtype=torch.float64, device=device)

@@ -43,6 +43,7 @@ def sgd_step(
     weight_decay: float | torch.Tensor,
     clip_coefficient: torch.Tensor,
     skip: torch.Tensor,
+    rounded: torch.Tensor | None = None,
 ) -> None:
     """Updates flat `weights` in place; arguments as those of `adamw_step`. `gradient` is overwritten.
 
@@ -68,3 +69,5 @@ def sgd_step(
         maximize=False,
     )
     state.num_updates += 1.0 - skip.float()
+    if rounded is not None:
+        rounded.copy_(weights)

@@ -143,6 +143,7 @@ def build_engine(config: Config, task: Task, mesh: Mesh) -> Engine:
         sharded=parallel.use_distributed_optimizer,
         overlap=parallel.overlap_grad_reduce,
         decoupled=settings.decoupled_lr is not None,
+        operators=model.context.operators,
     )
     model.executor.close_chunk = reducer.close_chunk
     optimizer = BucketOptimizer(
@@ -153,6 +154,7 @@ def build_engine(config: Config, task: Task, mesh: Mesh) -> Engine:
         overlap_gather=parallel.overlap_param_gather,
         loss_scale=_loss_scale(config.training, mesh.device),
         counts_zeros=config.logging.log_num_zeros_in_grad,
+        operators=model.context.operators,
     )
     progress = Progress(
         torch.zeros((), dtype=torch.float64, device=mesh.device),

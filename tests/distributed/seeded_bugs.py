@@ -35,8 +35,9 @@ from megallm.layers.norm import Norm
 from megallm.layers.regions import _GatherFeatures, gather_features
 from megallm.mesh import Mesh
 from megallm.model.gpt import GPTStage
+from megallm.ops.sum_of_squares import sum_of_squares
 from megallm.optimizer.adamw import adamw_step
-from megallm.optimizer.clipping import clip_coefficient, squared_norm
+from megallm.optimizer.clipping import clip_coefficient
 from megallm.parameter import Description, description_of
 from megallm.pipeline.executor import PipelineExecutor
 from megallm.random import normal_box, stream_key
@@ -125,12 +126,12 @@ def replicated_parameter_counted_on_every_tensor_rank_in_the_norm(patch: pytest.
 def clip_coefficient_from_the_local_norm(patch: pytest.MonkeyPatch) -> None:
     local_norms: list[torch.Tensor] = []
 
-    def remember(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-        squares = squared_norm(tensors, device)
+    def remember(*arguments: Any) -> torch.Tensor:
+        squares = sum_of_squares(*arguments)
         local_norms.append(squares.sqrt())
         return squares
 
-    patch.setattr(megallm.data_parallel.optimizer, "squared_norm", remember)
+    patch.setattr(megallm.data_parallel.optimizer, "sum_of_squares", remember)
     patch.setattr(
         megallm.data_parallel.optimizer,
         "clip_coefficient",

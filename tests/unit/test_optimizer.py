@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
+from megallm.ops.sum_of_squares import sum_of_squares
 from megallm.optimizer.adamw import AdamWSettings, adamw_step, new_state
-from megallm.optimizer.clipping import clip_coefficient, squared_norm
+from megallm.optimizer.clipping import clip_coefficient
 from megallm.optimizer.sgd import SGDSettings, new_sgd_state, sgd_step
 
 SETTINGS = AdamWSettings(beta1=0.9, beta2=0.95, epsilon=1e-8)
@@ -25,6 +27,7 @@ def take_step(
     decay: float | torch.Tensor = 0.1,
     coefficient: float = 1.0,
     skip: float = 0.0,
+    implementation: str = "auto",
 ) -> None:
     adamw_step(
         weights,
@@ -35,12 +38,17 @@ def take_step(
         weight_decay=decay,
         clip_coefficient=scalar(coefficient),
         skip=scalar(skip),
+        implementation=implementation,
     )
 
 
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["auto", "reference", "torch"])
+
+
+@IMPLEMENTATIONS
 @pytest.mark.parametrize("decay", [0.0, 0.1, "tensor"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
-def test_adamw_is_that_of_torch(dtype: torch.dtype, bound: float, decay: float | str) -> None:
+def test_adamw_is_that_of_torch(dtype: torch.dtype, bound: float, decay: float | str, implementation: str) -> None:
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(257, generator=generator, dtype=dtype)
     theirs = torch.nn.Parameter(weights.clone())
@@ -55,7 +63,8 @@ def test_adamw_is_that_of_torch(dtype: torch.dtype, bound: float, decay: float |
         optimizer.param_groups[0].update(lr=rate, weight_decay=value)
         optimizer.step()
         given = scalar(value) if isinstance(decay, str) else value
-        take_step(weights, gradient, state, rate=rate, decay=given, coefficient=coefficient)
+        numbers = {"rate": rate, "decay": given, "coefficient": coefficient}
+        take_step(weights, gradient, state, **numbers, implementation=implementation)
         assert torch.allclose(weights, theirs.detach(), rtol=bound, atol=bound)
     assert state.first_moment.dtype == dtype
     assert float(state.num_updates) == 10
@@ -89,21 +98,23 @@ def test_sgd_is_that_of_torch_and_skips(decay: float | str, momentum: float) -> 
     sgd_step(empty, empty, new_sgd_state(empty), settings, clip_coefficient=scalar(1.0), skip=scalar(0.0), **rates)
 
 
+@IMPLEMENTATIONS
 @pytest.mark.parametrize("decay", [0.1, scalar(0.1)])
-def test_a_skipped_step_leaves_everything_as_it_was(decay: float | torch.Tensor) -> None:
+def test_a_skipped_step_leaves_everything_as_it_was(decay: float | torch.Tensor, implementation: str) -> None:
+    take = partial(take_step, decay=decay, implementation=implementation)
     generator = torch.Generator().manual_seed(1)
     gradients = [torch.randn(65, generator=generator, dtype=torch.float64) for _ in range(4)]
     start = torch.randn(65, generator=generator, dtype=torch.float64)
     weights, never_skipped = start.clone(), start.clone()
     state, other_state = new_state(weights), new_state(never_skipped)
     for number, gradient in enumerate(gradients):
-        take_step(never_skipped, gradient.clone(), other_state, decay=decay)
-        take_step(weights, gradient.clone(), state, decay=decay)
+        take(never_skipped, gradient.clone(), other_state)
+        take(weights, gradient.clone(), state)
         if number == 1:
             before = [t.clone() for t in (weights, state.first_moment, state.second_moment, state.num_updates)]
             broken = torch.full_like(gradient, math.nan)
             broken[3] = math.inf
-            take_step(weights, broken, state, decay=decay, coefficient=math.nan, skip=1.0)
+            take(weights, broken, state, coefficient=math.nan, skip=1.0)
             after = (weights, state.first_moment, state.second_moment, state.num_updates)
             assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert torch.equal(weights, never_skipped), "a run with a skipped step goes on as if it had not been"
@@ -121,7 +132,7 @@ def test_clipping_is_that_of_torch(max_norm: float) -> None:
     for parameter in parameters:
         parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     gradients = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
-    norm = squared_norm([*gradients, torch.empty(0, dtype=torch.float64)], torch.device("cpu")).sqrt()
+    norm = sum_of_squares([*gradients, torch.empty(0, dtype=torch.float64)], torch.device("cpu")).sqrt()
     coefficient = clip_coefficient(norm, max_norm)
     expected = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     assert float(norm) == pytest.approx(float(expected), rel=1e-14)
@@ -138,5 +149,5 @@ def test_no_clipping() -> None:
 
 def test_squares_are_summed_in_double_width() -> None:
     tensors = [torch.tensor([1.5e19]), torch.tensor([-1.5e19, 0.0])]
-    assert float(squared_norm(tensors, torch.device("cpu"))) == pytest.approx(4.5e38, rel=1e-6)
-    assert float(squared_norm([], torch.device("cpu"))) == 0.0
+    assert float(sum_of_squares(tensors, torch.device("cpu"))) == pytest.approx(4.5e38, rel=1e-6)
+    assert float(sum_of_squares([], torch.device("cpu"))) == 0.0

@@ -1,0 +1,139 @@
+// Rows of a table on the CPU.
+
+#include "include/table.h"
+
+#include <algorithm>
+
+#include "cpu/simd.h"
+
+namespace megallm::table {
+namespace {
+
+using simd::narrow;
+using simd::widen;
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::stable::parallel_for;
+
+constexpr int64_t kGrain = 32768;
+// Columns that a thread has at least: whole lines of the cache.
+constexpr int64_t kColumns = 64;
+
+template <typename Scalar, typename Accumulator>
+MEGALLM_INLINE void sum_elements(const Scalar* x, const Scalar* added, Scalar* __restrict__ y, int64_t width) {
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) {
+    narrow(static_cast<Accumulator>(widen(x[i])) + widen(added[i]), y[i]);
+  }
+}
+
+template <typename Target, typename Scalar>
+MEGALLM_INLINE void add_elements(Target* __restrict__ target, const Scalar* added, int64_t width) {
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) {
+    target[i] += widen(added[i]);
+  }
+}
+
+// Per-processor versions exist for plain functions only, not for templates.
+#define MEGALLM_TABLE_ROW(Scalar, Accumulator)                                                  \
+  MEGALLM_CLONES void sum_row(const Scalar* x, const Scalar* added, Scalar* y, int64_t width) { \
+    sum_elements<Scalar, Accumulator>(x, added, y, width);                                      \
+  }                                                                                             \
+  MEGALLM_CLONES void add_row(Accumulator* target, const Scalar* added, int64_t width) {        \
+    add_elements(target, added, width);                                                         \
+  }
+
+MEGALLM_TABLE_ROW(float, float)
+MEGALLM_TABLE_ROW(double, double)
+MEGALLM_TABLE_ROW(BFloat16, float)
+MEGALLM_TABLE_ROW(Half, float)
+#undef MEGALLM_TABLE_ROW
+
+const int64_t* row_numbers(const Tensor& rows) { return static_cast<const int64_t*>(rows.const_data_ptr()); }
+
+template <typename Scalar>
+void run_addition(const Addition& call) {
+  const Scalar* x = call.x.data<Scalar>();
+  const Scalar* table = static_cast<const Scalar*>(call.table.const_data_ptr());
+  const int64_t* rows = row_numbers(call.rows);
+  Scalar* y = static_cast<Scalar*>(call.y.mutable_data_ptr());
+  const int64_t width = call.x.width;
+  const int64_t entries = call.table.size(0);
+  parallel_for(0, call.x.count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t row = begin; row < end; ++row) {
+                   STD_TORCH_CHECK(rows[row] >= 0 && rows[row] < entries, "add_rows: the table has no row ", rows[row]);
+                   sum_row(x + row * call.x.stride, table + rows[row] * width, y + row * width, width);
+                 }
+               });
+}
+
+// Each thread goes through all rows in their order, in columns of its own.
+template <typename Target, typename Scalar>
+void run_gradient(const Gradient& call) {
+  Target* target = static_cast<Target*>(call.target.mutable_data_ptr());
+  const Scalar* gradient = call.gradient.data<Scalar>();
+  const int64_t* rows = row_numbers(call.rows);
+  const int64_t count = call.gradient.count;
+  const int64_t width = call.gradient.width;
+  const int64_t entries = call.target.size(0);
+  const int64_t chunks = (width + kColumns - 1) / kColumns;
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, count * kColumns));
+  parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kColumns;
+    const int64_t columns = std::min(width, end * kColumns) - first;
+    for (int64_t i = 0; i < count; ++i) {
+      STD_TORCH_CHECK(rows[i] < entries, "embedding_gradient: the table has no row ", rows[i]);
+      if (rows[i] >= 0) {
+        add_row(target + rows[i] * width + first, gradient + i * call.gradient.stride + first, columns);
+      }
+    }
+  });
+}
+
+Tensor add_rows(const Tensor& x, const Tensor& table, const Tensor& rows) {
+  const Addition call = prepare_addition(x, table, rows);
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      run_addition<float>(call);
+      break;
+    case ScalarType::Double:
+      run_addition<double>(call);
+      break;
+    case ScalarType::BFloat16:
+      run_addition<BFloat16>(call);
+      break;
+    default:
+      run_addition<Half>(call);
+  }
+  return call.y;
+}
+
+void embedding_gradient(const Tensor& target, const Tensor& gradient, const Tensor& rows,
+                        const std::optional<Tensor>& order) {
+  const Gradient call = prepare_gradient(target, gradient, rows);
+  switch (gradient.scalar_type()) {
+    case ScalarType::Float:
+      return run_gradient<float, float>(call);
+    case ScalarType::Double:
+      return run_gradient<double, double>(call);
+    case ScalarType::BFloat16:
+      return run_gradient<float, BFloat16>(call);
+    default:
+      return run_gradient<float, Half>(call);
+  }
+}
+
+}  // namespace
+}  // namespace megallm::table
+
+STABLE_TORCH_LIBRARY_FRAGMENT(megallm, library) {
+  library.def("add_rows(Tensor x, Tensor table, Tensor rows) -> Tensor");
+  library.def("embedding_gradient_(Tensor(a!) target, Tensor gradient, Tensor rows, Tensor? order) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(megallm, CPU, library) {
+  library.impl("add_rows", TORCH_BOX(&megallm::table::add_rows));
+  library.impl("embedding_gradient_", TORCH_BOX(&megallm::table::embedding_gradient));
+}

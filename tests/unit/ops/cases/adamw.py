@@ -1,0 +1,66 @@
+import torch
+from torch import Tensor
+
+from megallm.ops.adamw import adamw
+from tests.unit.ops.accuracy import Case, Inputs
+
+
+def make(shape: tuple[int, ...], generator: torch.Generator) -> Inputs:
+    names = ("weights", "gradient", "first_moment", "second_moment")
+    made = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name in names}
+    return made | {"second_moment": made["second_moment"].square()}
+
+
+def update(inputs: Inputs, implementation: str, rounded_dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+    """Two steps, of which the first is skipped, on copies whose addresses are off by one element."""
+    copies = []
+    for tensor in inputs.values():
+        flat = tensor.new_empty(tensor.numel() + 1)[1:]
+        flat.copy_(tensor.reshape(-1))
+        copies.append(flat)
+    device = copies[0].device
+    num_updates = torch.full((), 3.0, device=device)
+    # float64 weights, which stand for the exact result, are rounded to float64.
+    rounded = None
+    if rounded_dtype is not None and copies[0].dtype == torch.float32:
+        rounded = copies[0].to(rounded_dtype)
+    for skip in (1.0, 0.0):
+        adamw(
+            copies[0],
+            copies[1].clone(),
+            copies[2],
+            copies[3],
+            num_updates,
+            rounded,
+            learning_rate=torch.full((), 2.0**-6, dtype=torch.float64, device=device),
+            weight_decay=torch.full((), 0.1, dtype=torch.float64, device=device),
+            gradient_scale=torch.full((), 0.3, dtype=torch.float64, device=device),
+            skip=torch.full((), skip, dtype=torch.float64, device=device),
+            beta1=0.9,
+            beta2=0.95,
+            epsilon=1e-8,
+            implementation=implementation,
+        )
+    if not torch.compiler.is_compiling():
+        assert float(num_updates) == 4.0
+        assert rounded is None or torch.equal(rounded, copies[0].to(rounded.dtype))
+    shape = inputs["weights"].shape
+    return tuple(copy.view(shape) for copy in (copies[0], copies[2], copies[3]))
+
+
+def case(name: str, dtypes: tuple[torch.dtype, ...], rounded_dtype: torch.dtype | None) -> Case:
+    return Case(
+        name,
+        "adamw",
+        make,
+        lambda inputs, implementation: update(inputs, implementation, rounded_dtype),
+        fixed=frozenset({"weights", "gradient", "first_moment", "second_moment"}),
+        dtypes=dtypes,
+    )
+
+
+CASES = [
+    case("adamw", (torch.float32, torch.float64), None),
+    case("adamw with bfloat16 weights", (torch.float32,), torch.bfloat16),
+    case("adamw with float16 weights", (torch.float32,), torch.float16),
+]
