@@ -6,13 +6,12 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/exponential.h"
 #include "cpu/simd.h"
+#include "cpu/vector_math.h"
 
 namespace megallm::cross_entropy {
 namespace {
 
-using simd::exponential;
 using simd::kLanes;
 using simd::narrow;
 using simd::widen;
@@ -24,6 +23,13 @@ using torch::stable::parallel_for;
 constexpr int64_t kGrain = 16384;
 // Columns that are gone over twice, for their largest value and for the exponentials: they stay in the nearest cache.
 constexpr int64_t kBlock = 4096;
+
+// exp(x) of a logit from which the largest was taken away. What is too small for float32 is 0, as that of -inf is.
+template <typename Accumulator>
+MEGALLM_INLINE Accumulator exponential(Accumulator x) {
+  const Accumulator result = simd::exponential(x);
+  return x < Accumulator(-87) ? Accumulator(0) : result;
+}
 
 template <typename Accumulator>
 struct RowStatistics {

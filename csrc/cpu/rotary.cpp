@@ -42,18 +42,18 @@ template <int kStep, bool kInverse, typename Scalar, typename Accumulator>
 MEGALLM_INLINE void rotate_pairs(const Scalar* input, Scalar* output, const Angles<Accumulator>& angles) {
   const int64_t half = angles.dim / 2;
   const int64_t other = kStep == 1 ? half : 1;
-  const Accumulator* cosines = angles.cosines;
-  const Accumulator* sines_of_first = angles.sines + (kInverse ? other : 0);
-  const Accumulator* sines_of_second = angles.sines + (kInverse ? 0 : other);
+  const Accumulator* cosines_of_first = angles.cosines;
+  const Accumulator* cosines_of_second = angles.cosines + half;
+  const Accumulator* sines_of_first = angles.sines + (kInverse ? half : 0);
+  const Accumulator* sines_of_second = angles.sines + (kInverse ? 0 : half);
 #pragma omp simd
   for (int64_t i = 0; i < half; ++i) {
-    const int64_t at = i * kStep;
-    const Accumulator first = widen(input[at]);
-    const Accumulator second = widen(input[at + other]);
-    const Accumulator turned_first = kInverse ? second * sines_of_first[at] : -(second * sines_of_first[at]);
-    const Accumulator turned_second = kInverse ? -(first * sines_of_second[at]) : first * sines_of_second[at];
-    narrow(first * cosines[at] + turned_first, output[at]);
-    narrow(second * cosines[at + other] + turned_second, output[at + other]);
+    const Accumulator first = widen(input[i * kStep]);
+    const Accumulator second = widen(input[i * kStep + other]);
+    const Accumulator turned_first = kInverse ? second * sines_of_first[i] : -(second * sines_of_first[i]);
+    const Accumulator turned_second = kInverse ? -(first * sines_of_second[i]) : first * sines_of_second[i];
+    narrow(first * cosines_of_first[i] + turned_first, output[i * kStep]);
+    narrow(second * cosines_of_second[i] + turned_second, output[i * kStep + other]);
   }
 }
 

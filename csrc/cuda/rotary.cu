@@ -67,7 +67,7 @@ struct Pairs {
   Vector<Scalar, kPairs> second;
 };
 
-// Pairs [index, index + kPairs) of a head or of a table.
+// Pairs [index, index + kPairs) of a head, or of a table, which is never interleaved.
 template <int kPairs, bool kInterleaved, typename Scalar>
 __device__ __forceinline__ Pairs<kPairs, Scalar> load_pairs(const Scalar* head, int index, int half) {
   if constexpr (!kInterleaved) {
@@ -161,9 +161,9 @@ __global__ void __launch_bounds__(kThreads, 3) rotary_kernel(const Arguments<Sca
       const int copied = arguments.dim + (group - rotated_groups) * kPairs;
       Pairs<kPairs, Accumulator> cosines, sines;
       if (rotates) {
-        cosines = load_pairs<kPairs, kInterleaved>(arguments.cosines + table, index, half);
-        sines = signed_sines<kPairs>(load_pairs<kPairs, kInterleaved>(arguments.sines + table, index, half),
-                                     arguments.inverse);
+        cosines = load_pairs<kPairs, false>(arguments.cosines + table, index, half);
+        sines =
+            signed_sines<kPairs>(load_pairs<kPairs, false>(arguments.sines + table, index, half), arguments.inverse);
       }
 #pragma unroll 1
       for (int number = 0; number < arguments.num_items; ++number) {

@@ -15,6 +15,10 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "adamw": ("adamw_",),
     "sum_of_squares": ("sum_of_squares",),
     "accumulate": ("accumulate_",),
+    "cross_entropy": ("cross_entropy_statistics", "cross_entropy_backward_"),
+    "rotary": ("rotary_",),
+    "add_rows": ("add_rows",),
+    "embedding_gradient": ("embedding_gradient_",),
 }
 """Each operator that can be chosen, with the compiled operators that it consists of."""
 

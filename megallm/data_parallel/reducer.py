@@ -12,6 +12,7 @@ from megallm.data_parallel.buckets import Bucket, build_buckets, own_parameters
 from megallm.layers.context import WeightGradients
 from megallm.mesh import Mesh
 from megallm.ops.accumulate import accumulate, accumulate_weight_gradient
+from megallm.ops.embedding import accumulate_rows
 
 
 class GradientReducer:
@@ -41,6 +42,7 @@ class GradientReducer:
         self.buckets = sorted(buckets, key=lambda bucket: bucket.key.tie is not None)
         self.overlap = overlap
         self._accumulate = operators.of("accumulate")
+        self._accumulate_rows = operators.of("embedding_gradient")
         self._home: dict[nn.Parameter, tuple[Bucket, torch.Tensor]] = {}
         self._remaining: dict[nn.Parameter, int] = {}
         self._incomplete: dict[Bucket, set[nn.Parameter]] = {}
@@ -51,7 +53,7 @@ class GradientReducer:
                 self._home[member.parameter] = (bucket, bucket.gradient_of(member))
                 member.parameter.register_post_accumulate_grad_hook(self._take_gradient)
         weight_gradients.sink = self._take_product
-        weight_gradients.gradient_sink = self._take_wide_gradient
+        weight_gradients.row_sink = self._take_rows
         for chunk in chunks.values():
             _wait_for_weights_before_use(chunk, self._home)
 
@@ -105,9 +107,9 @@ class GradientReducer:
         _, gradient = self._home[weight]
         accumulate_weight_gradient(gradient, grad_output, input, self._accumulate)
 
-    def _take_wide_gradient(self, weight: nn.Parameter, gradient: torch.Tensor) -> None:
-        """Adds a gradient that was not rounded to the weight's dtype."""
-        accumulate(self._home[weight][1], gradient, implementation=self._accumulate)
+    def _take_rows(self, table: nn.Parameter, rows: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Adds the gradients of a table's rows to the bucket."""
+        accumulate_rows(self._home[table][1], gradient, rows, self._accumulate_rows)
 
     def _start_complete_buckets(self) -> None:
         if self.overlap:

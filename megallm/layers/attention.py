@@ -88,6 +88,7 @@ class SelfAttention(nn.Module):
         self.num_groups = num_groups
         self.groups_divide = num_groups % tp.size == 0
         self.dropout = dropout
+        self.rotary = context.operators.of("rotary")
         self.recompute_core = recompute_core
         self.input = ColumnParallelLinear(
             {
@@ -116,13 +117,7 @@ class SelfAttention(nn.Module):
         self.register_buffer("stream", stream_key(context.seed, f"dropout/{name}", context.device), persistent=False)
 
     def forward(self, hidden: torch.Tensor, sequence: SequenceContext) -> torch.Tensor:
-        query, key, value = self.input(hidden).split(self.input.local_sizes, dim=-1)
-        query = query.unflatten(-1, (self.local_heads, self.head_dim))  # [s, b, heads, head_dim]
-        key, value = self._groups(key), self._groups(value)  # [s, b, groups, head_dim]
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        if sequence.rotation is not None:
-            query, key = sequence.rotation.apply(query), sequence.rotation.apply(key)
+        query, key, value = self._heads(self.input(hidden), sequence)
         # [s, b, heads, head_dim] -> [b, heads, s, head_dim]
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if sequence.cache is not None:
@@ -131,6 +126,23 @@ class SelfAttention(nn.Module):
         attended = recompute.run(attend, query, key, value, sequence.allowed, dropout, again=self.recompute_core)
         # [b, heads, s, head_dim] -> [s, b, heads x head_dim]
         return self.output(attended.permute(2, 0, 1, 3).flatten(2))
+
+    def _heads(
+        self, packed: torch.Tensor, sequence: SequenceContext
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values [sequence, batch, heads, head_dim] out of what was projected together."""
+        rotation = sequence.rotation
+        if rotation is not None and self.query_norm is None and self.groups_divide:
+            groups = self.num_groups // self.tp.size
+            return rotation.split(packed, (self.local_heads, groups, groups), self.rotary)
+        query, key, value = packed.split(self.input.local_sizes, dim=-1)
+        query = query.unflatten(-1, (self.local_heads, self.head_dim))  # [s, b, heads, head_dim]
+        key, value = self._groups(key), self._groups(value)  # [s, b, groups, head_dim]
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if rotation is not None:
+            query, key = rotation.apply(query, key, self.rotary)
+        return query, key, value
 
     def _groups(self, features: torch.Tensor) -> torch.Tensor:
         if self.groups_divide:

@@ -11,25 +11,26 @@ from megallm.communication import Group
 from megallm.config.operators import OperatorChoices
 from megallm.layers.cache import KeyValueCache
 from megallm.layers.positions import Rotation
+from megallm.ops.embedding import accumulate_rows
 
 # (weight, gradient of the output [tokens, out], input [tokens, in]) -> None: adds their product to where the weight's
 # gradient is kept.
 ProductSink = Callable[[torch.nn.Parameter, torch.Tensor, torch.Tensor], None]
-# (weight, its gradient in float32 or float64) -> None: adds it to where it is kept.
-GradientSink = Callable[[torch.nn.Parameter, torch.Tensor], None]
+# (table, numbers of rows, gradients of these rows) -> None: adds them to where the table's gradient is kept.
+RowSink = Callable[[torch.nn.Parameter, torch.Tensor, torch.Tensor], None]
 
 
 class WeightGradients:
     """Computes the weight gradients of linear layers and embeddings.
 
     By itself it hands them to autograd. A `sink` may take a linear layer's two factors instead and accumulate their
-    product where the gradient is kept, or put it off; a `gradient_sink` takes an embedding's gradient in its wide
-    dtype.
+    product where the gradient is kept, or put it off; a `row_sink` takes what a table's rows get. Both sum in the wide
+    dtype of what they add to.
     """
 
     def __init__(self) -> None:
         self.sink: ProductSink | None = None
-        self.gradient_sink: GradientSink | None = None
+        self.row_sink: RowSink | None = None
 
     def compute(
         self, weight: torch.nn.Parameter, grad_output: torch.Tensor, input: torch.Tensor
@@ -45,11 +46,19 @@ class WeightGradients:
         self.sink(weight, grad_rows, input_rows)
         return None
 
-    def add(self, weight: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Tensor | None:
-        """The gradient of `weight` for autograd, in its dtype, or None if the sink took it."""
-        if self.gradient_sink is None:
-            return gradient.to(weight.dtype)
-        self.gradient_sink(weight, gradient)
+    def compute_rows(
+        self, table: torch.nn.Parameter, rows: torch.Tensor, gradient: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Gradient of `table` [entries, width] for autograd, or None if the sink took it.
+
+        Entry `rows` [...] was used where `gradient` [..., width] is the gradient; rows below 0 were not.
+        """
+        if self.row_sink is None:
+            wide = torch.float64 if table.dtype == torch.float64 else torch.float32
+            total = torch.zeros(table.shape, dtype=wide, device=table.device)
+            accumulate_rows(total, gradient, rows)
+            return total.to(table.dtype)
+        self.row_sink(table, rows, gradient)
         return None
 
 

@@ -11,6 +11,8 @@ from torch.nn import functional
 from megallm.communication import Group
 from megallm.layers.context import LayoutContext, WeightGradients
 from megallm.layers.regions import scatter_sum_sequence, sum_over_group
+from megallm.ops.cross_entropy import CrossEntropy, Reduce, cross_entropy
+from megallm.ops.embedding import add_rows
 from megallm.parameter import Description, InitialMethod, make_parameter, padded_part
 
 
@@ -44,7 +46,7 @@ def vocabulary_bias(name: str, vocab_size: int, padded_size: int, context: Layou
 
 
 class _Lookup(torch.autograd.Function):
-    """Rows of a table.
+    """Rows of a table; zeros for a row below 0.
 
     Gradients of a token that occurs often are summed in float32: 16 bits would lose most of them.
     """
@@ -53,14 +55,46 @@ class _Lookup(torch.autograd.Function):
     def forward(ctx: Any, weight: nn.Parameter, rows: torch.Tensor, weight_gradients: WeightGradients) -> torch.Tensor:
         ctx.weight, ctx.weight_gradients = weight, weight_gradients
         ctx.save_for_backward(rows)
-        return functional.embedding(rows, weight)
+        found = functional.embedding(rows.clamp(min=0), weight)
+        return found.masked_fill_((rows < 0).unsqueeze(-1), 0.0)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         (rows,) = ctx.saved_tensors
-        wide = grad if grad.dtype == torch.float64 else grad.float()
-        gradient = torch.ops.aten.embedding_dense_backward(wide, rows, ctx.weight.shape[0], -1, False)
-        return ctx.weight_gradients.add(ctx.weight, gradient), None, None
+        return ctx.weight_gradients.compute_rows(ctx.weight, rows, grad), None, None
+
+
+class _AddRows(torch.autograd.Function):
+    """`hidden + table[rows]`, the table's gradient handed to the context where the table is a parameter."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        table: torch.Tensor,
+        rows: torch.Tensor,
+        weight_gradients: WeightGradients,
+        implementation: str,
+    ) -> torch.Tensor:
+        ctx.table, ctx.weight_gradients = table, weight_gradients
+        ctx.save_for_backward(rows)
+        return add_rows(hidden, table, rows, implementation)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (rows,) = ctx.saved_tensors
+        grad_table = ctx.weight_gradients.compute_rows(ctx.table, rows, grad) if ctx.needs_input_grad[1] else None
+        return grad, grad_table, None, None, None
+
+
+def add_positions(
+    hidden: torch.Tensor, table: torch.Tensor, positions: torch.Tensor, context: LayoutContext
+) -> torch.Tensor:
+    """Adds a row of a table of positions or types, learned or not, to each token: hidden [sequence, batch, hidden].
+
+    table [entries, hidden]; positions int64 [sequence, batch].
+    """
+    return _AddRows.apply(hidden, table, positions, context.weight_gradients, context.operators.of("add_rows"))
 
 
 def embed_tokens(tokens: torch.Tensor, weight: nn.Parameter, context: LayoutContext) -> torch.Tensor:
@@ -70,59 +104,28 @@ def embed_tokens(tokens: torch.Tensor, weight: nn.Parameter, context: LayoutCont
     here: datasets did.
     """
     group = context.tp
-    tokens = tokens.t()  # [batch, sequence] -> [sequence, batch]
-    if group.size == 1:
-        return _Lookup.apply(weight, tokens, context.weight_gradients)
-    local = tokens - group.rank * weight.shape[0]
-    absent = (local < 0) | (local >= weight.shape[0])
-    hidden = _Lookup.apply(weight, local.masked_fill(absent, 0), context.weight_gradients)
-    hidden = hidden.masked_fill(absent.unsqueeze(-1), 0.0)
+    rows = tokens.t() - group.rank * weight.shape[0]  # [batch, sequence] -> [sequence, batch]
+    # A row that another rank holds is below 0 here. Without other ranks an id beyond the table stays an error.
+    absent = (rows < 0) | (rows >= weight.shape[0]) if group.size > 1 else rows < 0
+    hidden = _Lookup.apply(weight, rows.masked_fill(absent, -1), context.weight_gradients)
     return scatter_sum_sequence(hidden, group) if context.sequence_parallel else sum_over_group(hidden, group)
 
 
-class _VocabularyCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, group: Group) -> torch.Tensor:
-        # float32 at least: the sum of exponentials of a large vocabulary does not fit 16 bits.
-        exponentials = logits if logits.dtype == torch.float64 else logits.float()
-        if exponentials.data_ptr() == logits.data_ptr():
-            # The logits are used by nothing else, and the product that made them does not need them in its backward
-            # pass.
-            exponentials = logits.detach()
-        first = group.rank * logits.shape[-1]
-        if first + logits.shape[-1] > vocab_size:
-            exponentials[..., max(0, vocab_size - first) :] = -torch.inf
-        largest = exponentials.amax(dim=-1)
-        group.all_reduce(largest, "max")
-        exponentials.sub_(largest.unsqueeze(-1))
-        local = targets - first
-        absent = (local < 0) | (local >= logits.shape[-1])
-        local = local.masked_fill(absent, 0)
-        predicted = exponentials.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(absent, 0.0)
-        exponentials.exp_()
-        sums = torch.stack((exponentials.sum(dim=-1), predicted))
-        group.all_reduce(sums)
-        ctx.save_for_backward(exponentials, sums[0], local, absent)
-        ctx.dtype = logits.dtype
-        return sums[0].log() - sums[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        exponentials, sums, local, absent = ctx.saved_tensors
-        # Written over the exponentials: one pass less, and each loss is differentiated once.
-        grad_logits = exponentials.mul_((grad / sums).unsqueeze(-1))
-        at_target = (-grad).masked_fill(absent, 0.0)
-        grad_logits.scatter_add_(-1, local.unsqueeze(-1), at_target.unsqueeze(-1))
-        return grad_logits.to(ctx.dtype), None, None, None
-
-
 def vocabulary_cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, group: Group
+    logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, group: Group, implementation: str = "auto"
 ) -> torch.Tensor:
     """Cross-entropy of each token, in nats, float32 or float64.
 
-    logits: [sequence, batch, padded vocabulary / tp], overwritten; columns from `vocab_size` on are padding and get no
-        probability.
-    targets: int64 [sequence, batch], below `vocab_size`.
+    logits: [sequence, batch, padded vocabulary / tp]; the backward pass writes their gradient over them; columns from
+        `vocab_size` on are padding and get no probability.
+    targets: int64 [sequence, batch], below `vocab_size`; -100 for a token that has no loss.
     """
-    return _VocabularyCrossEntropy.apply(logits, targets, vocab_size, group)
+    loss = CrossEntropy(vocab_size, first=group.rank * logits.shape[-1], reduce=_reduction_over(group))
+    return cross_entropy(logits, targets, loss, implementation)
+
+
+def _reduction_over(group: Group) -> Reduce:
+    def reduce(tensor: torch.Tensor, reduction: str) -> None:
+        group.all_reduce(tensor, reduction)
+
+    return reduce

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from megallm.ops import apply_rotary
+from megallm.ops import apply_rotary, split_and_rotate
 
 
 @dataclass(frozen=True)
@@ -61,18 +61,19 @@ class Rotation:
     sines: torch.Tensor
     interleaved: bool
 
-    def apply(self, features: torch.Tensor) -> torch.Tensor:
-        """Queries or keys [sequence, batch, heads, head_dim], rotated.
+    def apply(self, query: torch.Tensor, key: torch.Tensor, implementation: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys [sequence, batch, heads, head_dim], rotated."""
+        query, key = apply_rotary((query, key), self.cosines, self.sines, self.interleaved, implementation)
+        return query, key
 
-        Interleaved pairs leave as halves. A score is a sum over features, so that one order in queries and keys is as
-        good as another.
+    def split(
+        self, packed: torch.Tensor, heads: tuple[int, int, int], implementation: str
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values [sequence, batch, heads, head_dim] out of one tensor [sequence, batch, features].
+
+        `heads` are the numbers of heads of each. Queries and keys are rotated.
         """
-        if self.interleaved:
-            width = self.cosines.shape[-1]
-            # [.., width] -> [.., width / 2, 2] -> [.., 2, width / 2] -> [.., width]
-            halves = features[..., :width].unflatten(-1, (width // 2, 2)).transpose(-1, -2).flatten(-2)
-            features = torch.cat((halves, features[..., width:]), dim=-1)
-        return apply_rotary(features, self.cosines, self.sines)
+        return split_and_rotate(packed, heads, self.cosines, self.sines, self.interleaved, implementation)
 
 
 class RotaryPositions(nn.Module):

@@ -8,7 +8,7 @@ from torch import nn
 from megallm.config.tree import Config
 from megallm.layers.context import LayoutContext, SequenceContext
 from megallm.layers.dropout import HiddenDropout
-from megallm.layers.embedding import embed_tokens, vocabulary_parameter
+from megallm.layers.embedding import add_positions, embed_tokens, vocabulary_parameter
 from megallm.layers.positions import sinusoidal_table
 from megallm.model.initial import initial_methods
 from megallm.parameter import Description, make_parameter, whole
@@ -69,12 +69,12 @@ class Embedding(nn.Module):
             hidden = hidden * self.scale
         table = self.sinusoids if self.position is None else self.position
         if table is not None:
-            hidden = hidden + _own_rows(table, batch["position_ids"], sequence)
+            hidden = add_positions(hidden, table, _own(batch["position_ids"], sequence), self.context)
         if self.types is not None:
-            hidden = hidden + _own_rows(self.types, batch["types"], sequence)
+            hidden = add_positions(hidden, self.types, _own(batch["types"], sequence), self.context)
         return self.dropout(hidden, sequence)
 
 
-def _own_rows(table: torch.Tensor, numbers: torch.Tensor, sequence: SequenceContext) -> torch.Tensor:
-    """Of the tokens of this rank: `numbers` int64 [batch, sequence] -> rows [local sequence, batch, hidden]."""
-    return nn.functional.embedding(numbers.t()[sequence.local_positions], table)
+def _own(numbers: torch.Tensor, sequence: SequenceContext) -> torch.Tensor:
+    """Of the tokens of this rank: int64 [batch, sequence] -> [local sequence, batch]."""
+    return numbers.t()[sequence.local_positions]

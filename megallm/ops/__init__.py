@@ -2,7 +2,7 @@
 
 from megallm.ops.activation import geglu, gelu, gelu_tanh, relu, squared_relu, swiglu
 from megallm.ops.norm import layer_norm, norm_of_sum, rms_norm
-from megallm.ops.rotary import apply_rotary
+from megallm.ops.rotary import apply_rotary, split_and_rotate
 from megallm.ops.softmax import scaled_masked_softmax
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "relu",
     "rms_norm",
     "scaled_masked_softmax",
+    "split_and_rotate",
     "squared_relu",
     "swiglu",
 ]

@@ -230,7 +230,10 @@ def _is_text_by_name(value: object) -> bool:
 
 def _is_loss_scale(value: object) -> bool:
     names = {"scale", "growth_tracker", "hysteresis_tracker"}
-    return isinstance(value, dict) and set(value) in (set(), names) and all(map(_is_number, value.values()))
+    if not isinstance(value, dict) or set(value) not in (set(), names):
+        return False
+    # The hysteresis goes below zero where one step after another is skipped.
+    return all(_is_number(value[name]) or (name == "hysteresis_tracker" and _is_number(-value[name])) for name in value)
 
 
 def _publish(engine: Engine, manifest: Manifest, taken_up: TakenUp) -> None:

@@ -327,7 +327,13 @@ def _lose_reduction_in_cross_entropy(patch: pytest.MonkeyPatch, reduction: str) 
     patch.setattr(
         megallm.train.tasks.gpt,
         "vocabulary_cross_entropy",
-        lambda logits, targets, size, group: cross_entropy(logits, targets, size, _Muted(group, reduction)),  # type: ignore[arg-type]
+        lambda logits, targets, size, group, *others: cross_entropy(
+            logits,
+            targets,
+            size,
+            _Muted(group, reduction),  # type: ignore[arg-type]
+            *others,
+        ),
     )
 
 
@@ -357,7 +363,9 @@ def padded_vocabulary_gets_probability(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         megallm.train.tasks.gpt,
         "vocabulary_cross_entropy",
-        lambda logits, targets, size, group: cross_entropy(logits, targets, logits.shape[-1] * group.size, group),
+        lambda logits, targets, size, group, *others: cross_entropy(
+            logits, targets, logits.shape[-1] * group.size, group, *others
+        ),
     )
 
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from megallm.communication import Group, Transport
 from megallm.layers.context import LayoutContext
 from megallm.layers.embedding import embed_tokens, vocabulary_parameter
+from megallm.ops.embedding import accumulate_rows
+from megallm.parameter import normal
 
 
-def test_a_frequent_token_keeps_its_gradient_in_bfloat16():
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_a_frequent_token_keeps_its_gradient_in_bfloat16(implementation: str):
     alone = Group((0,), 0, Transport(None))
     context = LayoutContext(alone, False, torch.bfloat16, torch.device("cpu"), seed=1)
-    weight = vocabulary_parameter("w", 5, 5, 8, context, 0.02)
+    weight = vocabulary_parameter("w", 5, 5, 8, context, normal(0.02))
     torch.nn.init.zeros_(weight)
     kept = torch.zeros(5, 8)
 
-    def keep(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
-        kept.add_(gradient)
+    def keep(parameter: torch.nn.Parameter, rows: torch.Tensor, gradient: torch.Tensor) -> None:
+        accumulate_rows(kept, gradient, rows, implementation)
 
-    context.weight_gradients.gradient_sink = keep
+    context.weight_gradients.row_sink = keep
     embed_tokens(torch.full((4, 1024), 3), weight, context).backward(torch.ones(1024, 4, 8, dtype=torch.bfloat16))
     # Ones summed in bfloat16 stop at 256.
     assert torch.equal(kept[3], torch.full((8,), 4096.0))
@@ -29,7 +33,7 @@ def test_a_frequent_token_keeps_its_gradient_in_bfloat16():
 
 def test_without_a_sink_autograd_gets_the_gradient():
     context = LayoutContext(Group((0,), 0, Transport(None)), False, torch.float64, torch.device("cpu"), seed=1)
-    weight = vocabulary_parameter("w", 5, 5, 3, context, 0.02)
+    weight = vocabulary_parameter("w", 5, 5, 3, context, normal(0.02))
     torch.nn.init.normal_(weight)
     tokens = torch.tensor([[0, 1, 1, 4]])
     grad = torch.randn(4, 1, 3, dtype=torch.float64)

@@ -63,7 +63,8 @@ def test_frequencies_are_scaled_by_how_often_they_turn_within_the_original_lengt
     torch.testing.assert_close(scaled / frequencies, expected)
 
 
-def test_interleaved_pairs_give_the_scores_of_complex_rotation() -> None:
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_interleaved_pairs_give_the_scores_of_complex_rotation(implementation: str) -> None:
     """Features 2 i and 2 i + 1 are one complex number, turned by position x frequency; two features stay."""
     width, generator = 6, torch.Generator().manual_seed(2)
     frequencies = rotary_frequencies(width, 100.0, torch.float64, CPU)
@@ -80,7 +81,7 @@ def test_interleaved_pairs_give_the_scores_of_complex_rotation() -> None:
         return torch.einsum("qbhd,kbhd->bhqk", query, key)
 
     expected = scores(turned(query), turned(key))
-    torch.testing.assert_close(scores(rotation.apply(query), rotation.apply(key)), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(scores(*rotation.apply(query, key, implementation)), expected, rtol=0, atol=1e-12)
 
 
 def test_position_ids_choose_the_rows_of_the_rotary_table() -> None:

@@ -41,7 +41,9 @@ class BERTTask:
         """The sum of the masked tokens' cross-entropies, and that of the samples'."""
         # What need not be found is labelled -1. [batch, sequence] -> [sequence, batch]
         labels = batch["labels"].t().clamp(min=0)
-        losses = vocabulary_cross_entropy(outputs[0], labels, self.vocab_size, context.tp)
+        losses = vocabulary_cross_entropy(
+            outputs[0], labels, self.vocab_size, context.tp, context.operators.of("cross_entropy")
+        )
         terms = [LossTerm("lm_loss", 1.0, (losses * batch["loss_mask"].t()).sum())]
         if self.next_sentence:
             scores = outputs[1].to(losses.dtype)

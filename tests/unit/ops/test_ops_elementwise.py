@@ -1,4 +1,4 @@
-"""Rotary embedding, gated activations, softmax and LayerNorm against compositions of torch operators."""
+"""Gated activations, softmax and LayerNorm against compositions of torch operators."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from megallm import ops
 from megallm.ops.library import NATIVE
-from megallm.ops.rotary import apply_rotary_reference
 from megallm.ops.softmax import scaled_masked_softmax_reference
 from tests.unit.ops.accuracy import assert_not_worse
 
@@ -28,54 +27,6 @@ def check_against_reference(function, reference, x):
         for name, *values in zip(("y", "grad"), found, eager, truth, strict=True):
             assert_not_worse(f"{name} {dtype}", *values)
     assert torch.autograd.gradcheck(function, (x.detach().requires_grad_(),))
-
-
-def angles(sequence, batch, dim, equal_halves=True):
-    half = torch.randn(sequence, batch, 1, dim // 2, dtype=torch.float64)
-    angle = torch.cat((half, half if equal_halves else torch.randn_like(half)), dim=-1)
-    return angle.cos(), angle.sin()
-
-
-@pytest.mark.parametrize(("batch", "dim", "equal_halves"), [(1, 8, True), (2, 8, True), (1, 4, True), (1, 6, False)])
-def test_rotary(batch, dim, equal_halves):
-    torch.manual_seed(0)
-    cos, sin = angles(3, batch, dim, equal_halves)
-    x = torch.randn(3, 2, 2, 24, dtype=torch.float64)[..., 8:16]
-    check_against_reference(
-        lambda a: ops.apply_rotary(a, cos.to(a.dtype), sin.to(a.dtype)),
-        lambda a: apply_rotary_reference(a, cos.to(a.dtype), sin.to(a.dtype)),
-        x,
-    )
-
-
-def test_rotary_with_wider_angles_rounds_once():
-    torch.manual_seed(0)
-    cos, sin = (table.float() for table in angles(5, 1, 16))
-    x = torch.randn(5, 2, 3, 16).bfloat16()
-    exact = apply_rotary_reference(x.double(), cos.double(), sin.double())
-    rotated = ops.apply_rotary(x, cos, sin)
-    assert rotated.dtype == torch.bfloat16
-    assert ((rotated.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()
-
-
-def test_rotary_is_a_rotation_that_its_gradient_undoes():
-    torch.manual_seed(0)
-    cos, sin = angles(4, 1, 8)
-    x = torch.randn(4, 2, 3, 8, dtype=torch.float64, requires_grad=True)
-    y = ops.apply_rotary(x, cos, sin)
-    (back,) = torch.autograd.grad(y, x, y.detach())
-    torch.testing.assert_close(back, x.detach(), rtol=0, atol=1e-14)
-    # At position 0 nothing turns; a quarter turn takes the first half to the second.
-    zero, one = torch.zeros(4, 1, 1, 8).double(), torch.ones(4, 1, 1, 8).double()
-    assert torch.equal(ops.apply_rotary(x, one, zero), x)
-    assert torch.equal(ops.apply_rotary(x, zero, one), torch.cat((-x[..., 4:], x[..., :4]), dim=-1))
-
-
-@pytest.mark.parametrize("dim", [5, 10])
-def test_rotary_refuses_odd_and_too_wide(dim):
-    table = torch.ones(2, 1, 1, dim)
-    with pytest.raises(ValueError, match="even last dimension of at most the head's 8"):
-        ops.apply_rotary(torch.ones(2, 1, 1, 8), table, table)
 
 
 @pytest.mark.parametrize("function", [ops.swiglu, ops.geglu])
@@ -174,10 +125,9 @@ def test_layer_norm_mixed_dtypes_and_refusal():
 @pytest.mark.parametrize(
     ("function", "x"),
     [
-        (lambda a: ops.apply_rotary(a, torch.ones(3, 1, 1, 4), torch.ones(3, 1, 1, 4)), torch.randn(3, 1, 2, 8)),
         (lambda a: ops.scaled_masked_softmax(a, None, 0.5, True), torch.randn(1, 2, 3, 3)),
     ],
-    ids=["rotary", "softmax"],
+    ids=["softmax"],
 )
 def test_compiles_as_one_graph(function, x):
     grad_output = torch.randn_like(function(x))
