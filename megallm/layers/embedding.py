@@ -77,13 +77,15 @@ class _AddRows(torch.autograd.Function):
         implementation: str,
     ) -> torch.Tensor:
         ctx.table, ctx.weight_gradients = table, weight_gradients
-        ctx.save_for_backward(rows)
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(rows)
         return add_rows(hidden, table, rows, implementation)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (rows,) = ctx.saved_tensors
-        grad_table = ctx.weight_gradients.compute_rows(ctx.table, rows, grad) if ctx.needs_input_grad[1] else None
+        grad_table = None
+        if ctx.needs_input_grad[1]:
+            grad_table = ctx.weight_gradients.compute_rows(ctx.table, *ctx.saved_tensors, grad)
         return grad, grad_table, None, None, None
 
 
@@ -104,10 +106,11 @@ def embed_tokens(tokens: torch.Tensor, weight: nn.Parameter, context: LayoutCont
     here: datasets did.
     """
     group = context.tp
-    rows = tokens.t() - group.rank * weight.shape[0]  # [batch, sequence] -> [sequence, batch]
-    # A row that another rank holds is below 0 here. Without other ranks an id beyond the table stays an error.
-    absent = (rows < 0) | (rows >= weight.shape[0]) if group.size > 1 else rows < 0
-    hidden = _Lookup.apply(weight, rows.masked_fill(absent, -1), context.weight_gradients)
+    rows = tokens.t()  # [batch, sequence] -> [sequence, batch]
+    if group.size > 1:
+        rows = rows - group.rank * weight.shape[0]
+        rows = rows.masked_fill_((rows < 0) | (rows >= weight.shape[0]), -1)
+    hidden = _Lookup.apply(weight, rows, context.weight_gradients)
     return scatter_sum_sequence(hidden, group) if context.sequence_parallel else sum_over_group(hidden, group)
 
 

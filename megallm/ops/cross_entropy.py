@@ -85,7 +85,8 @@ def loss_statistics(logits: Tensor, targets: Tensor, loss: CrossEntropy, impleme
     if loss.z_loss:
         losses = losses + (logarithm + largest).square() * loss.z_loss
     losses = losses.masked_fill(targets.reshape(-1) == loss.ignore_index, 0.0)
-    return Statistics(largest, exponentials, losses)
+    # By itself: the other two sums are not kept for the backward pass.
+    return Statistics(largest, exponentials.clone(), losses)
 
 
 def logit_gradients_(

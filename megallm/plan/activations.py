@@ -221,21 +221,21 @@ def _shared(sizes: Sizes, num_layers: int) -> dict[str, int]:
 
 
 def _embedding(sizes: Sizes) -> dict[str, int]:
-    """Token ids as this rank's rows, and where they are not its own; positions; the dropout mask."""
+    """Token ids as this rank's rows; positions; the dropout mask."""
     model = sizes.config.model
     learned = model.position_embedding_type == "learned_absolute"
     return {
-        "rows": 9 * sizes.tokens if sizes.tensor_size > 1 else 0,
+        "rows": 8 * sizes.tokens if sizes.tensor_size > 1 else 0,
         "positions": 8 * sizes.local_tokens if learned else 0,
         "embedding dropout": sizes.hidden // sizes.element if model.hidden_dropout else 0,
     }
 
 
 def _output(sizes: Sizes) -> dict[str, int]:
-    """Final norm, its output, and of the loss: exponentials, two sums, the target's column and whether it is here."""
+    """Final norm, its output, and of the loss: the logits, and of each token the largest and the sum."""
     return {
         "final norm": _norm(sizes, sizes.local_tokens, sizes.config.model.hidden_size),
         "output layer": sizes.hidden,
-        "exponentials of logits": sizes.logits * sizes.wide,
-        "loss": sizes.tokens * (2 * sizes.wide + 8 + 1),
+        "logits": sizes.logits * sizes.element,
+        "loss": sizes.tokens * 2 * sizes.wide,
     }

@@ -88,9 +88,9 @@ def peak_of_step(layout: Layout, rank: int, actions: Iterable[Action], *, with_p
 
 
 def _working_memory(layout: Layout, stage: Stage, kind: Kind) -> int:
-    """An estimate: gradients inside an MLP and of its gathered input; layers computed again; logits in 16 bits.
+    """An estimate: gradients inside an MLP and of its gathered input; layers computed again.
 
-    The gradient of the logits is written over the exponentials, and copied to be rounded.
+    The gradient of the logits is written over them.
     """
     sizes = layout.sizes
     whole = sizes.tokens * layout.config.model.hidden_size * sizes.element
@@ -99,8 +99,7 @@ def _working_memory(layout: Layout, stage: Stage, kind: Kind) -> int:
     if stage.layers:
         in_layer = inner + 2 * whole + layout.recomputed_bytes(stage) if kind is Kind.B else whole
         in_layer += inner if kind is Kind.B and sizes.recomputes("mlp") else 0
-    at_head = sizes.logits * sizes.element if stage.is_last and sizes.element == 2 else 0
-    return max(in_layer, at_head)
+    return in_layer
 
 
 def buffer_bytes(layout: Layout, rank: int, slots: int, *, with_passing: bool = True) -> int:

@@ -85,8 +85,8 @@ class Layout:
         return saved - in_buffer - self.kept_logits(stage)
 
     def kept_logits(self, stage: Stage) -> int:
-        """Bytes that a micro-batch keeps of the logits: the exponentials that the loss is made of."""
-        return self.sizes.logits * self.sizes.wide if stage.is_last else 0
+        """Bytes that a micro-batch keeps of the logits, which their gradient is written over."""
+        return self.sizes.logits * self.sizes.element if stage.is_last else 0
 
     @cached_property
     def layer_bytes(self) -> int:
