@@ -113,8 +113,8 @@ def test_full_recompute_keeps_the_input_of_each_layer() -> None:
     hidden = 4096 * 4096 * 2
     (stage,) = layout.stages
     # The inputs of 32 layers, of the final norm and of the output layer; statistics of a norm, what the loss keeps.
-    assert layout.kept(stage) == 34 * hidden + 4096 * 4 + 4096 * 17
-    assert layout.kept_logits(stage) == 4096 * 32000 * 4
+    assert layout.kept(stage) == 34 * hidden + 4096 * 4 + 4096 * 8
+    assert layout.kept_logits(stage) == 4096 * 32000 * 2
 
 
 @pytest.mark.parametrize("virtual", [1, 2])
