@@ -65,17 +65,20 @@ def test_number_of_threads_changes_nothing(case: Case):
     accuracy.check_threads(case)
 
 
+@pytest.mark.slow
 @every_case
 def test_not_finite_values_stay_in_their_row(case: Case):
     accuracy.check_non_finite(case, "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["native", "reference"])
 @every_case
 def test_gradcheck(case: Case, implementation: str):
     accuracy.check_gradients(case, "cpu", implementation)
 
 
+@pytest.mark.slow
 @every_case
 def test_gradient_of_one_input_alone(case: Case):
     accuracy.check_single_gradients(case)
