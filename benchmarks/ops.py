@@ -25,6 +25,8 @@ from record import machine, write
 from torch import Tensor
 
 from megallm import ops
+from megallm.ops.adamw import adamw
+from megallm.ops.cross_entropy import CrossEntropy, cross_entropy
 from megallm.ops.library import NATIVE
 
 SHAPES = {"cpu": [(4096, 1024), (2048, 4096)], "cuda": [(4096, 4096), (32768, 4096), (16384, 11008)]}
@@ -64,7 +66,10 @@ class Operator:
         make: (rows, width, dtype, device) -> the inputs; those that require gradients get them.
         call: (implementation) -> the function of the inputs.
         moved: elements of [rows, width] that the forward and the backward pass read and write at least.
-        rivals: further implementations of the operator in megallm, and functions from other packages, by package.
+        own_rivals, rivals: further implementations of the operator in megallm, and functions from other packages, by
+            package.
+        moved_in_16_bits: as `moved`, where that is another number for 16-bit inputs.
+        spends_its_inputs: the backward pass writes over them, so that each needs a forward pass of its own before.
     """
 
     name: str
@@ -73,6 +78,8 @@ class Operator:
     moved: tuple[float, float]
     own_rivals: Sequence[str] = ()
     rivals: Mapping[str, Callable[[], Callable[..., Any]]] = field(default_factory=dict)
+    moved_in_16_bits: tuple[float, float] | None = None
+    spends_its_inputs: bool = False
 
 
 def _liger_rms_norm() -> Callable[..., Any]:
@@ -108,7 +115,80 @@ def _norm_of_sum(kind: str) -> Callable[[str], Callable[..., Any]]:
     return of
 
 
+HEAD_DIM = 128
+
+
+def _logits(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    logits = torch.randn(rows, width).to(device, dtype).requires_grad_()
+    return logits, torch.randint(0, width, (rows,), device=device)
+
+
+def _cross_entropy(implementation: str) -> Callable[..., Any]:
+    return lambda logits, targets: cross_entropy(logits, targets, CrossEntropy(logits.shape[-1]), implementation)
+
+
+def _torch_cross_entropy() -> Callable[..., Any]:
+    return lambda logits, targets: torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _packed(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Queries, keys and values of `width` features each, and tables for as many positions as rows."""
+    angles = torch.randn(rows, 1, 1, HEAD_DIM, device=device)
+    packed = torch.randn(rows, 1, 3 * width).to(device, dtype).requires_grad_()
+    return packed, angles.cos(), angles.sin()
+
+
+def _split_and_rotate(implementation: str) -> Callable[..., Any]:
+    def split(packed: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, ...]:
+        heads = packed.shape[-1] // (3 * HEAD_DIM)
+        return ops.split_and_rotate(packed, (heads, heads, heads), cosines, sines, False, implementation)
+
+    return split
+
+
+def _flat_state(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """float32 weights, gradient and moments, and for a 16-bit dtype the model's weights."""
+    tensors = [torch.rand(rows * width, device=device) for _ in range(4)]
+    return (*tensors, tensors[0].to(dtype)) if dtype.itemsize == 2 else tuple(tensors)
+
+
+def _adamw(implementation: str) -> Callable[..., Any]:
+    def update(weights: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rounded: Tensor | None = None) -> None:
+        def scalar(value: float) -> Tensor:
+            return torch.full((), value, dtype=torch.float64, device=weights.device)
+
+        adamw(
+            weights,
+            gradient,
+            first,
+            second,
+            torch.ones((), device=weights.device),
+            rounded,
+            learning_rate=scalar(1e-3),
+            weight_decay=scalar(0.1),
+            gradient_scale=scalar(0.9),
+            skip=scalar(0.0),
+            beta1=0.9,
+            beta2=0.95,
+            epsilon=1e-8,
+            implementation=implementation,
+        )
+
+    return update
+
+
 OPERATORS = [
+    Operator(
+        "cross_entropy",
+        _logits,
+        _cross_entropy,
+        moved=(1, 2),
+        rivals={"torch": _torch_cross_entropy},
+        spends_its_inputs=True,
+    ),
+    # Queries and keys forward; backward the values' gradient is put in its place too.
+    Operator("split_and_rotate", _packed, _split_and_rotate, moved=(4, 6)),
+    Operator("adamw", _flat_state, _adamw, moved=(7, 0), moved_in_16_bits=(15, 0), own_rivals=("torch",)),
     Operator(
         "layer_norm",
         normal_and_weights(1, 2),
@@ -152,7 +232,10 @@ def contenders(operator: Operator, compiled: bool) -> dict[str, Callable[..., An
 class Pass:
     """The forward or the backward pass of one contender on its inputs, to be called again and again."""
 
-    def __init__(self, function: Callable[..., Any], inputs: Sequence[Tensor], *, backward: bool) -> None:
+    def __init__(
+        self, function: Callable[..., Any], inputs: Sequence[Tensor], *, backward: bool, spends_its_inputs: bool
+    ) -> None:
+        self._given, self._spends_its_inputs = inputs, spends_its_inputs
         self._function, self._inputs = function, [tensor.detach().clone() for tensor in inputs]
         for mine, given in zip(self._inputs, inputs, strict=True):
             mine.requires_grad_(given.requires_grad)
@@ -161,6 +244,13 @@ class Pass:
         if backward:
             self._outputs = self._run()
             self._grads = [torch.randn_like(output) for output in self._outputs]
+
+    def prepare(self) -> None:
+        """What a call needs before it, and is not measured."""
+        if self._is_backward and self._spends_its_inputs:
+            for mine, given in zip(self._inputs, self._given, strict=True):
+                mine.data.copy_(given)
+            self._outputs = self._run()
 
     def _run(self) -> tuple[Tensor, ...]:
         found = self._function(*self._inputs)
@@ -217,14 +307,19 @@ def measure(
     inputs = operator.make(*shape, dtype, device)
     functions = contenders(operator, arguments.compile or device.type == "cuda")
     records = []
-    for name, moved in zip(("forward", "backward"), operator.moved, strict=True):
+    all_moved = operator.moved_in_16_bits if operator.moved_in_16_bits and dtype.itemsize == 2 else operator.moved
+    for name, moved in zip(("forward", "backward"), all_moved, strict=True):
         if not moved:
             continue
-        passes = {who: Pass(function, inputs, backward=name == "backward") for who, function in functions.items()}
+        passes = {
+            who: Pass(function, inputs, backward=name == "backward", spends_its_inputs=operator.spends_its_inputs)
+            for who, function in functions.items()
+        }
         for state in ("cold", "warm") if device.type == "cuda" else ("warm",):
             times: dict[str, list[float]] = {who: [] for who in passes}
             for repeat in range(arguments.repeats + 2):
                 for who, work in passes.items():
+                    work.prepare()
                     taken = clock.seconds(work, cold=state == "cold")
                     if repeat >= 2:
                         times[who].append(taken)
