@@ -92,14 +92,15 @@ class ColumnParallelLinear(nn.Module):
             bias_pieces = [part(f"{name}.bias", (size,), 0, parts, index) for name, size in names.items()]
             self.bias = make_parameter(Description(tuple(bias_pieces), decays=False), context.dtype, context.device)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        output = self.product(input)
-        return output if self.bias is None else output + self.bias
+    def forward(self, input: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
+        context = self.context
+        output = _Linear.apply(input, self.weight, context.weight_gradients, context.tp, context.sequence_parallel)
+        return output if self.bias is None or not with_bias else output + self.bias
 
     def product(self, input: torch.Tensor) -> torch.Tensor:
         """The output without the bias, for what follows to add."""
-        context = self.context
-        return _Linear.apply(input, self.weight, context.weight_gradients, context.tp, context.sequence_parallel)
+        # Through the call of the module: what was hung before its forward pass waits for the weights.
+        return self(input, with_bias=False)
 
 
 class RowParallelLinear(nn.Module):

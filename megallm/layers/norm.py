@@ -59,8 +59,15 @@ class Norm(nn.Module):
         self.weight = parameter("weight", 0.0 if settings.zero_centered else 1.0)
         self.bias = parameter("bias", 0.0) if settings.kind == "LayerNorm" else None
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, residual: torch.Tensor | None = None, with_sum: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         weight, bias = self._parameters_in_use()
+        if with_sum:
+            implementation = self.operators.of("rms_norm" if bias is None else "layer_norm")
+            return norm_of_sum(
+                hidden, residual, weight, bias, self.settings.epsilon, self.settings.kind, implementation
+            )
         if bias is None:
             return rms_norm(hidden, weight, self.settings.epsilon, self.operators.of("rms_norm"))
         return layer_norm(hidden, weight, bias, self.settings.epsilon, self.operators.of("layer_norm"))
@@ -70,9 +77,9 @@ class Norm(nn.Module):
 
         Serves where the sum goes on as residual stream: it is added, and its two gradients are, inside the norm.
         """
-        weight, bias = self._parameters_in_use()
-        implementation = self.operators.of("rms_norm" if bias is None else "layer_norm")
-        return norm_of_sum(hidden, residual, weight, bias, self.settings.epsilon, self.settings.kind, implementation)
+        # Through the call of the module: what was hung before its forward pass waits for the weights.
+        normalised, total = self(hidden, residual, with_sum=True)
+        return normalised, total
 
     def _parameters_in_use(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight: torch.Tensor = self.weight

@@ -377,9 +377,9 @@ def whole_layer_counted_on_every_tensor_rank(patch: pytest.MonkeyPatch) -> None:
 
 
 def column_parallel_input_gradient_not_summed(patch: pytest.MonkeyPatch) -> None:
-    def forward(self: ColumnParallelLinear, input: torch.Tensor) -> torch.Tensor:
+    def forward(self: ColumnParallelLinear, input: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
         output = _Linear.apply(input, self.weight, self.context.weight_gradients, None, False)
-        return output if self.bias is None else output + self.bias
+        return output if self.bias is None or not with_bias else output + self.bias
 
     patch.setattr(ColumnParallelLinear, "forward", forward)
 
