@@ -138,13 +138,17 @@ class Mesh:
             return {edge: Channel(*edge, tag=0, transport=transports[edge]) for edge in mine}
         return {edge: Channel(*edge, tag=1, transport=self._transport(dist.group.WORLD, "pipeline")) for edge in mine}
 
-    def new_hosts(self) -> Hosts:
-        """A group of all processes beside those of the mesh. Called by all ranks, in the same order."""
+    def new_hosts(self, patience: timedelta | None = None) -> Hosts:
+        """A group of all processes beside those of the mesh. Called by all ranks, in the same order.
+
+        With `patience` its messages may take that long, longer than the mesh's, and are not in its journal.
+        """
         process_group = None
         if self.shape.world_size > 1:
-            process_group = dist.new_group(backend="gloo", timeout=self._timeout)
+            process_group = dist.new_group(backend="gloo", timeout=patience or self._timeout)
         ranks = tuple(range(self.shape.world_size))
-        transport = Transport(process_group, name=_label("hosts", ranks), journal=self.journal)
+        journal = self.journal if patience is None else None
+        transport = Transport(process_group, name=_label("hosts", ranks), journal=journal)
         self._transports.append(transport)
         return Hosts(Group(ranks, self.rank, transport), torch.device("cpu"))
 

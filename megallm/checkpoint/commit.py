@@ -135,6 +135,9 @@ def commit(temporary: Path, final: Path, iteration: int, token: str, state: dict
         _flush(temporary / MANIFEST)
     with passing("checkpoint.folder.fsync"):
         _flush(temporary)
+    if final.exists() and not (final / MANIFEST).exists():
+        # Damaged, or another program's: nothing that a save may throw away.
+        os.rename(final, final.with_name(f"{final.name}.{token}.not_ours"))
     replaced = final.with_name(final.name + REPLACED)
     if final.exists():
         with passing("checkpoint.folder.replace"):

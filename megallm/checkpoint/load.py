@@ -43,6 +43,12 @@ def find_checkpoints(root: str, iteration: int | None = None) -> list[Path]:
         return [found[iteration]]
     if broken and not found:
         raise ValueError(f"{broken[-1]} has no {MANIFEST}: it is damaged. Give another folder to start afresh")
+    for folder in broken:
+        match = _FOLDER.fullmatch(folder.name)
+        assert match is not None, "its name was matched before"
+        if int(match[1]) > max(found):
+            # No ended save leaves this. Whoever reads it is told that it is damaged, and may choose the one before.
+            found[int(match[1])] = folder
     return [found[number] for number in sorted(found, reverse=True)]
 
 

@@ -62,9 +62,9 @@ def save_checkpoint(
             mesh, lambda: commit(temporary, final, iteration, token, state, world.size) if world.rank == 0 else None
         )
     except ValueError as error:
-        # What was renamed before a later step failed is a whole checkpoint and stays.
-        if world.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+        # What was renamed before a later step failed is a whole checkpoint and stays. All ranks have stopped writing,
+        # and where machines share no folder each has one of its own.
+        shutil.rmtree(temporary, ignore_errors=True)
         raise ValueError(f"the checkpoint {final} cannot be saved: {error}") from None
     if world.rank == 0:
         try:

@@ -220,12 +220,13 @@ def _train(
             if is_last:
                 evaluation.run_test(reporter)
             stopping.pause()
-    instruments.flush()
-    reporter.flush()
+        instruments.flush()
+        reporter.flush()
+        # Signals stay caught until the last checkpoint is on the disk.
+        saving.finish()
     compared = prediction.comparison(reporter) if prediction is not None else None
     if compared:
         log(compared)
-    saving.finish()
     if engine.config.checkpoint.save and not saving.has_saved:
         log(f"nothing was trained and nothing saved: iteration {progress.iteration} is where the run ends")
     return ExitCode.FINISHED

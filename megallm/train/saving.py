@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from megallm.train.engine import Engine
 from megallm.train.hugging_face import export
 from megallm.train.metrics import Reporter
 from megallm.train.progress import ProgressFile
+
+# Training goes on beside it, so that a slow disk is no reason to end the job.
+_LONGEST_BACKGROUND_SAVE = timedelta(days=1)
 
 
 class SaveError(ValueError):
@@ -58,7 +61,7 @@ class Saving:
         self._file_system = _file_system(self._settings.save)
         self._background: BackgroundSaver | None = None
         if self._settings.save and self._settings.async_save:
-            self._background = BackgroundSaver(engine.mesh.new_hosts(), self._written)
+            self._background = BackgroundSaver(engine.mesh.new_hosts(_LONGEST_BACKGROUND_SAVE), self._written)
 
     def __enter__(self) -> Saving:
         return self
@@ -147,7 +150,10 @@ class Saving:
             self._log(f"{outcome}; training goes on, and the next save tries again")
             return
         self.seconds = max(self.seconds, seconds)
-        self._progress_file.saved(outcome.iteration, self._consumed.pop(outcome.iteration))
+        try:
+            self._progress_file.saved(outcome.iteration, self._consumed.pop(outcome.iteration))
+        except OSError as error:
+            self._log(f"progress.txt could not be written: {error.strerror}; training goes on")
         gigabytes = outcome.num_bytes / 1e9
         self._log(f"saved {outcome.folder} ({gigabytes:.3f} GB, on the disk after {seconds:.2f} s)")
         for note in outcome.notes:

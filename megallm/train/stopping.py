@@ -100,7 +100,10 @@ class Stopping:
         self._hosts.world.all_reduce(agreed, "max")
         terminated, over, user_signal, file = (bool(wish) for wish in agreed.tolist())
         if file and self._hosts.world.rank == 0 and self._save_now is not None:
-            self._save_now.unlink(missing_ok=True)
+            try:
+                self._save_now.unlink(missing_ok=True)
+            except OSError:
+                self._save_now = None  # it would ask after every step
         if terminated:
             return Wish(True, "SIGTERM was received", ExitCode.UNFINISHED)
         if over:
@@ -123,7 +126,8 @@ class Stopping:
         return now + margin > self._deadline
 
     def _is_file_there(self) -> bool:
-        return self._hosts.world.rank == 0 and self._save_now is not None and self._save_now.exists()
+        # Unlike the method of a path, this finds nothing where the file system is gone.
+        return self._hosts.world.rank == 0 and self._save_now is not None and os.path.exists(self._save_now)
 
 
 def _code_of_time() -> ExitCode:

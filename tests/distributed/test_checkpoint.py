@@ -221,6 +221,22 @@ def test_what_is_damaged_is_not_taken_for_nothing(tmp_path: Path) -> None:
         find_checkpoints(str(tmp_path / "file"))
 
 
+def test_the_newest_without_its_manifest_is_damaged_and_stays(tmp_path: Path) -> None:
+    engine = make_engine(0, Case("", UNTIED))
+    engine.progress.iteration = 2
+    save_engine(engine, str(tmp_path))
+    torn = tmp_path / "iter_0000005"
+    torn.mkdir()
+    (torn / "somebody's").write_text("work")
+    with pytest.raises(ValueError, match=r"iter_0000005.*manifest\.json"):
+        load_engine(engine, str(tmp_path))
+    engine.progress.iteration = 5
+    save_engine(engine, str(tmp_path))
+    assert find_checkpoints(str(tmp_path)) == [torn, tmp_path / "iter_0000002"]
+    (aside,) = tmp_path.glob("iter_0000005.*.not_ours")
+    assert (aside / "somebody's").read_text() == "work"
+
+
 def test_the_tracker_is_a_hint(tmp_path: Path) -> None:
     engine = make_engine(0, Case("", UNTIED))
     for iteration in (2, 5):
