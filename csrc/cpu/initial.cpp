@@ -3,6 +3,14 @@
 // In float64 and rounded to float32 once, as the reference computes them. The polynomials are good to 1e-15, so that
 // all but one in a million values have the reference's bits, and the same bits wherever this library runs.
 
+#if defined(__GNUC__) && !defined(__clang__)
+// A fused multiply-add would round otherwise on processors that have one, and replicas that no message makes equal
+// would begin with different weights.
+#pragma GCC optimize("fp-contract=off")
+#elif defined(__clang__)
+#pragma clang fp contract(off)
+#endif
+
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>

@@ -46,22 +46,26 @@ def vocabulary_bias(name: str, vocab_size: int, padded_size: int, context: Layou
 
 
 class _Lookup(torch.autograd.Function):
-    """Rows of a table; zeros for a row below 0.
+    """Rows of a table; zeros for a row below 0, where some are absent.
 
     Gradients of a token that occurs often are summed in float32: 16 bits would lose most of them.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: nn.Parameter, rows: torch.Tensor, weight_gradients: WeightGradients) -> torch.Tensor:
+    def forward(
+        ctx: Any, weight: nn.Parameter, rows: torch.Tensor, weight_gradients: WeightGradients, some_are_absent: bool
+    ) -> torch.Tensor:
         ctx.weight, ctx.weight_gradients = weight, weight_gradients
         ctx.save_for_backward(rows)
+        if not some_are_absent:
+            return functional.embedding(rows, weight)
         found = functional.embedding(rows.clamp(min=0), weight)
         return found.masked_fill_((rows < 0).unsqueeze(-1), 0.0)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
-        return ctx.weight_gradients.compute_rows(ctx.weight, rows, grad), None, None
+        return ctx.weight_gradients.compute_rows(ctx.weight, rows, grad), None, None, None
 
 
 class _AddRows(torch.autograd.Function):
@@ -110,7 +114,7 @@ def embed_tokens(tokens: torch.Tensor, weight: nn.Parameter, context: LayoutCont
     if group.size > 1:
         rows = rows - group.rank * weight.shape[0]
         rows = rows.masked_fill_((rows < 0) | (rows >= weight.shape[0]), -1)
-    hidden = _Lookup.apply(weight, rows, context.weight_gradients)
+    hidden = _Lookup.apply(weight, rows, context.weight_gradients, group.size > 1)
     return scatter_sum_sequence(hidden, group) if context.sequence_parallel else sum_over_group(hidden, group)
 
 

@@ -51,7 +51,8 @@ class BERTHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         hidden = self.norm(hidden)
-        transformed = self.transform_norm(gelu(self.transform(hidden)))
+        activated = gelu(self.transform(hidden), implementation=self.context.operators.of("gelu"))
+        transformed = self.transform_norm(activated)
         logits = column_parallel_linear(transformed, self.weight, self.context) + self.bias
         return (logits,) if self.next_sentence is None else (logits, self.next_sentence(hidden))
 

@@ -35,7 +35,7 @@ class BERTTask:
         masked = batch["loss_mask"].sum()
         if not self.next_sentence:
             return masked.reshape(1)
-        return torch.stack((masked, masked.new_tensor(batch["tokens"].shape[0])))
+        return torch.stack((masked, masked.new_full((), batch["tokens"].shape[0])))
 
     def loss_terms(self, outputs: tuple[torch.Tensor, ...], batch: Batch, context: LayoutContext) -> list[LossTerm]:
         """The sum of the masked tokens' cross-entropies, and that of the samples'."""
