@@ -19,6 +19,7 @@ from megallm.convert.native import open_native, write_native
 from megallm.convert.output import Progress, log_line
 from megallm.convert.relayout import relayout
 from megallm.convert.verify import BOUNDS, has_transformers, judge, our_logits, their_logits, tokens_for
+from megallm.file_lock import own_folder
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,18 @@ class Output:
 def convert(source: Place, target: Place, output: Output) -> Place:
     """Writes the model at `source` to `target`; returns where exactly it is.
 
-    Raises ValueError for what is wrong with the model or the place.
+    Raises ValueError for what is wrong with the model or the place, which a running job may have for itself.
     """
+    if target.kind != "megallm" or not target.path.is_dir():
+        return _convert(source, target, output)
+    try:
+        with own_folder(target.path, log_line):
+            return _convert(source, target, output)
+    except OSError as error:
+        raise ValueError(f"{target.path} cannot be written: {error.strerror}") from None
+
+
+def _convert(source: Place, target: Place, output: Output) -> Place:
     if source.kind == target.kind == "megallm":
         folder = relayout(
             newest_checkpoint(str(source.path), source.iteration),

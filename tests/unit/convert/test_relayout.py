@@ -13,9 +13,10 @@ from megallm.checkpoint.reading import open_checkpoint
 from megallm.checkpoint.save import save_stream
 from megallm.config import to_dict
 from megallm.config.tree import ParallelConfig
-from megallm.convert.command import Place, report_comparison
+from megallm.convert.command import Output, Place, convert, report_comparison
 from megallm.convert.huggingface import open_folder
 from megallm.convert.relayout import relayout
+from megallm.file_lock import own_folder
 from tests.unit.convert import folders
 
 LAYOUT = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
@@ -98,3 +99,11 @@ def test_two_models_are_compared_tensor_by_tensor(tmp_path: Path, checkpoint: Pa
         "decoder.final_norm.weight: largest difference 5.000e-01, at [3]",
         "2 of 21 tensors differ",
     ]
+
+
+def test_a_folder_that_a_job_has_is_left_to_it(checkpoint: Path) -> None:
+    place = Place("megallm", checkpoint.parent)
+    output = Output(None, LAYOUT, "local", overwrite=True, max_shard_bytes=10**9, weights_only=True)
+    with own_folder(checkpoint.parent, print), pytest.raises(ValueError, match="is in use by another job, process"):
+        convert(place, place, output)
+    list(verify(checkpoint))
