@@ -20,30 +20,26 @@ from megallm.data.samples.gpt import GPTDataset
 from megallm.data.samples.masked import MaskedDataset
 from megallm.data.samples.t5 import T5Dataset
 from megallm.plan.validate import validate
-from megallm.train.datasets import Datasets, Masking, build_datasets, build_tokenizer_of, with_vocabulary
+from megallm.train.datasets import Datasets, build_datasets, build_tokenizer_of, with_vocabulary
 
 DESCRIPTION = """\
-Builds the indices of the samples of pretrain_gpt.py ahead of the run, so that no GPU waits for them.
+Builds the indices of the samples of a training run ahead of it, so that no GPU waits for them.
 
-Takes the flags of that command as they are, all of them, and reads the same data in the same way; it needs no GPU and
-starts no other process. Indices that are there already are left as they are. The run then finds all of them in the
-folder of --data-cache-path, by default cache/GPTDataset_indices beside the first dataset."""
+Takes the flags of pretrain_gpt.py, or of pretrain_bert.py with --samples bert, as they are, all of them, and reads the
+same data in the same way; it needs no GPU and starts no other process. Indices that are there already are left as they
+are. The run then finds all of them in the folder of --data-cache-path, by default cache/GPTDataset_indices, or that of
+another kind of samples, beside the first dataset."""
 EPILOG = """\
 examples:
   python tools/build_index.py --config run.yaml --data-cache-path /shared/indices
   python tools/build_index.py $FLAGS_OF_PRETRAIN_GPT
   python tools/build_index.py $FLAGS_OF_PRETRAIN_GPT --world-size 64 --json
-  python tools/build_index.py --samples bert --config run.yaml --data-path data/wiki_text_sentence
+  python tools/build_index.py --samples bert $FLAGS_OF_PRETRAIN_BERT
+  python tools/build_index.py --samples t5 --decoder-seq-length 128 --config run.yaml
 
 All other flags: python pretrain_gpt.py --help"""
 PROGRAM = "build_index.py"
 NAME_WIDTH = 16
-MODELS_OF_FLAGS = {
-    "mask_prob": ("bert", "t5"),
-    "short_seq_prob": ("bert", "t5"),
-    "bert_no_binary_head": ("bert",),
-    "decoder_seq_length": ("t5",),
-}
 
 
 @dataclass(frozen=True)
@@ -77,31 +73,33 @@ class Split:
 
 def build_parser() -> ToolParser:
     parser = ToolParser(DESCRIPTION, EPILOG)
-    parser.usage = "%(prog)s [--world-size N] [--json] FLAGS OF pretrain_gpt.py"
+    parser.usage = "%(prog)s [--samples KIND] [--world-size N] [--json] FLAGS OF THE RUN"
     parser.add_argument(
         "--world-size",
         type=positive,
         metavar="N",
         help="processes of the run; needed only without --global-batch-size, which follows from it then",
     )
-    group = parser.add_argument_group("masked samples", "of models that this version does not train yet")
-    group.add_argument("--samples", choices=("gpt", "bert", "t5"), default="gpt", help="of which model (gpt)")
-    group.add_argument("--mask-prob", type=float, default=0.15, metavar="P", help="share of masked tokens (0.15)")
-    group.add_argument("--short-seq-prob", type=float, default=0.1, metavar="P", help="share of short samples (0.1)")
-    group.add_argument("--bert-no-binary-head", action="store_true", help="no pairs of texts, one of them is enough")
-    group.add_argument("--decoder-seq-length", type=positive, metavar="N", help="tokens of T5's decoder")
+    parser.add_argument(
+        "--samples",
+        choices=("gpt", "bert", "t5"),
+        help="of which model: by default that of --architecture or the file; a T5 cannot be trained yet",
+    )
+    parser.add_argument("--decoder-seq-length", type=positive, metavar="N", help="tokens of T5's decoder")
     parser.add_argument("--json", action="store_true", help="print one object, as JSON")
     return parser
 
 
-def read_config(flags: list[str], world_size: int | None) -> tuple[Config, int]:
+def read_config(flags: list[str], world_size: int | None, samples: str | None) -> tuple[Config, int]:
     """The configuration of the run, checked, and its number of processes.
 
     Raises:
         ValueError: the flags leave the number of samples open, or ask for none.
         SystemExit: they do not fit together.
     """
-    config = parse_arguments(flags, prog=PROGRAM, description=DESCRIPTION)
+    # The encoder of a T5 reads masked sentences, as a BERT does.
+    architecture = "bert" if samples == "t5" else samples
+    config = parse_arguments(flags, prog=PROGRAM, description=DESCRIPTION, architecture=architecture)
     parallel, training = config.parallel, config.training
     one_copy = max(1, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
     problems = validate(config, world_size or one_copy)
@@ -118,21 +116,15 @@ def read_config(flags: list[str], world_size: int | None) -> tuple[Config, int]:
     return config, world_size or one_copy
 
 
-def masking_of(options: argparse.Namespace) -> Masking | None:
-    """How samples are masked; None for those of GPT. Raises ValueError for flags that are another model's."""
-    plain = build_parser().parse_args([])
-    for name, models in MODELS_OF_FLAGS.items():
-        if options.samples not in models and getattr(options, name) != getattr(plain, name):
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} is for --samples {' and '.join(models)}, not {options.samples}.")
-    if options.samples == "gpt":
-        return None
-    return Masking(
-        model=options.samples,
-        mask_prob=options.mask_prob,
-        short_seq_prob=options.short_seq_prob,
-        binary_head=not options.bert_no_binary_head,
-        decoder_seq_length=options.decoder_seq_length,
+def decoder_length(options: argparse.Namespace) -> int | None:
+    """Tokens of T5's decoder; None for other samples. Raises ValueError where it is given for those, or not for T5."""
+    length: int | None = options.decoder_seq_length
+    if (options.samples == "t5") == (length is not None):
+        return length
+    raise ValueError(
+        "Samples of T5 need --decoder-seq-length, the tokens of the decoder."
+        if length is None
+        else "--decoder-seq-length is for --samples t5."
     )
 
 
@@ -194,11 +186,11 @@ def report(splits: list[Split], folder: str, notes: tuple[str, ...], seconds: fl
 
 def build(flags: list[str], options: argparse.Namespace) -> None:
     begin = time.perf_counter()
-    config, world_size = read_config(flags, options.world_size)
+    config, world_size = read_config(flags, options.world_size, options.samples)
     tokenizer = build_tokenizer_of(config)
     config = with_vocabulary(config, tokenizer, world_size)
     with tqdm(unit=" datasets", disable=None, file=sys.stderr) as bar:
-        datasets = build_datasets(config, tokenizer, lambda: bar.update() and None, masking_of(options))
+        datasets = build_datasets(config, tokenizer, lambda: bar.update() and None, decoder_length(options))
     splits = describe_all(datasets, config.data.seq_length)
     first = datasets.train.datasets[0] if isinstance(datasets.train, BlendedDataset) else datasets.train
     assert isinstance(first, GPTDataset | BERTDataset | T5Dataset), f"{type(first).__name__} has no indices"

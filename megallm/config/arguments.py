@@ -11,6 +11,7 @@ from megallm.config.dictionary import build, read_yaml
 from megallm.config.fields import REQUIRED, Field, all_fields, from_text, nearest_hint, sections
 from megallm.config.megatron import ALIASES, IGNORED, LAYERS_PER_VIRTUAL_STAGE, REFUSED, Ignored, Refused, answer
 from megallm.config.report import stop, warn_once
+from megallm.config.resolve import PROGRAMS
 from megallm.config.stage_layout import parse_stage_layout
 from megallm.config.tree import Config
 
@@ -20,8 +21,8 @@ _ALIASES_HELP = "Other names, as Megatron's scripts use them."
 _METAVARS = {int: "N", float: "X", str: "TEXT", list: "TEXT"}
 
 
-def parse_arguments(argv: Sequence[str], *, prog: str, description: str) -> Config:
-    """The configuration of a command line `argv` (without the program's name).
+def parse_arguments(argv: Sequence[str], *, prog: str, description: str, architecture: str | None = None) -> Config:
+    """The configuration of a command line `argv` (without the program's name) that trains an `architecture`, or any.
 
     Flags win over the file that `--config` names. All problems of the flags and the file go to the standard error
     stream together, and the program leaves with exit code 2 (SystemExit). Flags of Megatron that have no effect here
@@ -35,7 +36,7 @@ def parse_arguments(argv: Sequence[str], *, prog: str, description: str) -> Conf
     parser = build_parser(prog, description)
     line = _read_line(parser, argv)
     _find_conflicts(line)
-    config = _assemble(line)
+    config = _assemble(line, architecture)
     if line.problems:
         stop(prog, line.problems)
     warn_once(prog, line.warnings)
@@ -241,8 +242,8 @@ def _find_conflicts(line: _Line) -> None:
         line.problems.append(f"{LAYERS_PER_VIRTUAL_STAGE} and {stages[0][0]} say the same in two ways; keep one")
 
 
-def _assemble(line: _Line) -> Config:
-    """The tree of the file and the flags."""
+def _assemble(line: _Line, architecture: str | None) -> Config:
+    """The tree of the file and the flags, of a model of this architecture."""
     values: dict[str, Any] = {}
     if _FILE in line.settings:
         values, problems = read_yaml(line.settings[_FILE][-1][1])
@@ -252,6 +253,12 @@ def _assemble(line: _Line) -> Config:
         flag, value = settings[-1]
         if path not in (_FILE, _LAYERS_PER_STAGE) and not (flag in yielding and path in values):
             values[path] = value
+    if architecture is not None:
+        asked = values.setdefault("model.architecture", architecture)
+        if asked != architecture and asked in PROGRAMS:
+            line.problems.append(
+                f"--architecture {asked}: {PROGRAMS[asked]} trains that, and {PROGRAMS[architecture]} {architecture}"
+            )
     if _LAYERS_PER_STAGE in line.settings:
         stages = _virtual_stages(build(values), line.settings[_LAYERS_PER_STAGE][-1][1], line.problems)
         values["parallel.num_virtual_stages_per_pipeline_rank"] = stages

@@ -7,6 +7,9 @@ from dataclasses import replace
 from megallm.config.batch_sizes import BatchSizes, batch_sizes_of
 from megallm.config.tree import Config, ModelConfig, ParallelConfig
 
+PROGRAMS = {"gpt": "pretrain_gpt.py", "bert": "pretrain_bert.py"}
+"""What trains a model of each architecture."""
+
 GATED_ACTIVATIONS = ("swiglu", "geglu")
 """Activations whose MLP has a gate matrix beside the up matrix."""
 
@@ -35,6 +38,7 @@ def resolve(config: Config, world_size: int, tokenizer_vocab_size: int | None = 
             num_query_groups=num_query_groups(model),
             kv_channels=kv_channels(model),
             max_position_embeddings=_given(model.max_position_embeddings, config.data.seq_length),
+            num_token_types=_resolved_token_types(model),
             vocab_size=_vocab_size(model, tokenizer_vocab_size),
         ),
         parallel=replace(
@@ -141,6 +145,18 @@ def kv_channels(model: ModelConfig) -> int:
             "give a multiple, or the width of a head with --kv-channels."
         )
     return model.hidden_size // model.num_attention_heads
+
+
+def num_token_types(model: ModelConfig) -> int:
+    """Rows of the table of token types: as given, or of a BERT as many as a sample has texts that are told apart."""
+    if model.architecture == "gpt":
+        return 0
+    return _given(model.num_token_types, 2 if model.bert_binary_head else 0)
+
+
+def _resolved_token_types(model: ModelConfig) -> int | None:
+    # A decoder has no such table: there is nothing to fill in, and nothing that a saved configuration would lack.
+    return model.num_token_types if model.architecture == "gpt" else num_token_types(model)
 
 
 def rotary_width(model: ModelConfig) -> int:

@@ -19,6 +19,13 @@ from megallm.config.tree_optimizer import OptimizerConfig
 class ModelConfig:
     """Shape and numerics of the transformer."""
 
+    architecture: str = option(
+        "gpt",
+        "--architecture",
+        "gpt: a decoder that predicts the next token; bert: an encoder that finds masked ones; default: what the "
+        "program trains",
+        choices=("gpt", "bert"),
+    )
     num_layers: int = option(0, "--num-layers", "number of transformer layers")
     hidden_size: int = option(0, "--hidden-size", "width of the residual stream")
     ffn_hidden_size: int | None = option(
@@ -125,6 +132,18 @@ class ModelConfig:
         "--tie-embeddings-and-output-weights",
         "one matrix serves as input embedding and output layer",
         off_flag="--untie-embeddings-and-output-weights",
+    )
+    bert_binary_head: bool = option(
+        True,
+        "--bert-binary-head",
+        "BERT also learns whether two texts are in their order: samples are pairs, and the first token has a head of "
+        "its own",
+        off_flag="--bert-no-binary-head",
+    )
+    num_token_types: int | None = option(
+        None,
+        "--num-token-types",
+        "rows of BERT's table of token types, one for each text of a sample; default: 2 with the binary head, else 0",
     )
     attention_dropout: float = option(0.0, "--attention-dropout", "dropout probability of attention weights")
     hidden_dropout: float = option(
@@ -457,6 +476,10 @@ class DataConfig:
     reset_position_ids: bool = option(False, "--reset-position-ids", "positions start again after each end of document")
     reset_attention_mask: bool = option(False, "--reset-attention-mask", "no attention across an end of document")
     eod_mask_loss: bool = option(False, "--eod-mask-loss", "end-of-document tokens do not count in the loss")
+    mask_prob: float = option(0.15, "--mask-prob", "share of the tokens that BERT is to find")
+    short_seq_prob: float = option(
+        0.1, "--short-seq-prob", "share of BERT's samples that are cut at a random length, as texts in use are"
+    )
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from megallm.config.resolve import num_token_types
 from megallm.config.tree import Config, ModelConfig
 from megallm.layers.context import LayoutContext
 from megallm.layers.embedding import vocabulary_bias
@@ -22,19 +23,14 @@ from megallm.model.initial import initial_methods
 from megallm.model.stage import TransformerStage
 from megallm.ops import gelu
 
-NUM_TOKEN_TYPES = 2
-"""The first text of a sample and the second one."""
-
 
 class BERTHead(nn.Module):
-    """Final norm; words at every position, and with `next_sentence` whether the two texts are in another order.
+    """Final norm; words at every position, and with the binary head whether the two texts are in another order.
 
     [sequence (/ tp), batch, hidden] -> logits [sequence, batch, padded vocabulary / tp], and [batch, 2].
     """
 
-    def __init__(
-        self, config: Config, context: LayoutContext, weight: nn.Parameter, padded_size: int, next_sentence: bool
-    ) -> None:
+    def __init__(self, config: Config, context: LayoutContext, weight: nn.Parameter, padded_size: int) -> None:
         super().__init__()
         model = config.model
         assert model.vocab_size, "the configuration is resolved"
@@ -47,7 +43,7 @@ class BERTHead(nn.Module):
         self.transform_norm = Norm("head.norm", norm, hidden, context)
         self.weight = weight
         self.bias = vocabulary_bias("output.bias", model.vocab_size, padded_size, context)
-        self.next_sentence = NextSentence(model, context) if next_sentence else None
+        self.next_sentence = NextSentence(model, context) if model.bert_binary_head else None
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         hidden = self.norm(hidden)
@@ -76,24 +72,15 @@ class NextSentence(nn.Module):
 class BERTStage(TransformerStage):
     """Consecutive layers of a BERT, with the embedding before the first and the heads after the last.
 
-    Of a micro-batch it also takes `padding_mask` int64 [batch, sequence], 0 where attention must not look, and with
-    `next_sentence` `types` int64 [batch, sequence], 0 or 1.
+    Of a micro-batch it also takes `padding_mask` int64 [batch, sequence], 0 where attention must not look, and where
+    there are types of tokens `types` int64 [batch, sequence], 0 in the first text and 1 in the second.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        layers: range,
-        context: LayoutContext,
-        *,
-        is_first: bool,
-        is_last: bool,
-        next_sentence: bool,
-    ) -> None:
-        num_types = NUM_TOKEN_TYPES if next_sentence else 0
+    def __init__(self, config: Config, layers: range, context: LayoutContext, *, is_first: bool, is_last: bool) -> None:
+        num_types = num_token_types(config.model)
         super().__init__("encoder", config, layers, context, is_first=is_first, is_last=is_last, num_types=num_types)
         if is_last:
-            self.head = BERTHead(config, context, self.output_weight(), self.padded_size, next_sentence)
+            self.head = BERTHead(config, context, self.output_weight(), self.padded_size)
 
     def allowed_positions(self, batch: Batch) -> torch.Tensor:
         """All that is no padding, before and after: bool [batch, 1, sequence, sequence]."""

@@ -2,9 +2,10 @@
 
 Each table below has a line for each operator that keeps something, in the order of the code it describes: `_layer` of
 `model/block.py`, `_attention` of `layers/attention.py`, `_embedding` of `model/embedding.py`, `_output` of
-`model/gpt.py`. An operator that keeps other tensors than before (a fused kernel, a norm that saves its output, a new
-mask) changes its line and nothing else. tests/distributed/test_activation_formula.py counts what autograd really keeps,
-storage by storage, and holds the sums to it byte for byte, over random configurations on a CPU.
+`model/gpt.py`, `_bert_heads` of `model/bert.py`. An operator that keeps other tensors than before (a fused kernel, a
+norm that saves its output, a new mask) changes its line and nothing else. tests/distributed/test_activation_formula.py
+counts what autograd really keeps, storage by storage, and holds the sums to it byte for byte, over random
+configurations on a CPU.
 
 Counted are the storages that autograd saves, the stage's input among them, each once; not parameters, tables and the
 micro-batch itself, which are there anyway. The native operators are assumed.
@@ -14,7 +15,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megallm.config.resolve import GATED_ACTIVATIONS, attention_window, kv_channels, num_query_groups, rotary_width
+from megallm.config.resolve import (
+    GATED_ACTIVATIONS,
+    attention_window,
+    kv_channels,
+    num_query_groups,
+    num_token_types,
+    rotary_width,
+)
 from megallm.config.tree import Config
 from megallm.plan.parameters import padded_vocabulary
 
@@ -89,8 +97,14 @@ class Sizes:
         return num_query_groups(self.config.model) // self.tensor_size if self.groups_divide else self.heads
 
     @property
+    def is_bert(self) -> bool:
+        return self.config.model.architecture == "bert"
+
+    @property
     def mask(self) -> int:
         """Elements of the mask of attention, where it is not plainly causal."""
+        if self.is_bert:
+            return self.batch * self.sequence**2
         window = attention_window(self.config.model)
         if self.config.data.reset_attention_mask:
             return self.batch * self.sequence**2
@@ -216,26 +230,52 @@ def _shared(sizes: Sizes, num_layers: int) -> dict[str, int]:
     if config.model.position_embedding_type == "rope" and config.data.reset_position_ids and num_layers:
         tables = 2 * sizes.tokens * rotary_width(config.model) * sizes.wide
     if sizes.recomputes("core_attn") and num_layers:
-        mask = sizes.mask
+        # BERT's says of each key alone whether it is padding.
+        mask = sizes.tokens if sizes.is_bert else sizes.mask
     return {"rotary angles": tables, "attention mask": mask}
 
 
 def _embedding(sizes: Sizes) -> dict[str, int]:
-    """Token ids as this rank's rows; positions; the dropout mask."""
+    """Token ids as this rank's rows; positions; types; the dropout mask."""
     model = sizes.config.model
     learned = model.position_embedding_type == "learned_absolute"
     return {
         "rows": 8 * sizes.tokens if sizes.tensor_size > 1 else 0,
         "positions": 8 * sizes.local_tokens if learned else 0,
+        "types": 8 * sizes.local_tokens if num_token_types(model) else 0,
         "embedding dropout": sizes.hidden // sizes.element if model.hidden_dropout else 0,
     }
 
 
 def _output(sizes: Sizes) -> dict[str, int]:
     """Final norm, its output, and of the loss: the logits, and of each token the largest and the sum."""
-    return {
+    between = _bert_heads(sizes) if sizes.is_bert else {}
+    return between | {
         "final norm": _norm(sizes, sizes.local_tokens, sizes.config.model.hidden_size),
         "output layer": sizes.hidden,
         "logits": sizes.logits * sizes.element,
         "loss": sizes.tokens * 2 * sizes.wide,
     }
+
+
+def _bert_heads(sizes: Sizes) -> dict[str, int]:
+    """What stands between final norm and output layer, the labels without those below 0, and of the binary head the
+    first token, what the pooler makes of it, and the logarithms of two probabilities.
+    """
+    model = sizes.config.model
+    heads = {
+        "transform": sizes.hidden,
+        "its activation": sizes.hidden,
+        "its norm": _norm(sizes, sizes.local_tokens, model.hidden_size),
+        "labels": 8 * sizes.tokens,
+    }
+    if model.bert_binary_head:
+        vector = sizes.batch * model.hidden_size * sizes.element
+        # Where sequences are not cut, the first token is a part of what the final norm made.
+        is_cut = sizes.local_tokens < sizes.tokens
+        heads |= {
+            "first token": vector if is_cut else 0,
+            "pooler": vector,
+            "order of two texts": (2 * sizes.batch + 1) * sizes.wide,
+        }
+    return heads

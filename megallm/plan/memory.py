@@ -26,6 +26,8 @@ what one forward or backward pass needs for itself, an estimate; `buffers` messa
 
 BYTES_OF_A_TOKEN = 8 + 8 + 8 + 4
 """Of a batch on the device: token, label, position, loss mask."""
+BYTES_MORE_OF_BERT = 8 + 8
+"""Its type, and whether it is padding."""
 
 
 def state_bytes(layout: Layout, rank: int) -> dict[str, int]:
@@ -107,7 +109,8 @@ def buffer_bytes(layout: Layout, rank: int, slots: int, *, with_passing: bool = 
     sizes, config = layout.sizes, layout.config
     leaving = 2 * MAX_OUTSTANDING_SENDS if layout.pipeline > 1 and with_passing else 0
     document_ids = 8 if config.data.reset_attention_mask else 0
-    batch = layout.num_micro_batches * sizes.tokens * (BYTES_OF_A_TOKEN + document_ids)
+    bert = BYTES_MORE_OF_BERT if config.model.architecture == "bert" else 0
+    batch = layout.num_micro_batches * sizes.tokens * (BYTES_OF_A_TOKEN + document_ids + bert)
     length = config.model.max_position_embeddings or sizes.sequence
     tables = 0
     if config.model.position_embedding_type == "rope":

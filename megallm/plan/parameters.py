@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megallm.config.resolve import GATED_ACTIVATIONS, ffn_hidden_size, kv_channels, num_query_groups
+from megallm.config.resolve import GATED_ACTIVATIONS, ffn_hidden_size, kv_channels, num_query_groups, num_token_types
 from megallm.config.tree import Config, ModelConfig
 
 
@@ -16,14 +16,14 @@ from megallm.config.tree import Config, ModelConfig
 class Tensor:
     """One stored tensor: its elements over all tensor ranks, and whether each of those holds a part or the whole.
 
-    What `is_matrix` takes part in a product with every token; biases and norms do not. Of what `sees_heads` every
-    tensor rank computes a part of the gradient, from its own heads.
+    What `is_matrix` takes part in a product with every token; biases and norms do not. Of what `is_partial` every
+    tensor rank computes a part of the gradient, also where sequences are not cut: from its own heads, or none.
     """
 
     elements: int
     is_cut: bool
     is_matrix: bool = False
-    sees_heads: bool = False
+    is_partial: bool = False
 
     def on_a_rank(self, tensor_size: int) -> int:
         """Elements that one tensor rank holds."""
@@ -61,13 +61,43 @@ def layer_parameters(model: ModelConfig) -> dict[str, Tensor]:
     }
     if model.qk_layernorm:
         both = 2 * norm_elements(model, kv_channels(model))
-        tensors["attention.query_and_key_norm"] = Tensor(both, is_cut=False, sees_heads=True)
+        tensors["attention.query_and_key_norm"] = Tensor(both, is_cut=False, is_partial=True)
     if model.add_bias_linear or model.add_qkv_bias:
         tensors["attention.query_key_value.bias"] = Tensor(packed, is_cut=True)
     if model.add_bias_linear:
         tensors["attention.output.bias"] = Tensor(hidden, is_cut=False)
         tensors["mlp.up.bias"] = Tensor(up, is_cut=True)
         tensors["mlp.down.bias"] = Tensor(hidden, is_cut=False)
+    return tensors
+
+
+def embedding_parameters(model: ModelConfig) -> dict[str, Tensor]:
+    """The stored tensors before the first layer, by name, but for the embedding of words. `model` is resolved."""
+    tensors = {}
+    if model.position_embedding_type == "learned_absolute":
+        assert model.max_position_embeddings, "the configuration is resolved"
+        tensors["position"] = Tensor(model.max_position_embeddings * model.hidden_size, is_cut=False)
+    if num_token_types(model):
+        tensors["type"] = Tensor(num_token_types(model) * model.hidden_size, is_cut=False)
+    return tensors
+
+
+def head_parameters(model: ModelConfig, vocabulary: int) -> dict[str, Tensor]:
+    """The stored tensors after the last layer, by name, but for the matrix of the output layer of `vocabulary` rows."""
+    hidden = model.hidden_size
+    tensors = {"final_norm": Tensor(norm_elements(model), is_cut=False)}
+    if model.architecture == "bert":
+        tensors |= {
+            "transform": Tensor(hidden**2, is_cut=False, is_matrix=True, is_partial=True),
+            "transform.bias": Tensor(hidden, is_cut=False, is_partial=True),
+            "norm": Tensor(norm_elements(model), is_cut=False),
+            "output.bias": Tensor(vocabulary, is_cut=True),
+        }
+        if model.bert_binary_head:
+            tensors |= {
+                "pooler": Tensor(hidden**2 + hidden, is_cut=False, is_partial=True),
+                "next_sentence": Tensor(2 * hidden + 2, is_cut=False, is_partial=True),
+            }
     return tensors
 
 
@@ -102,14 +132,11 @@ def held_by_stage(config: Config, num_layers: int, *, is_first: bool, is_last: b
     tensors = [tensor for tensor in layer_parameters(model).values() for _ in range(num_layers)]
     vocabulary = Tensor(padded_vocabulary(config) * model.hidden_size, is_cut=True)
     if is_first:
-        tensors.append(vocabulary)
-        if model.position_embedding_type == "learned_absolute":
-            assert model.max_position_embeddings, "the configuration is resolved"
-            tensors.append(Tensor(model.max_position_embeddings * model.hidden_size, is_cut=False))
+        tensors += [vocabulary, *embedding_parameters(model).values()]
     if is_last:
-        tensors.append(Tensor(norm_elements(model), is_cut=False))
+        tensors += head_parameters(model, padded_vocabulary(config)).values()
         if not (is_first and model.tie_embeddings):
             tensors.append(vocabulary)
     partial = config.parallel.sequence_parallel and tensor_size > 1
-    over_both = sum(tensor.elements for tensor in tensors if tensor.sees_heads or (partial and not tensor.is_cut))
+    over_both = sum(tensor.elements for tensor in tensors if tensor.is_partial or (partial and not tensor.is_cut))
     return HeldParameters(sum(tensor.on_a_rank(tensor_size) for tensor in tensors) - over_both, over_both)

@@ -52,15 +52,16 @@ def _model(plan: Plan) -> str:
     )
     micro_batches = "micro-batch" if layout.num_micro_batches == 1 else "micro-batches"
     half, full = plan.flops.half, plan.flops.full
+    kind = "BERT, " if model.architecture == "bert" else ""
     texts = {
-        "model": f"{model.num_layers} layers of width {model.hidden_size:,}, MLP {model.ffn_hidden_size:,} "
+        "model": f"{kind}{model.num_layers} layers of width {model.hidden_size:,}, MLP {model.ffn_hidden_size:,} "
         f"{model.activation}, {model.num_attention_heads} heads{groups}, vocabulary {model.vocab_size:,}",
         "layout": f"tensor {layout.tensor}{sequence}, pipeline {layout.pipeline}{virtual}, data {layout.data}; "
         + ", ".join(filter(None, switches)),
         "batch": f"{training.global_batch_size:,} x {config.data.seq_length:,} = {plan.tokens:,} tokens a step; "
         f"{layout.num_micro_batches:,} {micro_batches} of {layout.sizes.batch} on each data rank",
-        "FLOPs": f"{amount(half)} a token, {amount(half * plan.tokens)} a step, attention counted half "
-        f"({amount(full)}, {amount(full * plan.tokens)} full)",
+        "FLOPs": f"{amount(half)} a token, {amount(half * plan.tokens)} a step"
+        + (f", attention counted half ({amount(full)}, {amount(full * plan.tokens)} full)" if half < full else ""),
     }
     return "\n".join(_lines(title, text) for title, text in texts.items())
 
@@ -137,11 +138,12 @@ def _time(plan: Plan) -> str:
         "optimizer": step.optimizer,
     }
     peak = plan.gpu.flops if layout.sizes.element == 2 else plan.gpu.flops_32
-    half = 100 * plan.flops_of_a_gpu / peak
+    half, full = 100 * plan.flops_of_a_gpu / peak, plan.flops.full
     lines = [
         f"{seconds(step.total)}: " + " + ".join(f"{seconds(it)} {name}" for name, it in parts.items() if it),
         f"{plan.tokens / layout.world_size / step.total:,.0f} tokens/s and {plan.flops_of_a_gpu / 1e12:,.0f} TFLOP/s a "
-        f"GPU: {half:.0f}% of peak, {half * plan.flops.full / plan.flops.half:.0f}% with full attention",
+        f"GPU: {half:.0f}% of peak"
+        + (f", {half * full / plan.flops.half:.0f}% with full attention" if plan.flops.half < full else ""),
         "by stated rates and efficiencies of the GPU, not from a measurement",
     ]
     sent = [f"{axis} {it.messages:,.0f} ({_few_digits(it.sent / GIB)} GiB)" for axis, it in plan.traffic.items()]

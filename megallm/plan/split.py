@@ -86,7 +86,7 @@ def split_layers(
 
 def head_cost_in_layers(model: ModelConfig, sequence_length: int) -> float:
     """Time of the output layer in units of one transformer layer, by FLOPs with causal attention counted half."""
-    head = head_flops_per_token(model)
+    head = head_flops_per_token(model, sequence_length)
     return head * model.num_layers / (flops_per_token(model, sequence_length).half - head)
 
 

@@ -60,7 +60,7 @@ def stage_costs(layout: Layout, gpu: Gpu) -> Costs:
 def _stage_seconds(layout: Layout, gpu: Gpu, stage: Stage) -> tuple[float, float]:
     config, sizes, num_layers = layout.config, layout.sizes, len(stage.layers)
     flops = flops_per_token(config.model, sizes.sequence)
-    head = head_flops_per_token(config.model)
+    head = head_flops_per_token(config.model, sizes.sequence)
     per_layer = (flops.weights - head) / config.model.num_layers / 3  # forward
     products = (num_layers * per_layer + (head / 3 if stage.is_last else 0)) * sizes.tokens / layout.tensor
     attention = num_layers * (flops.half - flops.weights) / config.model.num_layers / 3 * sizes.tokens / layout.tensor

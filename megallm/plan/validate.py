@@ -6,6 +6,7 @@ from megallm.config.report import numbered
 from megallm.config.tree import Config
 from megallm.plan import (
     rules_batches,
+    rules_bert,
     rules_data,
     rules_logging,
     rules_model,
@@ -41,6 +42,11 @@ RULES = (
     rules_model.window_is_two_numbers,
     rules_model.one_kind_of_residual,
     rules_model.sinusoidal_width_is_even,
+    rules_bert.settings_of_bert_act,
+    rules_bert.settings_of_decoders_act,
+    rules_bert.pairs_have_two_token_types,
+    rules_bert.masks_need_a_tokenizer,
+    rules_bert.masks_have_room,
     rules_parallel.layout_divides_world,
     rules_batches.ramp_up_leads_to_the_global_batch,
     rules_batches.stairs_of_batches_are_whole,

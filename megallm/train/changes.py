@@ -10,6 +10,7 @@ import torch
 import megallm
 from megallm.config import difference
 from megallm.config.report import printable
+from megallm.config.resolve import PROGRAMS
 from megallm.config.tree import Config, ModelConfig
 
 # Settings of the model that leave the meaning of its weights as it is. A longer table of positions shows in the shape
@@ -31,6 +32,15 @@ _SILENT = (
     "data.num_workers",
     "parallel.ddp_bucket_size",
 )
+
+
+def check_architecture(origin: object, there: ModelConfig, wanted: ModelConfig) -> None:
+    """Raises ValueError where a model is of another architecture than the one to train."""
+    if there.architecture != wanted.architecture:
+        raise ValueError(
+            f"{origin} holds a {there.architecture}, and this program trains a {wanted.architecture}: give it to "
+            f"{PROGRAMS[there.architecture]}"
+        )
 
 
 def check_same_model(folder: object, saved: Config, wanted: Config) -> None:

@@ -16,6 +16,9 @@ _EFFECTS = {
     "seed": "samples are shuffled by it",
     "sequence length": "samples begin and end elsewhere",
     "content of the data": "the files hold other documents, or the same in another order",
+    "samples": "a sample is another piece of text",
+    "share of masked tokens": "other tokens are to be found",
+    "share of short samples": "samples begin and end elsewhere",
     "share of the data": "training gets other documents",
     "loader": "samples are read in another order",
     "layout in the order": "the cyclic order depends on it",
@@ -51,6 +54,12 @@ def data_order(
         "sequence length": str(data.seq_length),
         "loader": data.dataloader_type,
     }
+    if config.model.architecture == "bert":
+        order |= {
+            "samples": "pairs of texts" if config.model.bert_binary_head else "single texts",
+            "share of masked tokens": f"{data.mask_prob:g}",
+            "share of short samples": f"{data.short_seq_prob:g}",
+        }
     if not data.mock_data:
         # A synthetic sample depends on its number and the seed alone.
         source = read_sources(data_sources(config))[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megallm.config import resolve
 from megallm.config.batch_sizes import batch_sizes_of
@@ -17,27 +18,12 @@ from megallm.data.samples.blended import BlendedDataset, BuildOptions, Part, Set
 from megallm.data.samples.content import content_digest
 from megallm.data.samples.gpt import GPTDatasetSettings
 from megallm.data.samples.masking import masking_vocabulary
-from megallm.data.samples.mock import MockDataset
+from megallm.data.samples.mock import MockDataset, MockMaskedDataset
 from megallm.data.samples.t5 import T5DatasetSettings
 from megallm.data.tokenizer.base import Tokenizer, TokenizerSettings, state_special_tokens
 from megallm.data.tokenizer.build import build_tokenizer
 from megallm.data.tokenizer.record import check_records, describe
 from megallm.plan.rules_data import data_sources
-
-
-@dataclass(frozen=True)
-class Masking:
-    """Samples of BERT or T5 instead of GPT's.
-
-    Attributes: `model`, "bert" or "t5"; `mask_prob`, `short_seq_prob`, `binary_head` and `decoder_seq_length` (of T5
-    alone) as Megatron's flags of these names; the sequence length of the run is BERT's, and of T5's encoder.
-    """
-
-    model: str
-    mask_prob: float = 0.15
-    short_seq_prob: float = 0.1
-    binary_head: bool = True
-    decoder_seq_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,11 +89,14 @@ def build_datasets(
     config: Config,
     tokenizer: Tokenizer | None,
     on_dataset: Callable[[], None] = lambda: None,
-    masking: Masking | None = None,
+    decoder_seq_length: int | None = None,
 ) -> Datasets:
-    """Training, validation and test data with as many samples as the run takes; of GPT where `masking` is None.
+    """Training, validation and test data of the model's architecture, with as many samples as the run takes.
 
-    Raises ValueError if a file is missing, broken or too small. `on_dataset` is called after each dataset of a blend.
+    With `decoder_seq_length` the samples are those of a T5, whose decoder sees so many tokens.
+
+    Raises ValueError if a file is missing, broken or too small, or the tokenizer lacks a token that the samples need.
+    `on_dataset` is called after each dataset of a blend.
     """
     training, data = config.training, config.data
     batch, vocab_size = training.global_batch_size, config.model.vocab_size
@@ -117,10 +106,7 @@ def build_datasets(
     evaluations = training.train_iters // training.eval_interval + 1 if training.eval_interval else 0
     num_valid, num_test = (count * training.eval_iters * batch for count in (evaluations, min(evaluations, 1)))
     if data.mock_data:
-        train, valid = (
-            MockDataset(size, data.seq_length, vocab_size, seed)
-            for size, seed in ((num_train, training.seed), (num_valid, training.seed + 1))
-        )
+        train, valid = (_mock_data(config, size, number) for number, size in enumerate((num_train, num_valid)))
         return Datasets(train, {"": valid} if num_valid else {})
     sources = data_sources(config)
     prefixes = list(dict.fromkeys(prefix for source in read_sources(sources) if source for prefix in source.prefixes))
@@ -135,9 +121,7 @@ def build_datasets(
         on_dataset=on_dataset,
     )
     sizes = num_train, None if num_valid and data.full_validation else num_valid, num_test
-    settings: Settings = _settings(config, tokenizer, prefixes[0])
-    if masking is not None:
-        settings = _masked_settings(config, tokenizer, prefixes[0], masking)
+    settings = _settings(config, tokenizer, prefixes[0], decoder_seq_length)
     built = build_run_data(settings, sources, sizes, options)
     if built.train is None:
         raise ValueError("There is no training data: --split, or the lists of data, leave it none.")
@@ -159,7 +143,34 @@ def _content(train: Part | BlendedDataset) -> str:
     return content_digest((part.indexed_dataset for part in parts), len(parts))
 
 
-def _settings(config: Config, tokenizer: Tokenizer | None, first_prefix: str) -> GPTDatasetSettings:
+def _mock_data(config: Config, num_samples: int, number: int) -> SampleSource:
+    """Synthetic data, other data for each number."""
+    length, vocab_size, seed = config.data.seq_length, config.model.vocab_size, config.training.seed + number
+    assert vocab_size, "the configuration is resolved"
+    if config.model.architecture == "bert":
+        return MockMaskedDataset(num_samples, length, vocab_size, seed, config.data.mask_prob)
+    return MockDataset(num_samples, length, vocab_size, seed)
+
+
+def _settings(
+    config: Config, tokenizer: Tokenizer | None, first_prefix: str, decoder_seq_length: int | None
+) -> Settings:
+    if decoder_seq_length is not None:
+        return T5DatasetSettings(
+            **_masked_settings(config, tokenizer),
+            cache_path=_cache_path(config, first_prefix, "T5MaskedWordPieceDataset"),
+            decoder_sequence_length=decoder_seq_length,
+        )
+    if config.model.architecture == "bert":
+        return BERTDatasetSettings(
+            **_masked_settings(config, tokenizer),
+            cache_path=_cache_path(config, first_prefix, "BERTMaskedWordPieceDataset"),
+            next_sentence=config.model.bert_binary_head,
+        )
+    return _gpt_settings(config, tokenizer, first_prefix)
+
+
+def _gpt_settings(config: Config, tokenizer: Tokenizer | None, first_prefix: str) -> GPTDatasetSettings:
     data = config.data
     eod_id = pad_id = None
     if tokenizer is not None:
@@ -181,33 +192,17 @@ def _settings(config: Config, tokenizer: Tokenizer | None, first_prefix: str) ->
     )
 
 
-def _masked_settings(
-    config: Config, tokenizer: Tokenizer | None, first_prefix: str, masking: Masking
-) -> BERTDatasetSettings | T5DatasetSettings:
+def _masked_settings(config: Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What the samples of BERT and T5 have in common."""
     if tokenizer is None:
         raise ValueError("Masking needs a tokenizer, whose special tokens it uses: give --tokenizer-type.")
-    vocabulary, length, seed = masking_vocabulary(tokenizer), config.data.seq_length, config.training.seed
-    if masking.model == "bert":
-        return BERTDatasetSettings(
-            sequence_length=length,
-            vocabulary=vocabulary,
-            seed=seed,
-            masking_probability=masking.mask_prob,
-            short_sequence_probability=masking.short_seq_prob,
-            cache_path=_cache_path(config, first_prefix, "BERTMaskedWordPieceDataset"),
-            next_sentence=masking.binary_head,
-        )
-    if masking.decoder_seq_length is None:
-        raise ValueError("Samples of T5 need --decoder-seq-length, the tokens of the decoder.")
-    return T5DatasetSettings(
-        sequence_length=length,
-        vocabulary=vocabulary,
-        seed=seed,
-        masking_probability=masking.mask_prob,
-        short_sequence_probability=masking.short_seq_prob,
-        cache_path=_cache_path(config, first_prefix, "T5MaskedWordPieceDataset"),
-        decoder_sequence_length=masking.decoder_seq_length,
-    )
+    return {
+        "sequence_length": config.data.seq_length,
+        "vocabulary": masking_vocabulary(tokenizer),
+        "seed": config.training.seed,
+        "masking_probability": config.data.mask_prob,
+        "short_sequence_probability": config.data.short_seq_prob,
+    }
 
 
 def _cache_path(config: Config, first_prefix: str, dataset: str) -> str:

@@ -14,6 +14,7 @@ from megallm.convert.family import OF_TRAINING
 from megallm.convert.huggingface import choose_family, open_folder, read_settings, write_folder
 from megallm.convert.native import open_native
 from megallm.convert.tokenizer_files import tokenizer_settings
+from megallm.train.changes import check_architecture
 from megallm.train.engine import Engine
 
 
@@ -26,6 +27,7 @@ def with_hugging_face_model(config: Config) -> Config:
     folder = config.checkpoint.load_hf
     assert folder is not None, "there is a folder"
     theirs, given, default = read_settings(Path(folder)), config.model, ModelConfig()
+    check_architecture(f"--load-hf {folder}", theirs, given)
     kept = {name: getattr(given, name) for name in OF_TRAINING}
     clashes = [
         f"{name} is {getattr(theirs, name)!r} there and {getattr(given, name)!r} here"

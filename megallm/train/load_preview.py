@@ -7,7 +7,7 @@ from megallm.checkpoint.load import check_files, find_checkpoints
 from megallm.checkpoint.manifest import Manifest, read_manifest
 from megallm.config import data_parallel_size
 from megallm.config.tree import Config
-from megallm.train.changes import changes, check_same_model
+from megallm.train.changes import changes, check_architecture, check_same_model
 from megallm.train.datasets import build_tokenizer_of, with_vocabulary
 from megallm.train.resume import TakenUp, check_kinds, check_state, saved_config, wanted_of
 
@@ -39,6 +39,7 @@ def load_preview(config: Config, world_size: int) -> list[str]:
     check_kinds(folder, manifest, kinds)
     check_state(folder, manifest, taken_up)
     saved = saved_config(folder, manifest)
+    check_architecture(folder, saved.model, config.model)
     if not settings.allow_model_change:
         check_same_model(folder, saved, config)
     differences = changes(saved, manifest.state.get("saved"), config, world_size)

@@ -29,7 +29,7 @@ from megallm.train.instruments import Instruments
 from megallm.train.metrics import Reporter, log_on_rank_zero, mean_losses
 from megallm.train.out_of_memory import out_of_memory_explained
 from megallm.train.outputs import try_outputs
-from megallm.train.prediction import Prediction, is_planned
+from megallm.train.prediction import Prediction
 from megallm.train.processes import joined_processes
 from megallm.train.resume import take_up
 from megallm.train.saving import Saving
@@ -65,8 +65,7 @@ def pretrain_on(
         with_tokenizer, datasets = on_every_rank(mesh, lambda: _read_files(config, mesh.shape.world_size))
         on_every_rank(mesh, lambda: _take_outputs(config, stack) if mesh.rank == 0 else None)
         task = make_task(with_tokenizer)
-        if is_planned(task):
-            stack.enter_context(out_of_memory_explained(with_tokenizer, mesh))
+        stack.enter_context(out_of_memory_explained(with_tokenizer, mesh))
         return _run(with_tokenizer, task, mesh, datasets, started, write_sample)
 
 
@@ -184,7 +183,7 @@ def _train(
             evaluation.run_test(reporter)
             return ExitCode.FINISHED
         stack.enter_context(stopping)
-        prediction = Prediction(engine) if is_planned(engine.task) and progress.iteration < last_iteration else None
+        prediction = Prediction(engine) if progress.iteration < last_iteration else None
         if prediction is not None:
             log(str(prediction))
         reporter.start()

@@ -24,18 +24,11 @@ from megallm.train.engine import Engine
 from megallm.train.metrics import Reporter
 from megallm.train.saved_bytes import SavedBytes
 from megallm.train.step import Batch
-from megallm.train.tasks.gpt import GPTTask
-from megallm.train.tasks.task import Task
 
 _WATCHED = 2
 # Kinds of memory that torch's allocator does not give out, and those that are not tensors one could count on a CPU.
 _OUTSIDE = ("communicators",)
 _IN_PASSING = ("communicators", "working memory")
-
-
-def is_planned(task: Task) -> bool:
-    """Whether the formulas of `megallm.plan` describe a task's model: they know decoders."""
-    return isinstance(task, GPTTask)
 
 
 @dataclass

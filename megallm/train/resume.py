@@ -19,7 +19,7 @@ from megallm.config import from_dict
 from megallm.config.tree import CheckpointConfig, Config
 from megallm.mesh import Mesh
 from megallm.optimizer.rates import RateSchedules
-from megallm.train.changes import changes, check_same_model
+from megallm.train.changes import changes, check_architecture, check_same_model
 from megallm.train.data_order import check_data_order
 from megallm.train.engine import Engine, Model
 from megallm.train.hugging_face import begin_with
@@ -142,9 +142,10 @@ def _read_undamaged(engine: Engine, folder: Path, order: dict[str, str] | None, 
             check_state(folder, manifest, taken_up)
             if _takes_rates(engine, taken_up):
                 _saved_rates(folder, manifest)
-            settings = engine.config.checkpoint
+            settings, saved = engine.config.checkpoint, saved_config(folder, manifest)
+            check_architecture(folder, saved.model, engine.config.model)
             if not settings.allow_model_change:
-                check_same_model(folder, saved_config(folder, manifest), engine.config)
+                check_same_model(folder, saved, engine.config)
             saved_order = manifest.state.get("data_order")
             goes_on = taken_up is not TakenUp.WEIGHTS
             if goes_on and order and saved_order and not settings.allow_data_change:

@@ -9,6 +9,7 @@ from megallm.checkpoint.load import find_checkpoints
 from megallm.checkpoint.manifest import read_manifest
 from megallm.config import Config, difference
 from megallm.config.tree import DataConfig, ModelConfig
+from megallm.train.changes import check_architecture
 from megallm.train.resume import saved_config
 
 _TOKENIZER = tuple(
@@ -31,6 +32,7 @@ def with_saved_model(config: Config) -> tuple[Config, list[str]]:
         return config, []
     folder = _folder(config)
     saved = saved_config(folder, read_manifest(folder))
+    check_architecture(folder, saved.model, config.model)
     data = config.data
     if not data.seq_length:
         data = replace(data, seq_length=saved.data.seq_length)

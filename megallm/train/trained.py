@@ -41,6 +41,11 @@ def trained_model(
     """
     folder = newest_checkpoint(load)
     config = _placed(from_dict(read_manifest(folder).state["config"]), placement)
+    if config.model.architecture != "gpt":
+        raise ValueError(
+            f"{folder} holds a {config.model.architecture}, which finds masked words and cannot continue a text: give "
+            "a checkpoint of pretrain_gpt.py"
+        )
     if config.data.tokenizer_type in (None, "NullTokenizer"):
         raise ValueError("the model was trained on numbers, without a tokenizer of text: there is no text to continue")
     config = replace(config, data=replace(config.data, tokenizer_model=tokenizer_model or config.data.tokenizer_model))

@@ -84,6 +84,7 @@ class Case:
 
     def settings(self) -> dict[str, Any]:
         axes = {
+            "model.architecture": self.kind,
             "parallel.tensor_model_parallel_size": self.tp,
             "parallel.pipeline_model_parallel_size": self.pp,
             "parallel.sequence_parallel": True,
@@ -159,10 +160,8 @@ def make_engine(rank: int, case: Case) -> Engine:
         generator = Random(rank)
         delay = lambda: generator.choice((0.0, 0.002, 0.01))  # noqa: E731
     mesh = Mesh(MeshShape(tp=case.tp, pp=case.pp, dp=case.dp), rank, torch.device("cpu"), delay=delay)
-    assert config.model.vocab_size is not None
-    vocab_size = config.model.vocab_size
-    task = BERTTask(vocab_size, next_sentence=True) if case.kind == "bert" else GPTTask(vocab_size)
-    return build_engine(config, task, mesh)
+    make_task = BERTTask.from_config if case.kind == "bert" else GPTTask.from_config
+    return build_engine(config, make_task(config), mesh)
 
 
 def run_case(rank: int, case: Case, prepare: Callable[[Engine], None] | None = None) -> Outcome:

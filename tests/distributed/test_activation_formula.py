@@ -19,7 +19,9 @@ from megallm.plan.activations import Sizes, saved_by_stage
 from megallm.plan.parameters import HeldParameters, held_by_stage
 from megallm.plan.validate import validate
 from megallm.train.saved_bytes import SavedBytes
+from megallm.train.tasks.bert import BERTTask
 from megallm.train.tasks.gpt import GPTTask
+from megallm.train.tasks.task import Task
 from tests.distributed.pool import WorkerPool
 
 # Layers, and whether the stage is the first and the last one.
@@ -47,7 +49,7 @@ RECOMPUTE: list[dict[str, Any]] = [
 DTYPES = {"": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
-def random_configuration(number: int) -> Config:
+def random_configuration(number: int, architecture: str = "gpt") -> Config:
     """A valid configuration; the same for the same number."""
     draw = random.Random(number)
     while True:
@@ -92,6 +94,15 @@ def random_configuration(number: int) -> Config:
             "data.reset_position_ids": draw.random() < 0.3,
         }
         values |= {f"training.{precision}": True} if precision else {}
+        if architecture == "bert":
+            values |= {
+                "model.architecture": "bert",
+                "model.window_size": None,
+                "data.reset_attention_mask": False,
+                "data.reset_position_ids": False,
+                "model.bert_binary_head": draw.random() < 0.6,
+                "model.num_token_types": draw.choice([None, 2]),
+            }
         config = build(values)
         if not validate(config, tensor):
             return resolve(config, tensor)
@@ -116,7 +127,7 @@ def count_stages(rank: int, config: Config) -> list[Counted]:
         device=mesh.device,
         seed=1,
     )
-    task = GPTTask.from_config(config)
+    task = (BERTTask if config.model.architecture == "bert" else GPTTask).from_config(config)
     return [
         _count(config, task, context, range(*layers), is_first=is_first, is_last=is_last)
         for layers, is_first, is_last in STAGES
@@ -124,7 +135,7 @@ def count_stages(rank: int, config: Config) -> list[Counted]:
 
 
 def _count(
-    config: Config, task: GPTTask, context: LayoutContext, layers: range, *, is_first: bool, is_last: bool
+    config: Config, task: Task, context: LayoutContext, layers: range, *, is_first: bool, is_last: bool
 ) -> Counted:
     size, length = config.training.micro_batch_size, config.data.seq_length
     stage = task.build_stage(config, layers, context, is_first=is_first, is_last=is_last)
@@ -135,6 +146,9 @@ def _count(
         "position_ids": torch.arange(length).repeat(size, 1),
         "sample_ids": torch.arange(size),
     }
+    if config.model.architecture == "bert":
+        some = torch.arange(length).repeat(size, 1) % 2
+        batch |= {"types": some, "padding_mask": some, "is_random": torch.arange(size) % 2}
     if config.data.reset_attention_mask:
         batch["document_ids"] = torch.zeros(size, length, dtype=torch.int64)
     local = length // (context.tp.size if context.sequence_parallel else 1)
@@ -144,7 +158,7 @@ def _count(
         outputs = stage(() if is_first else (input,), batch, torch.zeros((), dtype=torch.int64))
         terms = task.loss_terms(outputs, batch, context) if is_last else None
         kept = saved.current
-    (terms[0].sum if terms else outputs[0].float().sum()).backward()
+    (sum(term.sum for term in terms) if terms else outputs[0].float().sum()).backward()
     del outputs, terms
     assert saved.current == 0, "after the backward pass nothing is kept"
     over_both = sum(
@@ -155,10 +169,15 @@ def _count(
 
 @pytest.mark.skipif(not NATIVE.in_use, reason="the formula is that of the native operators")
 @pytest.mark.parametrize(
-    "number", [pytest.param(n, marks=() if n < 2 else pytest.mark.slow, id=f"configuration {n}") for n in range(40)]
+    ("architecture", "number"),
+    [
+        pytest.param(architecture, n, marks=() if n < 2 else pytest.mark.slow, id=f"{architecture}, configuration {n}")
+        for architecture, numbers in (("gpt", range(40)), ("bert", range(8)))
+        for n in numbers
+    ],
 )
-def test_formulas_equal_what_is_there(pool: WorkerPool, number: int) -> None:
-    config = random_configuration(number)
+def test_formulas_equal_what_is_there(pool: WorkerPool, architecture: str, number: int) -> None:
+    config = random_configuration(number, architecture)
     sizes = Sizes(config)
     ranks = pool.run(config.parallel.tensor_model_parallel_size, count_stages, config)
     for counted in ranks:

@@ -26,6 +26,7 @@ pytest.importorskip("transformers")
 
 VOCAB_SIZE, LENGTH, HIDDEN, LAYERS, HEADS, FFN, EPSILON, BATCH = 51, 16, 32, 3, 4, 48, 1e-12, 8
 SETTINGS = {
+    "model.architecture": "bert",
     "model.num_layers": LAYERS,
     "model.hidden_size": HIDDEN,
     "model.ffn_hidden_size": FFN,

@@ -40,12 +40,12 @@ class BERTDatasetSettings(MaskedDatasetSettings):
 
 
 class BERTDataset(MaskedDataset):
-    """Masked samples for BERT (see `MaskedDataset`); names are Megatron's.
+    """Masked samples for BERT (see `MaskedDataset`); names are Megatron's, but for `tokens`, which is its `text`.
 
-    An item is a dict: `text` int64 [L], the masked tokens; `types` int64 [L], 0 in the first text with its [CLS] and
-    [SEP] and in the padding, 1 in the second; `labels` int64 [L], the true token where one is to be found and -1
-    elsewhere; `loss_mask` float32 [L], 1 there and 0 elsewhere; `padding_mask` int64 [L], 1 where there is no padding;
-    `is_random` int64 [], 1 if the two texts are swapped; `truncated` int64 [], 1 if tokens were cut off.
+    An item is a dict: `tokens` int64 [L], masked; `position_ids` int64 [L]; `types` int64 [L], 0 in the first text with
+    its [CLS] and [SEP] and in the padding, 1 in the second; `labels` int64 [L], the true token where one is to be found
+    and -1 elsewhere; `loss_mask` float32 [L], 1 there and 0 elsewhere; `padding_mask` int64 [L], 1 where there is no
+    padding; `is_random` int64 [], 1 if the two texts are swapped; `truncated` int64 [], 1 if tokens were cut off.
 
     Of the tokens to be found, 80 of 100 are replaced by [MASK], 10 by a random token of the vocabulary, and 10 stay.
     """
@@ -79,7 +79,8 @@ class BERTDataset(MaskedDataset):
         types = np.arange(len(tokens)) >= len(first) + 2
         masked, is_masked = self._mask(tokens, target_length, generator)
         return {
-            "text": padded(masked, length, pad_id),
+            "tokens": padded(masked, length, pad_id),
+            "position_ids": np.arange(length, dtype=np.int64),
             "types": padded(types, length, 0),
             "labels": padded(np.where(is_masked, tokens, NO_LABEL), length, NO_LABEL),
             "is_random": np.array(is_swapped, np.int64),

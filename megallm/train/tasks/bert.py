@@ -22,11 +22,17 @@ class BERTTask:
         # As in Megatron's log: the order of sentences.
         self.term_names: tuple[str, ...] = ("lm_loss", "sop_loss") if next_sentence else ("lm_loss",)
 
+    @classmethod
+    def from_config(cls, config: Config) -> BERTTask:
+        """The task of a resolved configuration."""
+        assert config.model.vocab_size, "the configuration is resolved"
+        return cls(config.model.vocab_size, config.model.bert_binary_head)
+
     def build_stage(
         self, config: Config, layers: range, context: LayoutContext, *, is_first: bool, is_last: bool
     ) -> BERTStage:
         """One pipeline stage with the given layers, initialised."""
-        stage = BERTStage(config, layers, context, is_first=is_first, is_last=is_last, next_sentence=self.next_sentence)
+        stage = BERTStage(config, layers, context, is_first=is_first, is_last=is_last)
         stage.initialize()
         return stage
 

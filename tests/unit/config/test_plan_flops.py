@@ -56,6 +56,15 @@ PYTHIA_160M = ModelConfig(
 GPT_2 = ModelConfig(
     num_layers=12, hidden_size=768, num_attention_heads=12, max_position_embeddings=1024, vocab_size=50257
 )
+BERT_BASE = ModelConfig(
+    architecture="bert",
+    num_layers=12,
+    hidden_size=768,
+    num_attention_heads=12,
+    max_position_embeddings=512,
+    vocab_size=30522,
+    apply_residual_connection_post_layernorm=True,
+)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +76,7 @@ GPT_2 = ModelConfig(
         (QWEN_3_0_6B, 596_049_920),
         (PYTHIA_160M, 162_322_944),
         (GPT_2, 124_439_808),
+        (BERT_BASE, 110_106_428),
     ],
 )
 def test_parameters_equal_the_published_models(model: ModelConfig, parameters: int) -> None:
@@ -109,6 +119,20 @@ def test_flops_of_a_small_model_by_hand() -> None:
     assert flops_per_token(model, 16).full == 3 * (forward + scores_and_values)
 
 
+def test_flops_of_a_small_encoder_by_hand() -> None:
+    model = ModelConfig(
+        architecture="bert", num_layers=3, hidden_size=8, ffn_hidden_size=20, num_attention_heads=2, vocab_size=50
+    )
+    in_layers = 3 * 2 * (4 * 8 * 8 + 2 * 20 * 8)
+    # Of every token the head's own matrix and the output layer, of each sample's first one the pooler and its two rows.
+    head, of_a_sample = 2 * (8 * 8 + 50 * 8), 2 * (8 * 8 + 2 * 8)
+    scores_and_values = 3 * 4 * (16 * 8)
+    flops = flops_per_token(model, 16)
+    assert flops.weights == 3 * (in_layers + head + of_a_sample / 16)
+    assert flops.half == flops.full == flops.weights + 3 * scores_and_values
+    assert flops_per_token(replace(model, bert_binary_head=False), 16).weights == 3 * (in_layers + head)
+
+
 def test_parts_of_the_count() -> None:
     count = parameter_count(GPT_2)
     assert (count.embedding, count.positions, count.head) == (50257 * 768, 1024 * 768, 0)
@@ -117,6 +141,14 @@ def test_parts_of_the_count() -> None:
     sinusoidal = replace(GPT_2, position_embedding_type="sinusoidal")
     assert parameter_count(sinusoidal).positions == 0
     assert parameter_count(replace(GPT_2, tie_embeddings=False)).head == 50257 * 768
+
+
+def test_parts_of_a_bert() -> None:
+    count = parameter_count(BERT_BASE)
+    assert (count.positions, count.types, count.final_norm) == (512 * 768, 2 * 768, 2 * 768)
+    assert count.head == (768**2 + 3 * 768 + 30522) + (768**2 + 768) + (2 * 768 + 2)
+    without = parameter_count(replace(BERT_BASE, bert_binary_head=False))
+    assert (without.types, without.head) == (0, 768**2 + 3 * 768 + 30522)
 
 
 def test_position_table_takes_the_sequence_length_by_default() -> None:

@@ -11,6 +11,7 @@ from megallm.config.dictionary import build
 from megallm.config.fields import REQUIRED, all_fields, get
 from megallm.plan import (
     rules_batches,
+    rules_bert,
     rules_data,
     rules_logging,
     rules_model,
@@ -50,6 +51,7 @@ ACCOUNTED = {
 }
 RAMP, STAIRS = "training.rampup_batch_size", "training.step_batch_size_schedule"
 FILES = {"data.mock_data": False, "data.data_path": ["corpus"]}
+BERT = {"model.architecture": "bert"}
 OWN = {"data.mock_data": False, "data.train_data_path": ["corpus"], "data.valid_data_path": ["held_out"]}
 
 # rule -> cases of (world size, what breaks it, what its message proposes). The proposal must stand in the message.
@@ -452,6 +454,35 @@ CASES: dict[str, list[tuple[int, dict, dict]]] = {
         (2, {"logging.profile_ranks": ["1", "2"]}, {"logging.profile_ranks": ["0"]}),
         (2, {"logging.profile_ranks": ["-1"]}, {"logging.profile_ranks": ["0"]}),
     ],
+    "settings_of_bert_act": [
+        (1, {"model.num_token_types": 2}, {"model.num_token_types": None}),
+        (1, {"data.mask_prob": 0.3, "model.num_token_types": 2}, BERT),
+        (1, {"data.short_seq_prob": 0.0, "model.bert_binary_head": False}, BERT),
+    ],
+    "settings_of_decoders_act": [
+        (1, {**BERT, "model.window_size": "8,0"}, {"model.window_size": None}),
+        (1, {**BERT, "data.reset_position_ids": True}, {"data.reset_position_ids": False}),
+        (1, {**BERT, "data.reset_attention_mask": True}, {"data.reset_attention_mask": False}),
+        (1, {**BERT, "data.eod_mask_loss": True}, {"data.eod_mask_loss": False}),
+        (
+            1,
+            {**BERT, "data.drop_last_partial_validation_sequence": False},
+            {"data.drop_last_partial_validation_sequence": True},
+        ),
+        (1, {**BERT, "logging.sample_interval": 5}, {"logging.sample_interval": None}),
+    ],
+    "pairs_have_two_token_types": [
+        (1, {**BERT, "model.num_token_types": 1}, {"model.num_token_types": 2}),
+        (1, {**BERT, "model.num_token_types": 0}, {"model.bert_binary_head": False}),
+    ],
+    "masks_need_a_tokenizer": [
+        (1, {**BERT, **FILES}, {"data.tokenizer_type": "BertWordPieceLowerCase", "data.vocab_file": "vocab.txt"}),
+        (1, {**BERT, **FILES}, {"data.mock_data": True}),
+    ],
+    "masks_have_room": [
+        (1, {**BERT, "data.seq_length": 9}, {"data.seq_length": 10}),
+        (1, {**BERT, "data.seq_length": 64, "data.mask_prob": 0.01}, {"data.seq_length": 103}),
+    ],
     "one_source_of_data": [
         (1, {"data.mock_data": False}, {"data.mock_data": True}),
         (1, {"data.data_path": ["corpus"]}, {"data.mock_data": False}),
@@ -545,6 +576,7 @@ def test_every_rule_of_the_files_is_asked() -> None:
         rules_parallel,
         rules_stages,
         rules_batches,
+        rules_bert,
         rules_rates,
         rules_run,
         rules_logging,

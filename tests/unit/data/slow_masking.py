@@ -168,7 +168,7 @@ def bert_sample(sentences, target, index, settings):
     runs(tokens, vocabulary, target, generator, settings.masking_probability, 3, False, replace)
     rest = length - len(tokens)
     return {
-        "text": text + [vocabulary.pad_id] * rest,
+        "tokens": text + [vocabulary.pad_id] * rest,
         "types": types + [0] * rest,
         "labels": labels,
         "is_random": int(swapped),

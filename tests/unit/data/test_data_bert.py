@@ -21,7 +21,7 @@ SETTINGS = BERTDatasetSettings(sequence_length=16, vocabulary=VOCABULARY, maskin
 GOLDEN_ROWS = [[0, 3, 13], [0, 3, 13], [3, 5, 13], [3, 5, 13]]
 GOLDEN = {
     0: {
-        "text": [1, 3, 27, 28, 29, 49, 3, 2, 20, 45, 3, 22, 46, 47, 23, 2],
+        "tokens": [1, 3, 27, 28, 29, 49, 3, 2, 20, 45, 3, 22, 46, 47, 23, 2],
         "types": [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1],
         "labels": [-1, 26, -1, -1, -1, -1, 30, -1, -1, -1, 21, -1, -1, -1, -1, -1],
         "is_random": 1,
@@ -30,7 +30,7 @@ GOLDEN = {
         "truncated": 1,
     },
     2: {
-        "text": [1, 34, 35, 36, 51, 52, 37, 38, 2, 31, 3, 3, 3, 2, 0, 0],
+        "tokens": [1, 34, 35, 36, 51, 52, 37, 38, 2, 31, 3, 3, 3, 2, 0, 0],
         "types": [0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0],
         "labels": [-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 32, 50, 33, -1, -1, -1],
         "is_random": 1,
@@ -47,7 +47,8 @@ def sentences(tmp_path):
 
 
 def listed(item):
-    return {name: array.tolist() for name, array in item.items()}
+    """What Megatron's items have too."""
+    return {name: array.tolist() for name, array in item.items() if name != "position_ids"}
 
 
 def test_golden_items(sentences):
@@ -55,8 +56,10 @@ def test_golden_items(sentences):
     assert dataset.sample_index.tolist() == GOLDEN_ROWS
     for index, item in GOLDEN.items():
         assert listed(dataset[index]) == item
+    assert dataset[0]["position_ids"].tolist() == list(range(16))
     assert {name: (array.dtype.name, array.shape) for name, array in dataset[0].items()} == {
-        "text": ("int64", (16,)),
+        "tokens": ("int64", (16,)),
+        "position_ids": ("int64", (16,)),
         "types": ("int64", (16,)),
         "labels": ("int64", (16,)),
         "is_random": ("int64", ()),
@@ -105,7 +108,7 @@ def test_replacements_have_their_chances(tmp_path):
     dataset = BERTDataset(write_sentences(tmp_path / "data", documents), 0, 1, 40, chosen)
     batch = dataset.get_batch(range(40))
     found = batch["labels"] >= 0
-    text, labels = batch["text"][found], batch["labels"][found]
+    text, labels = batch["tokens"][found], batch["labels"][found]
     assert len(labels) > 4000
     # A random token is a special one or the true one now and then.
     assert (text == 3).mean() == pytest.approx(0.8 + 0.1 / 60, abs=0.02)

@@ -82,7 +82,7 @@ def test_the_run_finds_what_was_built(tmp_path, capsys, monkeypatch, data, blend
     assert Path(built["cache_path"]) == tmp_path / "cache"
 
     refuse_to_build(monkeypatch)
-    config, _ = load_tool("build_index").read_config(arguments, None)
+    config, _ = load_tool("build_index").read_config(arguments, None, None)
     found = build_datasets(config, build_tokenizer_of(config))
     assert len(found.train) == built["splits"][0]["samples"]
     again = build(capsys, *arguments)
@@ -103,7 +103,7 @@ def test_a_run_of_the_training_program_builds_nothing(tmp_path, capsys, data):
 def test_what_is_said_is_true(tmp_path, capsys, data):
     arguments = flags(tmp_path / "cache", data[0])
     built = build(capsys, *arguments)
-    config, _ = load_tool("build_index").read_config(arguments, None)
+    config, _ = load_tool("build_index").read_config(arguments, None, None)
     datasets = build_datasets(config, build_tokenizer_of(config))
     for split, dataset in zip(built["splits"], (datasets.train, datasets.valid[""], datasets.test), strict=True):
         (entry,) = split["datasets"]
@@ -189,7 +189,7 @@ def sentences(tmp_path):
     [("bert", [], False), ("bert", ["--bert-no-binary-head"], True), ("t5", ["--decoder-seq-length", "8"], True)],
 )
 def test_masked_samples_are_built_ahead(tmp_path, capsys, monkeypatch, sentences, model, extra, blend):
-    """The datasets that a run would read find their rows; a `Masking` of another kind does not."""
+    """The datasets that a run would read find their rows; those of other lengths do not."""
     paths = ["0.3", str(tmp_path / "a"), "0.7", str(tmp_path / "b")] if blend else [str(tmp_path / "a")]
     arguments = [*sentences, "--data-cache-path", str(tmp_path / "cache"), "--data-path", *paths]
     built = build(capsys, "--samples", model, *extra, *arguments)
@@ -203,18 +203,18 @@ def test_masked_samples_are_built_ahead(tmp_path, capsys, monkeypatch, sentences
     monkeypatch.setattr(masked, "build_sentence_mapping", fail)
     tool = load_tool("build_index")
     options, flags_of_run = tool.build_parser().parse_known_args(["--samples", model, *extra, *arguments])
-    config, world_size = tool.read_config(flags_of_run, None)
+    config, world_size = tool.read_config(flags_of_run, None, model)
     tokenizer = build_tokenizer_of(config)
     config = with_vocabulary(config, tokenizer, world_size)
-    found = build_datasets(config, tokenizer, masking=tool.masking_of(options))
+    found = build_datasets(config, tokenizer, decoder_seq_length=options.decoder_seq_length)
     assert isinstance(
         (found.train.datasets if blend else [found.train])[0], BERTDataset if model == "bert" else T5Dataset
     )
     assert len(found.train) == built["splits"][0]["samples"]
     assert found.content
-    other = replace(tool.masking_of(options), short_seq_prob=0.5)
+    other = replace(config, data=replace(config.data, short_seq_prob=0.5))
     with pytest.raises(AssertionError, match="an index is built"):
-        build_datasets(config, tokenizer, masking=other)
+        build_datasets(other, tokenizer, decoder_seq_length=options.decoder_seq_length)
 
 
 def test_a_line_about_masked_samples(tmp_path, capsys, sentences):
@@ -226,7 +226,7 @@ def test_a_line_about_masked_samples(tmp_path, capsys, sentences):
 
 def test_mistakes_with_masked_samples_are_sentences(tmp_path, capsys, data, sentences):
     plain = flags(tmp_path / "cache", data[0])
-    assert "--mask-prob is for --samples bert and t5, not gpt" in refusal(capsys, *plain, "--mask-prob", "0.2")
+    assert "--mask-prob: this is for BERT" in refusal(capsys, *plain, "--mask-prob", "0.2")
     short = [*sentences, "--data-path", str(tmp_path / "a")]
     t5 = ("--samples", "t5", *short)
     assert "need --decoder-seq-length" in refusal(capsys, *t5)
@@ -234,9 +234,9 @@ def test_mistakes_with_masked_samples_are_sentences(tmp_path, capsys, data, sent
         "the vocabulary has no sentinel"
         in refusal(capsys, *t5, "--decoder-seq-length", "8", "--vocab-extra-ids", "0").lower()
     )
-    assert "--bert-no-binary-head is for --samples bert, not t5" in refusal(capsys, *t5, "--bert-no-binary-head")
-    assert "has no cls and no sep" in refusal(capsys, "--samples", "bert", *plain)
-    assert "but must be between 0 and 1" in refusal(capsys, "--samples", "bert", *short, "--mask-prob", "2")
+    assert "--decoder-seq-length is for --samples t5" in refusal(capsys, *plain, "--decoder-seq-length", "8")
+    assert "BERT's samples need [CLS]" in refusal(capsys, "--samples", "bert", *plain)
+    assert "--mask-prob: 2.0 is out of range" in refusal(capsys, "--samples", "bert", *short, "--mask-prob", "2")
     write_dataset(tmp_path / "whole", [[1, 2, 3]] * 50)
     said = refusal(capsys, "--samples", "bert", *sentences, "--data-path", str(tmp_path / "whole"))
     assert "preprocess the text with --split-sentences" in said

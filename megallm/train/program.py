@@ -1,0 +1,114 @@
+"""What the training programs share: from the command line to the loop, with an answer to every mistake on the way.
+
+Imports torch only once there is something to train: a mistake on the command line is answered before that.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from megallm.config import Config, PlanConfig, difference_yaml, fail, parse_arguments, stop
+from megallm.config.report import warn_once
+from megallm.plan.validate import validate
+
+
+@dataclass(frozen=True)
+class Program:
+    """A training program.
+
+    Attributes:
+        name: of its file.
+        description: one sentence for --help.
+        architecture: of the models that it trains.
+        train: trains as a configuration says, and returns the exit code; imports torch.
+    """
+
+    name: str
+    description: str
+    architecture: str
+    train: Callable[[Config], int]
+
+
+def main(program: Program, arguments: list[str] | None = None) -> None:
+    """From the command line, by default that of the process, to the training loop."""
+    config = parse_arguments(
+        sys.argv[1:] if arguments is None else arguments,
+        prog=program.name,
+        description=program.description,
+        architecture=program.architecture,
+    )
+    if config.checkpoint.use_checkpoint_args:
+        config = _with_saved_model(program.name, config)
+    if config.checkpoint.load_hf:
+        config = _with_hugging_face_model(program.name, config)
+    is_first = os.environ.get("RANK", "0") == "0"
+    if config.plan.print_config:
+        sys.stdout.write(difference_yaml(replace(config, plan=PlanConfig())) if is_first else "")
+        return
+    world_size = config.plan.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    problems = validate(config, world_size)
+    if problems:
+        stop(program.name, [str(problem) for problem in problems])
+    if not config.plan.dry_run:
+        _train(program, config, is_first)
+    elif is_first:
+        from megallm.plan.dry_run import dry_run
+
+        print(dry_run(config, world_size))
+        _print_load_preview(program.name, config, world_size)
+
+
+def _train(program: Program, config: Config, is_first: bool) -> None:
+    from megallm.train.saving import SaveError
+    from megallm.train.stopping import ExitCode
+
+    try:
+        code = program.train(config)
+    except SaveError as error:
+        fail(program.name, error, ExitCode.NOT_SAVED)
+    except ValueError as error:
+        fail(program.name, error)
+    except KeyboardInterrupt:
+        if is_first:
+            sentence = "interrupted; --load continues from the last checkpoint"
+            print(f"{program.name}: {sentence}", file=sys.stderr, flush=True)
+        # Other ranks may be gone: leaving in an orderly way would wait for them.
+        os._exit(ExitCode.INTERRUPTED)
+    if code:
+        sys.exit(code)
+
+
+def _print_load_preview(name: str, config: Config, world_size: int) -> None:
+    """What the run would take up, where it is on this machine; a plan without that needs no torch."""
+    folders = config.checkpoint.load, config.checkpoint.pretrained_checkpoint
+    if config.plan.json or not any(folder and os.path.isdir(folder) for folder in folders):
+        return
+    from megallm.train.load_preview import load_preview
+
+    try:
+        print("\n" + "\n".join(load_preview(config, world_size)))
+    except ValueError as error:
+        fail(name, error)
+
+
+def _with_saved_model(name: str, config: Config) -> Config:
+    from megallm.train.saved_arguments import with_saved_model
+
+    try:
+        config, notes = with_saved_model(config)
+    except ValueError as error:
+        fail(name, error)
+    warn_once(name, notes)
+    return config
+
+
+def _with_hugging_face_model(name: str, config: Config) -> Config:
+    from megallm.train.hugging_face import with_hugging_face_model
+
+    try:
+        return with_hugging_face_model(config)
+    except ValueError as error:
+        fail(name, error)
