@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import pretrain_bert
 import pretrain_gpt
 
 ROOT = Path(__file__).parents[3]
@@ -29,7 +30,8 @@ def test_a_recipe_needs_what_it_says(capsys: pytest.CaptureFixture[str], recipe:
     found = EXPECTED.fullmatch(recipe.read_text().splitlines()[1])
     assert found, f"{recipe.name} does not say what to expect"
     gpus, gib, percent, seconds = found.groups()
-    pretrain_gpt.main(["--config", str(recipe), "--dry-run", "--json", "--world-size", gpus])
+    program = pretrain_bert if "architecture: bert" in recipe.read_text() else pretrain_gpt
+    program.main(["--config", str(recipe), "--dry-run", "--json", "--world-size", gpus])
     plan = json.loads(capsys.readouterr().out)
     assert plan["memory_share"] <= 0.8
     assert plan["memory_peak_bytes"] / 2**30 == pytest.approx(float(gib), rel=0.03)
@@ -40,5 +42,5 @@ def test_a_recipe_needs_what_it_says(capsys: pytest.CaptureFixture[str], recipe:
 
 
 def test_there_are_recipes_from_one_gpu_to_many_machines() -> None:
-    assert {recipe.stem.split("_")[0] for recipe in RECIPES} == {"125m", "1.3b", "7b", "13b", "70b"}
+    assert {recipe.stem.split("_")[0] for recipe in RECIPES} == {"110m", "125m", "1.3b", "7b", "13b", "70b"}
     assert {int(re.findall(r"(\d+)gpu", recipe.stem)[0]) for recipe in RECIPES} >= {1, 8, 128}

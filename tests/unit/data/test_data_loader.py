@@ -17,7 +17,7 @@ from megallm.config.batch_sizes import BatchSizes
 from megallm.data.feeding.loader import build_loader
 from megallm.data.feeding.orders import DataShare, SingleOrder
 from megallm.data.feeding.sampler import GlobalBatchSampler
-from megallm.data.samples.mock import MockDataset
+from megallm.data.samples.mock import MockDataset, MockMaskedDataset
 
 # The first tokens of the fixture below.
 GOLDEN_TOKENS = [0, 43, 1, 1, 26, 0, 43, 1, 1, 26, 88, 9, 1, 1, 26, 0]
@@ -269,3 +269,38 @@ def test_mock_mistakes(mock):
         MockDataset(10, 16, 0, 1)
     with pytest.raises(IndexError):
         mock[50]
+
+
+def test_masked_mock_samples_are_what_a_bert_reads():
+    dataset = MockMaskedDataset(40, 24, 60, 7, 0.25)
+    batch = dataset.get_batch(range(40))
+    assert {name: (array.dtype.name, array.shape) for name, array in batch.items()} == {
+        "tokens": ("int64", (40, 24)),
+        "position_ids": ("int64", (40, 24)),
+        "types": ("int64", (40, 24)),
+        "labels": ("int64", (40, 24)),
+        "is_random": ("int64", (40,)),
+        "padding_mask": ("int64", (40, 24)),
+        "loss_mask": ("float32", (40, 24)),
+    }
+    is_masked = batch["loss_mask"] == 1
+    assert is_masked.mean() == pytest.approx(0.25, abs=0.05)
+    assert (batch["labels"] >= 0).tolist() == is_masked.tolist() == (batch["tokens"] == 59).tolist()
+    assert batch["labels"].max() < 59
+    assert not is_masked[:, 0].any() and not (is_masked & (batch["padding_mask"] == 0)).any()
+    assert set(batch["padding_mask"].sum(axis=1).tolist()) == {21, 24}
+    assert 10 <= batch["is_random"].sum() <= 30
+    # Halves that belong together go on with one pattern: most of their tokens are the same ones.
+    shared = [
+        len(set(text[:12].tolist()) & set(text[12:].tolist()))
+        for text in np.where(is_masked, batch["labels"], batch["tokens"])
+    ]
+    is_random = batch["is_random"] == 1
+    assert np.mean(np.array(shared)[~is_random]) > np.mean(np.array(shared)[is_random]) + 2
+    again = MockMaskedDataset(40, 24, 60, 7, 0.25)
+    assert all(np.array_equal(dataset[9][name], array) for name, array in again[9].items())
+    assert not np.array_equal(dataset[9]["tokens"], MockMaskedDataset(40, 24, 60, 8, 0.25)[9]["tokens"])
+    with pytest.raises(IndexError, match="has samples 0 to 39, not 40"):
+        dataset[40]
+    with pytest.raises(ValueError, match="vocabulary size of masked mock data is 1"):
+        MockMaskedDataset(40, 24, 1, 7, 0.25)
