@@ -39,7 +39,8 @@ from megallm.checkpoint import shard_file
 from megallm.checkpoint.background import BackgroundSaver
 from megallm.checkpoint.boxes import LocalBox, local_boxes
 from megallm.checkpoint.retention import Retention
-from megallm.checkpoint.shard_file import PIECE_BYTES, bytes_of
+from megallm.checkpoint.shard_file import bytes_of
+from megallm.checkpoint.stream import PIECE_BYTES
 from megallm.config import resolve
 from megallm.config.dictionary import build
 from megallm.mesh import Mesh, MeshShape

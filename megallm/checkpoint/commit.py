@@ -24,6 +24,7 @@ import torch
 from megallm.checkpoint.boxes import LocalBox
 from megallm.checkpoint.manifest import MANIFEST, join_rows, rows_to_json, to_json
 from megallm.checkpoint.shard_file import size_of, write_shard
+from megallm.checkpoint.stream import flush
 from megallm.failpoint import passing
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -65,7 +66,7 @@ def make_folder(folder: Path) -> None:
         return
     make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
-    _flush(folder.parent)
+    flush(folder.parent)
 
 
 def remove_folder(folder: Path) -> None:
@@ -132,9 +133,9 @@ def commit(temporary: Path, final: Path, iteration: int, token: str, state: dict
     with passing("checkpoint.manifest.write"):
         (temporary / MANIFEST).write_bytes(to_json(iteration, token, state, rows))
     with passing("checkpoint.manifest.fsync"):
-        _flush(temporary / MANIFEST)
+        flush(temporary / MANIFEST)
     with passing("checkpoint.folder.fsync"):
-        _flush(temporary)
+        flush(temporary)
     if final.exists() and not (final / MANIFEST).exists():
         # Damaged, or another program's: nothing that a save may throw away.
         os.rename(final, final.with_name(f"{final.name}.{token}.not_ours"))
@@ -150,7 +151,7 @@ def commit(temporary: Path, final: Path, iteration: int, token: str, state: dict
             os.rename(replaced, final)
         raise
     with passing("checkpoint.parent.fsync"):
-        _flush(final.parent)
+        flush(final.parent)
     _write_tracker(final.parent, iteration)
     if replaced.exists():
         with passing("checkpoint.replaced.remove"):
@@ -162,17 +163,9 @@ def _write_tracker(root: Path, iteration: int) -> None:
     try:
         with passing("checkpoint.tracker.write"):
             written.write_text(str(iteration))
-            _flush(written)
+            flush(written)
         with passing("checkpoint.tracker.rename"):
             os.replace(written, root / TRACKER)
-            _flush(root)
+            flush(root)
     finally:
         written.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

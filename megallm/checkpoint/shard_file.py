@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import xxhash
 
 from megallm.checkpoint.boxes import LocalBox
-from megallm.checkpoint.manifest import CHUNK_BYTES, DTYPES, DamagedError, SavedBox, SavedFile, SavedTensor, digest
+from megallm.checkpoint.manifest import CHUNK_BYTES, DamagedError, SavedBox, SavedFile, SavedTensor, digest
+from megallm.checkpoint.stream import DTYPE_NAMES, PIECE_BYTES, Flushing, safetensors_header
 from megallm.failpoint import passing
-
-# What one write to the file takes, and one read.
-PIECE_BYTES = 16 * CHUNK_BYTES
-# After so much the disk is set to work: by itself the system may wait until all is written.
-_FLUSHED_BYTES = 64 * CHUNK_BYTES
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LENGTH_BYTES = 8
 
 
 def size_of(boxes: Sequence[LocalBox]) -> int:
@@ -37,6 +30,7 @@ def write_shard(
 
     The checksums are those of the tensors in memory: what a disk or a bus does to the bytes on their way is noticed
     when they are read. Beside the tensors no more memory is taken than the largest box has, where it is not on the CPU.
+    Nothing is kept of one of `tensors` when the next is asked for.
 
     Raises:
         OSError: the file cannot be written.
@@ -45,72 +39,58 @@ def write_shard(
     rows: dict[str, SavedTensor] = {}
     with _ShardWriter(path) as writer:
         writer.write(memoryview(header))
-        contents = (box.tensor for box in boxes) if tensors is None else tensors
-        for box, tensor in zip(boxes, contents, strict=True):
+        left = iter(boxes)
+        for tensor in (box.tensor for box in boxes) if tensors is None else tensors:
+            box = next(left)
             wanted = tuple(box.tensor.shape), box.tensor.dtype
             assert (tuple(tensor.shape), tensor.dtype) == wanted, f"{box.key} was declared as {wanted}"
-            begin, data = writer.num_bytes, bytes_of(tensor)
-            chunks = tuple(writer.write(data))
+            begin, num_bytes = writer.num_bytes, tensor.nbytes
+            chunks = tuple(writer.write(bytes_of(tensor)))
+            del tensor
             name = f"{box.kind}/{box.name}"
-            saved = SavedBox(number, begin, len(data), box.offset, tuple(box.tensor.shape), chunks)
-            known = rows.get(name, SavedTensor(_NAMES[box.tensor.dtype], box.global_shape, ()))
+            saved = SavedBox(number, begin, num_bytes, box.offset, tuple(box.tensor.shape), chunks)
+            known = rows.get(name, SavedTensor(DTYPE_NAMES[box.tensor.dtype], box.global_shape, ()))
             rows[name] = SavedTensor(known.dtype, known.shape, (*known.boxes, saved))
+        assert next(left, None) is None, "there are fewer tensors than boxes"
         with passing("checkpoint.shard.fsync"):
             writer.flush()
     return SavedFile(path.name, writer.num_bytes, len(header), digest(header)), rows
 
 
 class _ShardWriter:
-    """A new file, which is written from its beginning on. Attribute `num_bytes`: what was written so far.
-
-    The disk works in the background on what was written, while the rest is still being read and hashed: it is then
-    the disk alone that a large file takes its time from.
-    """
+    """A new file, which is written from its beginning on. Attribute `num_bytes`: what was written so far."""
 
     def __init__(self, path: Path) -> None:
         with passing("checkpoint.shard.open"):
             self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         self.num_bytes = 0
-        self._begun_flushing = 0
-        # One flushes, one hashes; this one writes.
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="checkpoint")
-        self._flushing: Future[None] | None = None
+        self._flushing = Flushing(self._descriptor)
+        # It hashes, while this one writes.
+        self._hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
     def __enter__(self) -> _ShardWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._threads.shutdown(wait=True)
+    def __exit__(self, *error: object) -> None:
+        self._hashing.shutdown(wait=True)
+        self._flushing.__exit__(*error)
         os.close(self._descriptor)
 
     def write(self, data: memoryview) -> list[str]:
         """Appends bytes; gives the digest of each CHUNK_BYTES of them."""
-        hashing = self._threads.submit(digests, data) if len(data) > PIECE_BYTES else None
+        hashing = self._hashing.submit(digests, data) if len(data) > PIECE_BYTES else None
         for at in range(0, len(data), PIECE_BYTES):
             piece = rest = data[at : at + PIECE_BYTES]
             with passing("checkpoint.shard.write"):
                 while rest:
                     rest = rest[os.write(self._descriptor, rest) :]
             self.num_bytes += len(piece)
-            self._flush_in_background()
+            self._flushing.wrote(len(piece))
         return digests(data) if hashing is None else hashing.result()
 
     def flush(self) -> None:
         """Returns when all is on the disk. Raises OSError, also for what went wrong in the background."""
-        if self._flushing is not None:
-            self._flushing.result()
-        os.fsync(self._descriptor)
-
-    def _flush_in_background(self) -> None:
-        if self.num_bytes - self._begun_flushing < _FLUSHED_BYTES:
-            return
-        if self._flushing is not None:
-            if not self._flushing.done():
-                return
-            # The system tells of an error once.
-            self._flushing.result()
-        self._begun_flushing = self.num_bytes
-        self._flushing = self._threads.submit(os.fsync, self._descriptor)
+        self._flushing.finish()
 
 
 def digests(data: memoryview) -> list[str]:
@@ -119,20 +99,7 @@ def digests(data: memoryview) -> list[str]:
 
 
 def _header(boxes: Sequence[LocalBox]) -> bytes:
-    """safetensors: the length of a JSON object, uint64 little-endian, and the object, padded to a multiple of 8."""
-    rows, begin = {}, 0
-    for box in boxes:
-        end = begin + box.tensor.nbytes
-        assert box.key not in rows, f"{box.key} is there twice"
-        rows[box.key] = {
-            "dtype": _NAMES[box.tensor.dtype],
-            "shape": list(box.tensor.shape),
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    text = json.dumps(rows, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    return safetensors_header((box.key, box.tensor.dtype, tuple(box.tensor.shape), box.tensor.nbytes) for box in boxes)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

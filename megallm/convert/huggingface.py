@@ -7,12 +7,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megallm.config.tree import Config, DataConfig, ModelConfig
+from megallm.convert.ahead import read_ahead
 from megallm.convert.families import FAMILIES
 from megallm.convert.family import Family, is_surplus
 from megallm.convert.model import Weights, config_of, logical_shapes
@@ -215,11 +217,14 @@ def write_folder(
     shards = _shards(declared, max_shard_bytes)
     total = sum(one.num_bytes for one in declared)
     progress = Progress(total, log)
-    by_name = {one.name: one for one in stored}
+
+    def read(number: int) -> torch.Tensor:
+        return gather(stored[number], weights.tensors, declared[number].dtype)
+
     with new_folder(final, total, overwrite) as folder:
-        for number, shard in enumerate(shards):
-            tensors = (gather(by_name[one.name], weights.tensors, one.dtype) for one in shard)
-            write_file(folder / _shard_name(number, len(shards)), shard, tensors, progress.advance)
+        with read_ahead([one.num_bytes for one in declared], read, progress.advance) as tensors:
+            for number, shard in enumerate(shards):
+                write_file(folder / _shard_name(number, len(shards)), shard, islice(tensors, len(shard)))
         if len(shards) > 1:
             places = {
                 one.name: _shard_name(number, len(shards)) for number, shard in enumerate(shards) for one in shard

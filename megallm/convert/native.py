@@ -18,6 +18,7 @@ from megallm.checkpoint.reading import OpenCheckpoint, open_checkpoint
 from megallm.checkpoint.save import save_stream
 from megallm.config import from_dict, to_dict
 from megallm.config.tree import Config
+from megallm.convert.ahead import read_ahead
 from megallm.convert.model import Weights, config_of, logical_shapes
 from megallm.convert.output import Progress, check_absent
 from megallm.convert.tokenizer_files import keep_companions, tokenizer_settings
@@ -92,14 +93,14 @@ def write_native(
     boxes = [declared_box(WEIGHTS, name, types[name], shape) for name, shape in weights.shapes.items()]
     progress = Progress(sum(box.tensor.nbytes for box in boxes), log)
 
-    def tensors() -> Iterator[torch.Tensor]:
-        for name, shape in weights.shapes.items():
-            tensor = torch.empty(shape, dtype=types[name])
-            weights.tensors.fill(name, (0,) * len(shape), tensor)
-            yield tensor
-            progress.advance(tensor.nbytes)
+    def read(number: int) -> torch.Tensor:
+        box = boxes[number]
+        tensor = torch.empty(box.tensor.shape, dtype=box.tensor.dtype)
+        weights.tensors.fill(box.name, box.offset, tensor)
+        return tensor
 
-    folder = save_stream(str(root), weights.iteration, boxes, tensors(), {"config": to_dict(config)}).folder
+    with read_ahead([box.tensor.nbytes for box in boxes], read, progress.advance) as tensors:
+        folder = save_stream(str(root), weights.iteration, boxes, tensors, {"config": to_dict(config)}).folder
     progress.finish()
     return folder
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megallm.checkpoint.stream import flush
+
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -36,7 +38,7 @@ def new_folder(final: Path, needed: int, overwrite: bool) -> Iterator[Path]:
         raise ValueError(f"{final} cannot be written: {error.strerror}") from None
     try:
         yield temporary
-        flush_folder(temporary)
+        flush(temporary)
         _replace(temporary, final)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -56,7 +58,7 @@ def _replace(temporary: Path, final: Path) -> None:
     if final.exists():
         os.rename(final, before)
     os.rename(temporary, final)
-    flush_folder(final.parent)
+    flush(final.parent)
     if before.exists():
         shutil.rmtree(before)
 
@@ -72,15 +74,6 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(f"the output takes {needed / 1e9:.3f} GB, and {folder} has {free / 1e9:.3f} GB free")
-
-
-def flush_folder(folder: Path) -> None:
-    """Brings the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Progress:
@@ -103,6 +96,7 @@ class Progress:
 
     def finish(self) -> None:
         """Tells the whole."""
+        self._done = self._total
         self._log(self._state(time.monotonic()))
 
     def _state(self, now: float) -> str:

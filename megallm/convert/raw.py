@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
+from megallm.checkpoint.stream import PIECE_BYTES
+
 # What one step of copying reads where bytes cannot go straight to their place, rounded up to whole rows.
 SLAB_BYTES = 2**26
-# What one call of the system reads or writes.
-PIECE_BYTES = 2**24
 # A process may often have no more than 1,024 files open, and a model lie in more.
 _MOST_OPEN = 128
 

@@ -6,6 +6,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from megallm.checkpoint.reading import OpenCheckpoint, open_checkpoint
 from megallm.checkpoint.shard_file import size_of
 from megallm.config import from_dict, to_dict
 from megallm.config.tree import Config, ParallelConfig
+from megallm.convert.ahead import read_ahead
 from megallm.convert.model import Rank, check_layout, config_of, positionless, rank_context
 from megallm.convert.output import Progress, check_absent
 from megallm.model.gpt import GPTStage
@@ -52,13 +54,16 @@ def relayout(
         kinds = [WEIGHTS] if weights_only else list(dict.fromkeys(name.split("/")[0] for name in manifest.tensors))
         ranks = [_declare(checkpoint, pieces, kinds, dtype) for pieces in _pieces(config)]
         state = {"config": to_dict(config)} if weights_only else manifest.state | {"config": to_dict(config)}
-        progress = Progress(sum(box.tensor.nbytes for boxes in ranks for box in boxes), log)
+        in_order = [box for boxes in ranks for box in boxes]
+        sizes = [box.tensor.nbytes for box in in_order]
+        progress = Progress(sum(sizes), log)
         token = secrets.token_hex(8)
         temporary = temporary_folder(final, token)
         try:
             begin(temporary, sum(size_of(boxes) for boxes in ranks))
-            for rank, boxes in enumerate(ranks):
-                write_rank(temporary, boxes, rank, _read(checkpoint, boxes, progress))
+            with read_ahead(sizes, lambda number: _read(checkpoint, in_order[number]), progress.advance) as tensors:
+                for rank, boxes in enumerate(ranks):
+                    write_rank(temporary, boxes, rank, islice(tensors, len(boxes)))
             commit(temporary, final, manifest.iteration, token, state, len(ranks))
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -103,9 +108,7 @@ def _declare(
     return boxes
 
 
-def _read(checkpoint: OpenCheckpoint, boxes: Sequence[LocalBox], progress: Progress) -> Iterator[torch.Tensor]:
-    for box in boxes:
-        tensor = torch.empty(box.tensor.shape, dtype=box.tensor.dtype)
-        checkpoint.fill(box.kind, box.name, box.offset, tensor)
-        yield tensor
-        progress.advance(tensor.nbytes)
+def _read(checkpoint: OpenCheckpoint, box: LocalBox) -> torch.Tensor:
+    tensor = torch.empty(box.tensor.shape, dtype=box.tensor.dtype)
+    checkpoint.fill(box.kind, box.name, box.offset, tensor)
+    return tensor

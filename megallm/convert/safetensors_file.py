@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from megallm.checkpoint.manifest import DTYPES
-from megallm.convert.raw import PIECE_BYTES, RawTensor, bytes_of
+from megallm.checkpoint.stream import LENGTH_BYTES, PIECE_BYTES, Flushing, safetensors_header
+from megallm.convert.raw import RawTensor, bytes_of
 
-_LENGTH_BYTES = 8
 # The library reads no longer header either.
 _MOST_HEADER_BYTES = 100_000_000
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,12 @@ def read_header(path: Path) -> dict[str, RawTensor]:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
             if length > min(size, _MOST_HEADER_BYTES):
                 raise ValueError(f"its header would have {length} bytes")
             header = json.loads(file.read(length))
         return {
-            name: _raw(path, name, row, _LENGTH_BYTES + length, size)
+            name: _raw(path, name, row, LENGTH_BYTES + length, size)
             for name, row in header.items()
             if name != "__metadata__"
         }
@@ -65,46 +64,34 @@ def _raw(path: Path, name: str, row: dict[str, Any], data_begin: int, size: int)
     return RawTensor(path, data_begin + begin, dtype, shape)
 
 
-def write_file(
-    path: Path,
-    declared: Sequence[Declared],
-    tensors: Iterable[torch.Tensor],
-    advance: Callable[[int], None] = lambda num_bytes: None,
-) -> None:
+def write_file(path: Path, declared: Sequence[Declared], tensors: Iterable[torch.Tensor]) -> None:
     """Writes `tensors`, as they were declared and in that order, and flushes the file to the disk.
 
-    `advance` is told the bytes of each.
+    Nothing is kept of a tensor when the next is asked for.
 
     Raises:
         OSError: the file cannot be written.
     """
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    try:
-        write_all(descriptor, memoryview(_header(declared)))
-        for one, tensor in zip(declared, tensors, strict=True):
+    # The loaders of transformers look for the format.
+    header = safetensors_header(
+        ((one.name, one.dtype, one.shape, one.num_bytes) for one in declared), metadata={"format": "pt"}
+    )
+    with open(path, "xb", buffering=0) as file, Flushing(file.fileno()) as flushing:
+        write_all(file, memoryview(header), flushing)
+        left = iter(declared)
+        for tensor in tensors:
+            one = next(left)
             found = (tensor.dtype, tuple(tensor.shape))
             assert found == (one.dtype, one.shape), f"{one.name} is {found}, declared as {one}"
-            write_all(descriptor, bytes_of(tensor))
-            advance(one.num_bytes)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            write_all(file, bytes_of(tensor), flushing)
+            del tensor
+        assert next(left, None) is None, f"{path} has fewer tensors than were declared"
+        flushing.finish()
 
 
-def write_all(descriptor: int, data: memoryview) -> None:
+def write_all(file: IO[bytes], data: memoryview, flushing: Flushing) -> None:
     """Writes all bytes, however few the system takes at a time."""
     while data:
-        data = data[os.write(descriptor, data[:PIECE_BYTES]) :]
-
-
-def _header(declared: Sequence[Declared]) -> bytes:
-    # The loaders of transformers look for the format.
-    rows: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for one in declared:
-        end = begin + one.num_bytes
-        rows[one.name] = {"dtype": _NAMES[one.dtype], "shape": list(one.shape), "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(rows, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+        count = file.write(data[:PIECE_BYTES])
+        flushing.wrote(count)
+        data = data[count:]

@@ -6,12 +6,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from megallm.config.tree import DataConfig, ModelConfig, ParallelConfig
+from megallm.convert.ahead import read_ahead
 from megallm.convert.megatron.arguments import read_arguments, write_arguments
 from megallm.convert.megatron.distributed import METADATA, open_distributed_folder
 from megallm.convert.megatron.names import (
@@ -257,18 +259,25 @@ def write_torch_folder(
 
     Raises ValueError if Megatron-LM or the layout does not fit the model, or the folder cannot be written.
     """
-    config = replace(weights.config, parallel=parallel)
-    arguments = write_arguments(config.model)
-    check_layout(config)
+    arguments = write_arguments(weights.config.model)
+    check_layout(replace(weights.config, parallel=parallel))
     plan = list(_plan(weights, parallel, dtype))
-    total = sum(one.num_bytes for _, _, chunks in plan for chunk in chunks for _, one in chunk)
+    in_order = [pair for _, _, chunks in plan for chunk in chunks for pair in chunk]
+    settings = arguments | _layout(weights, parallel, in_order[0][1].dtype, implementation)
+    total = sum(one.num_bytes for _, one in in_order)
     progress = Progress(total, log)
+
+    def read(number: int) -> torch.Tensor:
+        stored, one = in_order[number]
+        return gather(stored, weights.tensors, one.dtype)
+
     with new_folder(final, total, overwrite) as folder:
-        for tensor_rank, pipeline_rank, chunks in plan:
-            pipeline = f"_{pipeline_rank:03d}" if parallel.pipeline_model_parallel_size > 1 else ""
-            place = folder / RELEASE / f"mp_rank_{tensor_rank:02d}{pipeline}"
-            place.mkdir(parents=True)
-            _write_rank(place / FILE, chunks, weights, arguments, parallel, implementation, progress)
+        with read_ahead([one.num_bytes for _, one in in_order], read, progress.advance) as tensors:
+            for tensor_rank, pipeline_rank, chunks in plan:
+                pipeline = f"_{pipeline_rank:03d}" if parallel.pipeline_model_parallel_size > 1 else ""
+                place = folder / RELEASE / f"mp_rank_{tensor_rank:02d}{pipeline}"
+                place.mkdir(parents=True)
+                _write_rank(place / FILE, chunks, tensors, settings, implementation)
         if weights.origin is not None and has_tokenizer(weights.origin):
             keep_companions(weights.origin, folder / KEPT)
         (folder / TRACKER).write_text(RELEASE)
@@ -299,49 +308,44 @@ def _declared(stored: Stored, stage: int, weights: Weights, dtype: torch.dtype |
     return Declared(f"{stage}/{stored.name}", dtype or widest, stored.shape)
 
 
-def _write_rank(
-    path: Path,
-    chunks: _Plan,
-    weights: Weights,
-    arguments: Mapping[str, Any],
-    parallel: ParallelConfig,
-    implementation: str,
-    progress: Progress,
-) -> None:
-    flat = [pair for chunk in chunks for pair in chunk]
-    virtual = parallel.num_virtual_stages_per_pipeline_rank
-    layout = {
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+def _layout(weights: Weights, parallel: ParallelConfig, dtype: torch.dtype, implementation: str) -> dict[str, Any]:
+    """What Megatron keeps of a run's arguments beside those of the model."""
+    virtual, tensor = parallel.num_virtual_stages_per_pipeline_rank, parallel.tensor_model_parallel_size
+    vocab_size = weights.config.model.vocab_size
+    assert vocab_size, "the configuration is resolved"
+    return {
+        "tensor_model_parallel_size": tensor,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
-        "padded_vocab_size": padded_vocab_size(
-            arguments["vocab_size"], DIVISIBLE_BY, parallel.tensor_model_parallel_size
-        ),
+        "padded_vocab_size": padded_vocab_size(vocab_size, DIVISIBLE_BY, tensor),
         "seq_length": weights.config.data.seq_length,
-        "params_dtype": Named(str(flat[0][1].dtype)),
-        "bf16": flat[0][1].dtype == torch.bfloat16,
-        "fp16": flat[0][1].dtype == torch.float16,
+        "params_dtype": Named(str(dtype)),
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
         "transformer_impl": implementation,
         "iteration": 0,
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,
     }
 
+
+def _write_rank(
+    path: Path, chunks: _Plan, tensors: Iterator[torch.Tensor], settings: Mapping[str, Any], implementation: str
+) -> None:
+    """Writes the file of a rank, whose tensors are the next ones."""
+    declared = [one for chunk in chunks for _, one in chunk]
+
     def content(places: Mapping[str, Any]) -> dict[str, Any]:
-        models = [
-            {_name(stored.name, implementation): places[declared.name] for stored, declared in chunk}
-            for chunk in chunks
-        ]
+        models = [{_name(stored.name, implementation): places[one.name] for stored, one in chunk} for chunk in chunks]
         keys = ["model"] if len(models) == 1 else [f"model{number}" for number in range(len(models))]
         return {
-            "args": Made("argparse.Namespace", (), dict(arguments) | layout),
+            "args": Made("argparse.Namespace", (), settings),
             "checkpoint_version": 3.0,
             "iteration": 0,
             **dict(zip(keys, models, strict=True)),
         }
 
-    tensors = (gather(stored, weights.tensors, declared.dtype) for stored, declared in flat)
-    write_torch_file(path, content, [declared for _, declared in flat], tensors, progress.advance)
+    write_torch_file(path, content, declared, islice(tensors, len(declared)))
 
 
 def _name(name: str, implementation: str) -> str:

@@ -6,15 +6,16 @@ import io
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from megallm.checkpoint.stream import Flushing
 from megallm.convert.megatron.pickled import StorageRef, TensorRef, read_pickle, write_pickle
-from megallm.convert.raw import PIECE_BYTES, RawTensor, bytes_of
-from megallm.convert.safetensors_file import Declared
+from megallm.convert.raw import RawTensor, bytes_of
+from megallm.convert.safetensors_file import Declared, write_all
 
 _STORAGES = {
     torch.float64: "torch.DoubleStorage",
@@ -126,35 +127,32 @@ def _is_contiguous(tensor: TensorRef) -> bool:
 def write_torch_file(
     path: Path,
     content: Callable[[Mapping[str, TensorRef]], Any],
-    declared: Iterable[Declared],
+    declared: Sequence[Declared],
     tensors: Iterable[torch.Tensor],
-    advance: Callable[[int], None],
 ) -> None:
     """Writes a file that `torch.load` reads: what `content` makes of the tensors' places, and the `tensors`.
 
-    They come as they were declared, one after another. The file is flushed to the disk; `advance` is told the bytes of
-    each tensor.
+    They come as they were declared, one after another; nothing is kept of one when the next is asked for. The file is
+    flushed to the disk.
 
     Raises OSError where it cannot be written.
     """
-    declared = list(declared)
     places = {one.name: _reference(number, one) for number, one in enumerate(declared)}
-    with open(path, "xb") as file:
+    with open(path, "xb", buffering=0) as file, Flushing(file.fileno()) as flushing:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             archive.writestr("archive/data.pkl", write_pickle(content(places)))
             archive.writestr("archive/byteorder", "little")
-            for number, (one, tensor) in enumerate(zip(declared, tensors, strict=True)):
-                assert tensor.dtype == one.dtype and tuple(tensor.shape) == one.shape, (
-                    f"{one.name} was declared as {one}"
-                )
-                data = bytes_of(tensor)
-                with archive.open(f"archive/data/{number}", "w", force_zip64=len(data) >= 2**31) as entry:
-                    for at in range(0, len(data), PIECE_BYTES):
-                        entry.write(data[at : at + PIECE_BYTES])
-                advance(one.num_bytes)
+            left = iter(enumerate(declared))
+            for tensor in tensors:
+                number, one = next(left)
+                found = (tensor.dtype, tuple(tensor.shape))
+                assert found == (one.dtype, one.shape), f"{one.name} is {found}, declared as {one}"
+                with archive.open(f"archive/data/{number}", "w", force_zip64=one.num_bytes >= 2**31) as entry:
+                    write_all(entry, bytes_of(tensor), flushing)
+                del tensor
+            assert next(left, None) is None, f"{path} has fewer tensors than were declared"
             archive.writestr("archive/version", "3\n")
-        file.flush()
-        os.fsync(file.fileno())
+        flushing.finish()
 
 
 def _reference(number: int, declared: Declared) -> TensorRef:
