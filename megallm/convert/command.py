@@ -16,7 +16,7 @@ from megallm.convert.huggingface import open_folder, write_folder
 from megallm.convert.megatron.folder import find_iteration, open_megatron, write_torch_folder
 from megallm.convert.model import Weights
 from megallm.convert.native import open_native, write_native
-from megallm.convert.output import Progress, log_line
+from megallm.convert.output import Progress, log_line, where_now
 from megallm.convert.relayout import relayout
 from megallm.convert.verify import BOUNDS, has_transformers, judge, our_logits, their_logits, tokens_for
 from megallm.file_lock import own_folder
@@ -41,7 +41,7 @@ class Place:
         if self.kind == "hf":
             return open_folder(self.path)
         if self.kind == "megatron":
-            return open_megatron(find_iteration(self.path, self.iteration), self.true_vocab_size)
+            return open_megatron(find_iteration(where_now(self.path), self.iteration), self.true_vocab_size)
         return open_native(newest_checkpoint(str(self.path), self.iteration))
 
 

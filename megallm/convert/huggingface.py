@@ -18,7 +18,7 @@ from megallm.convert.ahead import read_ahead
 from megallm.convert.families import FAMILIES
 from megallm.convert.family import Family, is_surplus
 from megallm.convert.model import Weights, config_of, logical_shapes
-from megallm.convert.output import Progress, new_folder
+from megallm.convert.output import Progress, new_folder, where_now
 from megallm.convert.raw import RawFiles, RawTensor
 from megallm.convert.safetensors_file import Declared, read_header, write_file
 from megallm.convert.stored import Stored, StoredTensors, gather
@@ -42,6 +42,7 @@ def open_folder(folder: Path) -> Iterator[Weights]:
         ValueError: a sentence about what is wrong: an architecture or a feature that megallm does not have, a missing
             or broken file, a tensor that is missing, surplus, or of another shape, a tokenizer that is too large.
     """
+    folder = where_now(folder)
     family = family_of(read_config(folder), folder)
     config = config_of(read_settings(folder), DataConfig(**tokenizer_settings(folder)))
     check_tokenizer(folder, config.model.vocab_size or 0)

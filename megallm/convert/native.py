@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +18,7 @@ from megallm.config import from_dict, to_dict
 from megallm.config.tree import Config
 from megallm.convert.ahead import read_ahead
 from megallm.convert.model import Weights, config_of, logical_shapes
-from megallm.convert.output import Progress, check_absent
+from megallm.convert.output import Progress, check_absent, new_folder, where_now
 from megallm.convert.tokenizer_files import keep_companions, tokenizer_settings
 
 KEPT = "huggingface"
@@ -64,7 +62,8 @@ def _origin(config: Config, root: Path) -> Path | None:
     named = Path(config.data.tokenizer_model or "")
     if config.data.tokenizer_type == "HuggingFaceTokenizer" and named.is_dir():
         return named
-    return root / KEPT if (root / KEPT).is_dir() else None
+    kept = where_now(root / KEPT)
+    return kept if kept.is_dir() else None
 
 
 def write_native(
@@ -110,9 +109,5 @@ def _keep(origin: Path, root: Path) -> None:
     kept = root / KEPT
     if origin.absolute() == kept.absolute():
         return
-    root.mkdir(parents=True, exist_ok=True)
-    temporary = root / f"{KEPT}.{secrets.token_hex(8)}.tmp"
-    keep_companions(origin, temporary)
-    if kept.exists():
-        shutil.rmtree(kept)
-    temporary.rename(kept)
+    with new_folder(kept, 0, overwrite=True) as folder:
+        keep_companions(origin, folder)

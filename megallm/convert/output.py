@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 import shutil
@@ -14,23 +15,25 @@ from pathlib import Path
 from megallm.checkpoint.stream import flush
 
 _SECONDS_BETWEEN_LINES = 5.0
+# In the names of folders that are being written, or that step aside.
+_TOKEN = "[0-9a-f]" * 16
 
 
 @contextmanager
 def new_folder(final: Path, needed: int, overwrite: bool) -> Iterator[Path]:
     """A folder to write into, which becomes `final` at the end of the block, or vanishes where that fails.
 
-    An interrupted program leaves at most a folder `final.TOKEN.tmp`, which nothing takes for finished; the next
-    conversion to the same place removes it.
+    An interrupted program leaves at most a folder `final.TOKEN.tmp`, which nothing takes for finished, and what was at
+    `final` before as `final.TOKEN.replaced`, which counts until the new one has its place: see `where_now`. The next
+    conversion to the same place clears up.
 
     Raises ValueError if `final` is there and `overwrite` does not allow to replace it, if it cannot be written, or if
     less than `needed` bytes are free.
     """
-    check_absent(final, overwrite)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        for left in final.parent.glob(f"{final.name}.????????????????.tmp"):
-            shutil.rmtree(left)
+        _clear_up(final)
+        check_absent(final, overwrite)
         check_space(final.parent, needed)
         temporary = final.with_name(f"{final.name}.{secrets.token_hex(8)}.tmp")
         temporary.mkdir()
@@ -53,14 +56,43 @@ def new_folder(final: Path, needed: int, overwrite: bool) -> Iterator[Path]:
 
 
 def _replace(temporary: Path, final: Path) -> None:
-    """Renames; what was there before goes when the new one has its place."""
+    """Renames; what was there before steps aside, and goes when the new one has its place."""
     before = temporary.with_name(temporary.name.removesuffix(".tmp") + ".replaced")
     if final.exists():
         os.rename(final, before)
-    os.rename(temporary, final)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if before.exists():
+            os.rename(before, final)
+        raise
     flush(final.parent)
     if before.exists():
         shutil.rmtree(before)
+
+
+def where_now(final: Path) -> Path:
+    """`final`, or where it has stepped aside if whoever was replacing it was killed before the new one had its name."""
+    if not final.exists():
+        for before in _left(final, "replaced"):
+            log_line(f"{final} was about to be replaced when that was interrupted; it is read from {before}")
+            return before
+    return final
+
+
+def _clear_up(final: Path) -> None:
+    """Puts back, or removes, what killed conversions to this place have left."""
+    for before in _left(final, "replaced"):
+        if final.exists():
+            shutil.rmtree(before)
+        else:
+            os.rename(before, final)
+    for left in _left(final, "tmp"):
+        shutil.rmtree(left)
+
+
+def _left(final: Path, kind: str) -> list[Path]:
+    return sorted(final.parent.glob(f"{glob.escape(final.name)}.{_TOKEN}.{kind}"))
 
 
 def check_absent(final: Path, overwrite: bool) -> None:

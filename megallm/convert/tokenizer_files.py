@@ -9,7 +9,7 @@ from typing import Any
 
 from megallm.config.tree import DataConfig
 from megallm.data.tokenizer.base import Tokenizer, TokenizerSettings
-from megallm.data.tokenizer.build import build_tokenizer
+from megallm.data.tokenizer.build import build_tokenizer, settings_of
 from megallm.data.tokenizer.special_tokens import read_config
 
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
@@ -82,8 +82,7 @@ def _vocabulary_size(folder: Path) -> int:
 
 
 def keep_companions(folder: Path, kept: Path) -> None:
-    """Copies what goes with a model, and its `config.json`, to a new folder."""
-    kept.mkdir()
+    """Copies what goes with a model, and its `config.json`, to another folder."""
     for name in (*_COMPANIONS, TOKENIZER_CONFIG, GENERATION_CONFIG, "config.json"):
         if (folder / name).exists():
             shutil.copyfile(folder / name, kept / name)
@@ -134,16 +133,7 @@ def build_tokenizer_of(data: DataConfig, origin: Path | None) -> Tokenizer:
         return build_tokenizer(TokenizerSettings("HuggingFaceTokenizer", str(origin)))
     if data.tokenizer_type not in _CLASSES:
         raise ValueError("the model names no tokenizer of text")
-    return build_tokenizer(
-        TokenizerSettings(
-            data.tokenizer_type,
-            data.tokenizer_model,
-            vocab_file=data.vocab_file,
-            merge_file=data.merge_file,
-            vocab_extra_ids=data.vocab_extra_ids,
-            tokenizer_sentencepiece_legacy=data.tokenizer_sentencepiece_legacy,
-        )
-    )
+    return build_tokenizer(settings_of(data))
 
 
 def _write_own(folder: Path, data: DataConfig) -> dict[str, Any]:

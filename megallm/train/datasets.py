@@ -20,8 +20,8 @@ from megallm.data.samples.gpt import GPTDatasetSettings
 from megallm.data.samples.masking import masking_vocabulary
 from megallm.data.samples.mock import MockDataset, MockMaskedDataset
 from megallm.data.samples.t5 import T5DatasetSettings
-from megallm.data.tokenizer.base import Tokenizer, TokenizerSettings, state_special_tokens
-from megallm.data.tokenizer.build import build_tokenizer
+from megallm.data.tokenizer.base import Tokenizer, state_special_tokens
+from megallm.data.tokenizer.build import build_tokenizer, settings_of
 from megallm.data.tokenizer.record import check_records, describe
 from megallm.plan.rules_data import data_sources
 
@@ -55,21 +55,7 @@ def build_tokenizer_of(config: Config) -> Tokenizer | None:
     data = config.data
     if data.tokenizer_type is None or (data.mock_data and data.tokenizer_type == "NullTokenizer"):
         return None
-    return build_tokenizer(
-        TokenizerSettings(
-            data.tokenizer_type,
-            data.tokenizer_model,
-            vocab_file=data.vocab_file,
-            merge_file=data.merge_file,
-            vocab_size=config.model.vocab_size,
-            vocab_extra_ids=data.vocab_extra_ids,
-            tokenizer_sentencepiece_legacy=data.tokenizer_sentencepiece_legacy,
-            null_tokenizer_eod_id=data.null_tokenizer_eod_id,
-            tiktoken_pattern=data.tiktoken_pattern,
-            tiktoken_num_special_tokens=data.tiktoken_num_special_tokens,
-            tiktoken_special_tokens=tuple(data.tiktoken_special_tokens) or None,
-        )
-    )
+    return build_tokenizer(settings_of(data, config.model.vocab_size))
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer | None, world_size: int) -> Config:

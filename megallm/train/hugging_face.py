@@ -13,6 +13,7 @@ from megallm.config.tree import Config, ModelConfig, TrainingConfig
 from megallm.convert.family import OF_TRAINING
 from megallm.convert.huggingface import choose_family, open_folder, read_settings, write_folder
 from megallm.convert.native import open_native
+from megallm.convert.output import where_now
 from megallm.convert.tokenizer_files import tokenizer_settings
 from megallm.train.changes import check_architecture
 from megallm.train.engine import Engine
@@ -26,7 +27,8 @@ def with_hugging_face_model(config: Config) -> Config:
     """
     folder = config.checkpoint.load_hf
     assert folder is not None, "there is a folder"
-    theirs, given, default = read_settings(Path(folder)), config.model, ModelConfig()
+    there = where_now(Path(folder))
+    theirs, given, default = read_settings(there), config.model, ModelConfig()
     check_architecture(f"--load-hf {folder}", theirs, given)
     kept = {name: getattr(given, name) for name in OF_TRAINING}
     clashes = [
@@ -41,7 +43,7 @@ def with_hugging_face_model(config: Config) -> Config:
         )
     data = config.data
     if data.tokenizer_type is None:
-        data = replace(data, **tokenizer_settings(Path(folder)))
+        data = replace(data, **tokenizer_settings(there))
     return replace(config, model=replace(theirs, **kept), data=data)
 
 

@@ -279,6 +279,7 @@ def write_torch_folder(
                 place.mkdir(parents=True)
                 _write_rank(place / FILE, chunks, tensors, settings, implementation)
         if weights.origin is not None and has_tokenizer(weights.origin):
+            (folder / KEPT).mkdir()
             keep_companions(weights.origin, folder / KEPT)
         (folder / TRACKER).write_text(RELEASE)
     progress.finish()

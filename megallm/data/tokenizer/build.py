@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 
+from megallm.config.tree import DataConfig
 from megallm.data.tokenizer import huggingface, special_tokens
 from megallm.data.tokenizer.base import Tokenizer, TokenizerSettings
 from megallm.data.tokenizer.fast import with_fast_library
@@ -31,6 +32,24 @@ def build_tokenizer(settings: TokenizerSettings) -> Tokenizer:
             f"{', '.join(EXTENDED_TYPES)}: leave it out, or add the tokens to the tokenizer's own file."
         )
     return with_fast_library(build(settings), settings.fast_tokenizer)
+
+
+def settings_of(data: DataConfig, vocab_size: int | None = None) -> TokenizerSettings:
+    """The tokenizer that a run's configuration names, of a model with `vocab_size` tokens if that was given."""
+    assert data.tokenizer_type is not None, "a kind of tokenizer is named"
+    return TokenizerSettings(
+        data.tokenizer_type,
+        data.tokenizer_model,
+        vocab_file=data.vocab_file,
+        merge_file=data.merge_file,
+        vocab_size=vocab_size,
+        vocab_extra_ids=data.vocab_extra_ids,
+        tokenizer_sentencepiece_legacy=data.tokenizer_sentencepiece_legacy,
+        null_tokenizer_eod_id=data.null_tokenizer_eod_id,
+        tiktoken_pattern=data.tiktoken_pattern,
+        tiktoken_num_special_tokens=data.tiktoken_num_special_tokens,
+        tiktoken_special_tokens=tuple(data.tiktoken_special_tokens) or None,
+    )
 
 
 def _huggingface(settings: TokenizerSettings) -> Tokenizer:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -193,6 +195,39 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path: Path) ->
     (tmp_path / "back.tmp").mkdir()
     to_theirs(checkpoint, tmp_path / "back")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "back.tmp", "ours", "theirs"]
+
+
+def test_what_stepped_aside_counts_until_the_new_one_has_its_name(tmp_path: Path) -> None:
+    checkpoint = to_ours(llama(tmp_path / "theirs"), tmp_path / "ours")
+    # As a conversion with --overwrite leaves it that was killed between its two renames.
+    (tmp_path / "theirs").rename(tmp_path / "theirs.0123456789abcdef.replaced")
+    (tmp_path / "theirs.0123456789abcdef.tmp").mkdir()
+    with Place("hf", tmp_path / "theirs").open() as weights:
+        assert weights.config.model.num_layers == folders.LAYERS
+    with pytest.raises(ValueError, match="theirs is there already"):
+        to_theirs(checkpoint, tmp_path / "theirs")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
+    assert (tmp_path / "theirs" / "config.json").exists()
+    # After the second one only the removal is missing.
+    shutil.copytree(tmp_path / "theirs", tmp_path / "theirs.0123456789abcdef.replaced")
+    to_theirs(checkpoint, tmp_path / "theirs", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
+
+
+def test_what_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = to_ours(llama(tmp_path / "theirs"), tmp_path / "ours")
+    rename = os.rename
+
+    def fail(source: Path, target: Path) -> None:
+        if str(source).endswith(".tmp"):
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(ValueError, match="theirs cannot be written: Input/output error"):
+        to_theirs(checkpoint, tmp_path / "theirs", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
+    assert (tmp_path / "theirs" / "config.json").exists()
 
 
 def test_without_the_library_the_tensors_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
