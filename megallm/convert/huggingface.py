@@ -15,7 +15,7 @@ import torch
 
 from megallm.config.tree import Config, DataConfig, ModelConfig
 from megallm.convert.ahead import read_ahead
-from megallm.convert.families import FAMILIES
+from megallm.convert.families import FAMILIES, LACKING
 from megallm.convert.family import Family, is_surplus
 from megallm.convert.model import Weights, config_of, logical_shapes
 from megallm.convert.output import Progress, new_folder, where_now
@@ -23,6 +23,7 @@ from megallm.convert.raw import RawFiles, RawTensor
 from megallm.convert.safetensors_file import Declared, read_header, write_file
 from megallm.convert.stored import Stored, StoredTensors, gather
 from megallm.convert.tokenizer_files import check_tokenizer, tokenizer_settings, write_companions, write_json
+from megallm.convert.torch_file import read_torch_file
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -85,6 +86,8 @@ def family_of(theirs: Mapping[str, Any], folder: Path) -> Family:
     named = theirs.get("architectures") or []
     by_name = {family.architecture: family for family in FAMILIES} | {family.model_type: family for family in FAMILIES}
     wanted = named[0] if named else theirs.get("model_type")
+    if wanted in LACKING:
+        raise ValueError(f"{folder / CONFIG} describes a {wanted}, and megallm does not have its {LACKING[wanted]}")
     if wanted not in by_name:
         known = ", ".join(family.architecture for family in FAMILIES)
         close = get_close_matches(str(wanted), by_name, n=1)
@@ -111,21 +114,23 @@ def find_tensors(folder: Path, family: Family) -> dict[str, RawTensor]:
 
 
 def _all_tensors(folder: Path) -> dict[str, RawTensor]:
-    """With every shard that the index names."""
-    index = folder / INDEX
-    if not index.exists():
-        if (folder / SINGLE).exists():
-            return read_header(folder / SINGLE)
-        others = ", ".join(sorted(path.name for path in folder.glob("*.bin"))[:3])
-        raise ValueError(
-            f"{folder} holds neither {SINGLE} nor {INDEX}"
-            + (f", but {others}: save it anew with safe_serialization=True" if others else "")
-        )
+    """From the first of the known forms that is there, with every shard that its index names."""
+    for index, single, read in _FORMS:
+        if (folder / index).exists():
+            return _with_shards(folder, index, read)
+        if (folder / single).exists():
+            return read(folder / single)
+    names = " nor ".join(name for index, single, _ in _FORMS for name in (single, index))
+    raise ValueError(f"{folder} holds a {CONFIG}, but no weights: neither {names}")
+
+
+def _with_shards(folder: Path, index_name: str, read: Callable[[Path], dict[str, RawTensor]]) -> dict[str, RawTensor]:
+    index = folder / index_name
     try:
         places = json.loads(index.read_bytes())["weight_map"]
         names = sorted(set(places.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} is not an index of safetensors: it has no weight_map") from None
+        raise ValueError(f"{index} is not an index of weights: it has no weight_map") from None
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise ValueError(f"{index} names a file outside of its folder: {outside[0]}")
@@ -134,11 +139,28 @@ def _all_tensors(folder: Path) -> dict[str, RawTensor]:
         raise ValueError(f"{len(missing)} of the {len(names)} files that {index} names are not there: {missing[0]}")
     found: dict[str, RawTensor] = {}
     for name in names:
-        found |= read_header(folder / name)
+        found |= read(folder / name)
     absent = sorted(places.keys() - found.keys())
     if absent:
-        raise ValueError(f"{places[absent[0]]} of {folder} does not hold {absent[0]}, which {INDEX} places there")
+        raise ValueError(f"{places[absent[0]]} of {folder} does not hold {absent[0]}, which {index_name} places there")
     return found
+
+
+def _read_pickled(path: Path) -> dict[str, RawTensor]:
+    """The tensors of a file of torch's. Raises ValueError where it holds anything else."""
+    content = read_torch_file(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a dictionary of tensors")
+    others = [str(name) for name, value in content.items() if not isinstance(value, RawTensor)]
+    if others:
+        raise ValueError(f"{path} holds what are no tensors of weights: {', '.join(others[:3])}")
+    return content
+
+
+_FORMS: tuple[tuple[str, str, Callable[[Path], dict[str, RawTensor]]], ...] = (
+    (INDEX, SINGLE, read_header),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin", _read_pickled),
+)
 
 
 def _match(

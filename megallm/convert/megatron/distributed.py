@@ -16,12 +16,12 @@ from typing import Any
 from megallm.config.tree import DataConfig, ModelConfig
 from megallm.convert.megatron.arguments import read_arguments
 from megallm.convert.megatron.names import first_tensors, in_engine, last_tensors, layer_tensors
-from megallm.convert.megatron.pickled import Made, read_pickle
-from megallm.convert.megatron.torch_file import read_torch_file
 from megallm.convert.model import Weights, config_of, logical_shapes
+from megallm.convert.pickled import Made, read_pickle
 from megallm.convert.raw import RawFiles, RawTensor
 from megallm.convert.stored import Stored, StoredTensors, cut_columns, cut_rows
 from megallm.convert.tokenizer_files import tokenizer_settings
+from megallm.convert.torch_file import read_torch_file
 
 METADATA, COMMON, KEPT = ".metadata", "common.pt", "huggingface"
 _NUMBERED = re.compile(r"decoder\.layers\.\d+\.")

@@ -24,14 +24,14 @@ from megallm.convert.megatron.names import (
     layer_tensors,
     padded_vocab_size,
 )
-from megallm.convert.megatron.pickled import Made, Named
-from megallm.convert.megatron.torch_file import read_torch_file, write_torch_file
 from megallm.convert.model import Weights, check_layout, config_of, logical_shapes
 from megallm.convert.output import Progress, new_folder
+from megallm.convert.pickled import Made, Named
 from megallm.convert.raw import RawFiles, RawTensor
 from megallm.convert.safetensors_file import Declared
 from megallm.convert.stored import Stored, StoredTensors, gather
 from megallm.convert.tokenizer_files import has_tokenizer, keep_companions, tokenizer_settings
+from megallm.convert.torch_file import read_torch_file, write_torch_file
 from megallm.plan.split import stage_layers
 
 TRACKER, FILE, RELEASE, KEPT = "latest_checkpointed_iteration.txt", "model_optim_rng.pt", "release", "huggingface"

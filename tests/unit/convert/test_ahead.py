@@ -14,8 +14,8 @@ from megallm.checkpoint.boxes import WEIGHTS, declared_box
 from megallm.checkpoint.shard_file import write_shard
 from megallm.convert import ahead
 from megallm.convert.ahead import read_ahead
-from megallm.convert.megatron.torch_file import write_torch_file
 from megallm.convert.safetensors_file import Declared, read_header, write_file
+from megallm.convert.torch_file import write_torch_file
 
 COUNTS = (3, 40, 5, 5, 5, 90, 1, 90, 2, 60, 60)
 SIZES = [4 * count for count in COUNTS]

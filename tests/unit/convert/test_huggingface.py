@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,7 @@ BAD_FOLDERS = [
     ),
     ({"architectures": ["LlamaForCausalML"]}, None, r"the nearest is LlamaForCausalLM"),
     ({"architectures": [], "model_type": "mamba"}, None, r"describes the architecture 'mamba'; known are"),
+    ({"architectures": ["Gemma2ForCausalLM"]}, None, r"does not have its norms behind the attention and the MLP, caps"),
     ({"hidden_size": None}, None, r"config\.json of a llama model needs hidden_size"),
     ({"attention_bias": True}, None, r"attention_bias = True \(biases of all four projections of the attention"),
     ({"hidden_act": "gelu"}, None, r"the activation 'gelu' is not one that megallm has; known are silu"),
@@ -334,6 +336,43 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json cannot be read: No such file"):
         to_ours(tmp_path, tmp_path / "ours")
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_CONFIG))
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(ValueError, match=r"holds neither model\.safetensors nor .*, but pytorch_model\.bin"):
+    with pytest.raises(
+        ValueError, match=r"but no weights: neither model\.safetensors nor .* nor pytorch_model\.bin nor"
+    ):
         to_ours(tmp_path, tmp_path / "ours")
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("made",)
+
+
+def test_pickled_weights_are_read_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tensors = folders.make_tensors(folders.llama_shapes(), torch.bfloat16)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(LLAMA_CONFIG))
+    names = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
+    places = {name: names[number % 2] for number, name in enumerate(tensors)}
+    for file in names:
+        held = OrderedDict((name, tensors[name]) for name, place in places.items() if place == file)
+        torch.save(held, tmp_path / "theirs" / file)
+    index = tmp_path / "theirs" / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    back = folders.read(to_theirs(to_ours(tmp_path / "theirs", tmp_path / "ours"), tmp_path / "back"))
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    index.unlink()
+    single = tmp_path / "theirs" / "pytorch_model.bin"
+    for content, message in (
+        (tensors | {"extra": Evil()}, r"pytorch_model\.bin is not a file .* can be trusted: it names posix\.mkdir"),
+        (tensors | {"step": 5}, r"holds what are no tensors of weights: step"),
+        ([1], "does not hold a dictionary of tensors"),
+    ):
+        torch.save(content, single)
+        with pytest.raises(ValueError, match=message):
+            to_ours(tmp_path / "theirs", tmp_path / "other")
+    torch.save(tensors, single, _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"it is cut off, or from before torch 1\.6; then load it with torch"):
+        to_ours(tmp_path / "theirs", tmp_path / "other")
+    assert not (tmp_path / "made").exists()

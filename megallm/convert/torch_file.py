@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 
 from megallm.checkpoint.stream import Flushing
-from megallm.convert.megatron.pickled import StorageRef, TensorRef, read_pickle, write_pickle
+from megallm.convert.pickled import StorageRef, TensorRef, read_pickle, write_pickle
 from megallm.convert.raw import RawTensor, bytes_of
 from megallm.convert.safetensors_file import Declared, write_all
 
@@ -54,7 +54,12 @@ def read_torch_file(path: Path, begin: int = 0, num_bytes: int | None = None) ->
         return _with_places(content, path, places)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, RecursionError) as error:
+    except zipfile.BadZipFile as error:
+        raise ValueError(
+            f"{path} is not a whole archive of torch's ({error}): it is cut off, or from before torch 1.6; then load it"
+            " with torch and save it anew"
+        ) from None
+    except (ValueError, KeyError, EOFError, RecursionError) as error:
         raise ValueError(f"{path} is not a file of torch's that can be trusted: {error}") from None
 
 
