@@ -364,7 +364,7 @@ BAD_FOLDERS = [
     (change(model={"decoder.extra": torch.zeros(2)}), {}, r"decoder\.extra of shape \[2\] is not of this model"),
     (change(model={"language_model": {"a": 1}}), {}, r"language_model in .* is no tensor of weights"),
     (change(args=None), {}, r"there are no args in it"),
-    (cut_short, {}, r"is not a file of torch's that can be trusted"),
+    (cut_short, {}, r"is not a whole archive of torch's"),
     (None, {"num_experts": 8}, r"num_experts = 8 \(a mixture of experts\)"),
     (None, {"position_embedding_type": "yarn"}, r"position_embedding_type = 'yarn'"),
     (None, {"num_layers": 6}, r"holds 4 layers, but its arguments say 6"),
