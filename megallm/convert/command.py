@@ -93,6 +93,8 @@ def _convert(source: Place, target: Place, output: Output) -> Place:
         )
         return replace(target, path=folder)
     with source.open() as weights:
+        for note in weights.notes:
+            log_line(note)
         if target.kind == "hf":
             write_folder(
                 target.path,
@@ -156,8 +158,12 @@ def check(
         if not has_transformers():
             log("transformers is not installed: logits were not compared")
             return
+        if first.fresh or second.fresh:
+            log("one of them comes without its heads: logits were not compared")
+            return
         tokens = tokens_for(first.config, first.origin, text)
-        verdict = judge(_logits(source, first, tokens), _logits(target, second, tokens), tokens)
+        architecture = first.config.model.architecture
+        verdict = judge(_logits(source, first, tokens), _logits(target, second, tokens), tokens, architecture)
         bound = BOUNDS[dtype]
         log(
             f"verified on {verdict.num_tokens} tokens: largest difference of logits {verdict.largest:.2e}, "

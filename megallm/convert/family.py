@@ -41,7 +41,15 @@ class HeadByHead:
     value: str
 
 
-Rule = str | Rows | HeadByHead
+@dataclass(frozen=True)
+class OfNext:
+    """Our module `inside` of the layer that follows, and `last` in the last one: norms that end a layer of theirs."""
+
+    inside: str
+    last: str
+
+
+Rule = str | Rows | HeadByHead | OfNext
 
 
 class Special(ABC):
@@ -73,6 +81,11 @@ class Family:
         prefix: begins the names of all but the head; models that were saved without a head leave it away.
         head: their name of the output layer.
         surplus: tensors that hold nothing learned, which older versions saved.
+        copies: their tensors that are another one of them, which files leave out or repeat.
+        older: endings of names in files of older versions, and what they are now.
+        left_behind: tensors of other heads that the architecture has no use for; who reads a model is told.
+        may_lack: tensors of ours without which it comes; they begin anew, and who reads a model is told.
+        loader: the class of transformers that makes the model, and `logits` what it calls them.
     """
 
     model_type: str
@@ -86,6 +99,12 @@ class Family:
     prefix: str = ""
     head: str = "lm_head"
     surplus: str = r"(?!)"
+    copies: Mapping[str, str] = field(default_factory=dict)
+    older: Mapping[str, str] = field(default_factory=dict)
+    left_behind: str = r"(?!)"
+    may_lack: str = r"(?!)"
+    loader: str = "AutoModelForCausalLM"
+    logits: str = "logits"
 
     def read_settings(self, theirs: Mapping[str, Any]) -> ModelConfig:
         """Our settings of the model that a `config.json` describes.
@@ -172,6 +191,9 @@ def _stored(modules: Mapping[str, Rule], model: ModelConfig, shapes: Shapes) -> 
 
 
 def _of_module(name: str, rule: Rule, layer: str, model: ModelConfig, shapes: Shapes) -> Iterator[Stored]:
+    if isinstance(rule, OfNext):
+        following = int(layer) + 1
+        rule = rule.inside.format(following) if following < model.num_layers else rule.last
     rule = Rows((rule,)) if isinstance(rule, str) else rule
     ours = rule.modules if isinstance(rule, Rows) else (rule.query, rule.key, rule.value)
     for suffix in ("weight", "bias"):
@@ -200,3 +222,13 @@ def head_by_head(wholes: Sequence[Part], num_groups: int) -> tuple[Part, ...]:
 def is_surplus(family: Family, name: str) -> bool:
     """Whether a tensor of theirs holds nothing that was learned."""
     return re.fullmatch(family.surplus, name) is not None
+
+
+def is_left_behind(family: Family, name: str) -> bool:
+    """Whether a tensor of theirs is of a head that the architecture does not have."""
+    return re.fullmatch(family.left_behind, name) is not None
+
+
+def may_lack(family: Family, name: str) -> bool:
+    """Whether a model may come without a tensor of ours."""
+    return re.fullmatch(family.may_lack, name) is not None

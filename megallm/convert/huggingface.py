@@ -16,12 +16,13 @@ import torch
 from megallm.config.tree import Config, DataConfig, ModelConfig
 from megallm.convert.ahead import read_ahead
 from megallm.convert.families import FAMILIES, LACKING
-from megallm.convert.family import Family, is_surplus
+from megallm.convert.family import Family, is_left_behind, is_surplus, may_lack
+from megallm.convert.fresh import WithFresh
 from megallm.convert.model import Weights, config_of, logical_shapes
 from megallm.convert.output import Progress, new_folder, where_now
 from megallm.convert.raw import RawFiles, RawTensor
 from megallm.convert.safetensors_file import Declared, read_header, write_file
-from megallm.convert.stored import Stored, StoredTensors, gather
+from megallm.convert.stored import LogicalTensors, Stored, StoredTensors, gather
 from megallm.convert.tokenizer_files import check_tokenizer, tokenizer_settings, write_companions, write_json
 from megallm.convert.torch_file import read_torch_file
 
@@ -49,10 +50,27 @@ def open_folder(folder: Path) -> Iterator[Weights]:
     check_tokenizer(folder, config.model.vocab_size or 0)
     shapes = logical_shapes(config)
     found = find_tensors(folder, family)
-    stored = _match(folder, family, family.stored(config.model, shapes), found)
+    wanted = family.stored(config.model, shapes)
+    fresh = [part.name for one in wanted if one.name not in found for part in one.parts if may_lack(family, part.name)]
+    stored = _match(folder, family, [one for one in wanted if one.parts[0].name not in fresh], found)
     with RawFiles() as files:
         _check_tied_head(folder, family, config, found, files)
-        yield Weights(config, shapes, StoredTensors(files, stored, shapes), folder)
+        there = {name: shape for name, shape in shapes.items() if name not in fresh}
+        tensors: LogicalTensors = StoredTensors(files, stored, there)
+        if fresh:
+            tensors = WithFresh(tensors, config, fresh)
+        notes = tuple(_notes(folder, family, fresh, found))
+        yield Weights(config, shapes, tensors, folder, fresh=tuple(fresh), notes=notes)
+
+
+def _notes(folder: Path, family: Family, fresh: list[str], found: Mapping[str, RawTensor]) -> Iterator[str]:
+    if fresh:
+        yield (
+            f"{folder} holds a {family.architecture} without {', '.join(fresh)}: they begin with their initial values"
+        )
+    left = [name for name in found if is_left_behind(family, name)]
+    if left:
+        yield f"{folder} also holds {', '.join(left)}, for which a {family.architecture} has no use: they stay behind"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -106,11 +124,17 @@ def find_tensors(folder: Path, family: Family) -> dict[str, RawTensor]:
 
     Raises ValueError for a file that is missing or broken.
     """
-    found = _all_tensors(folder)
+    found = {_as_now(name, family): raw for name, raw in _all_tensors(folder).items()}
     # Models that were saved without their head leave the prefix away.
     if not family.prefix or any(name.startswith(family.prefix) for name in found):
         return found
     return {name if name.startswith(f"{family.head}.") else family.prefix + name: raw for name, raw in found.items()}
+
+
+def _as_now(name: str, family: Family) -> str:
+    """The name of a tensor as newer versions write it."""
+    old = next((ending for ending in family.older if name.endswith(ending)), "")
+    return name.removesuffix(old) + family.older.get(old, "")
 
 
 def _all_tensors(folder: Path) -> dict[str, RawTensor]:
@@ -178,11 +202,11 @@ def _match(
             problems.append(f"{stored.name} is of a type that weights do not have")
         else:
             pairs.append((stored, raw))
-    known = {stored.name for stored in wanted} | {f"{family.head}.weight"}
+    known = {stored.name for stored in wanted} | {f"{family.head}.weight", *family.copies}
     problems += [
         f"{name} of shape {list(raw.shape)} is none of a {family.architecture}"
         for name, raw in found.items()
-        if name not in known and not is_surplus(family, name)
+        if name not in known and not is_surplus(family, name) and not is_left_behind(family, name)
     ]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -197,9 +221,8 @@ def _check_tied_head(
     head = found.get(f"{family.head}.weight")
     if head is None or head.dtype is None or not config.model.tie_embeddings:
         return
-    embedding = next(
-        raw for name, raw in found.items() if re.fullmatch(r"(.*\.)?(embed_tokens|wte|embed_in)\.weight", name)
-    )
+    names = r"(.*\.)?(embed_tokens|wte|embed_in|word_embeddings)\.weight"
+    embedding = next(raw for name, raw in found.items() if re.fullmatch(names, name))
     if (head.shape, head.dtype) == (embedding.shape, embedding.dtype):
         step = max(1, 2**26 // (head.shape[1] * head.dtype.itemsize))
         for row in range(0, head.shape[0], step):

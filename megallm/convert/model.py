@@ -13,8 +13,8 @@ from megallm.config import resolve
 from megallm.config.tree import Config, DataConfig, ModelConfig, TrainingConfig
 from megallm.convert.stored import LogicalTensors
 from megallm.layers.context import LayoutContext
-from megallm.model.gpt import GPTStage
-from megallm.parameter import description_of
+from megallm.model.architecture import build_stage
+from megallm.parameter import Description, description_of
 from megallm.plan.validate import validate
 
 
@@ -28,6 +28,8 @@ class Weights:
         tensors: reads them.
         origin: folder with the files of its tokenizer and other files of Hugging Face's that go with it; or None.
         iteration: steps of training that are in it.
+        fresh: tensors that were not there, and are given their initial values.
+        notes: sentences that whoever reads the model should be told.
     """
 
     config: Config
@@ -35,6 +37,8 @@ class Weights:
     tensors: LogicalTensors
     origin: Path | None = None
     iteration: int = 0
+    fresh: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Rank(NamedTuple):
@@ -64,11 +68,14 @@ def rank_context(dtype: torch.dtype, device: torch.device, place: Rank = ALONE) 
 
 def logical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all logical tensors of a model, in the order of the model. Takes no memory."""
+    return {piece.name: piece.global_shape for described in descriptions(config) for piece in described.pieces}
+
+
+def descriptions(config: Config) -> list[Description]:
+    """Of all parameters of a model, whole, in the order of the model. Takes no memory."""
     context = rank_context(torch.float32, torch.device("meta"))
-    stage = GPTStage(positionless(config), range(config.model.num_layers), context, is_first=True, is_last=True)
-    return {
-        piece.name: piece.global_shape for parameter in stage.parameters() for piece in description_of(parameter).pieces
-    }
+    stage = build_stage(positionless(config), range(config.model.num_layers), context, is_first=True, is_last=True)
+    return [description_of(parameter) for parameter in stage.parameters()]
 
 
 def positionless(config: Config) -> Config:

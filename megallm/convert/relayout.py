@@ -21,7 +21,7 @@ from megallm.config.tree import Config, ParallelConfig
 from megallm.convert.ahead import read_ahead
 from megallm.convert.model import Rank, check_layout, config_of, positionless, rank_context
 from megallm.convert.output import Progress, check_absent
-from megallm.model.gpt import GPTStage
+from megallm.model.architecture import build_stage
 from megallm.parameter import Piece, description_of
 from megallm.plan.split import stage_layers
 
@@ -86,7 +86,9 @@ def _pieces(config: Config) -> Iterator[list[Piece]]:
             pieces: dict[str, Piece] = {}
             for number in range(pipeline_rank, len(stages), pipeline):
                 is_last = number == len(stages) - 1
-                stage = GPTStage(positionless(config), stages[number], context, is_first=number == 0, is_last=is_last)
+                stage = build_stage(
+                    positionless(config), stages[number], context, is_first=number == 0, is_last=is_last
+                )
                 for parameter in stage.parameters():
                     description = description_of(parameter)
                     if description.counts and ("tp" not in description.replicated_over or tensor_rank == 0):

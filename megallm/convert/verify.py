@@ -18,7 +18,7 @@ from megallm.convert.huggingface import family_of, find_tensors, read_config
 from megallm.convert.model import Weights, rank_context
 from megallm.convert.raw import RawFiles, RawTensor
 from megallm.convert.tokenizer_files import build_tokenizer_of
-from megallm.model.gpt import GPTStage
+from megallm.model.architecture import build_stage
 from megallm.parameter import description_of, piece_views
 
 NUM_TOKENS = 256
@@ -37,10 +37,17 @@ class Verdict:
     losses: tuple[float, float]
 
 
-def judge(source: torch.Tensor, target: torch.Tensor, tokens: torch.Tensor) -> Verdict:
-    """Compares logits [sequence, vocabulary] of two models on tokens int64 [sequence]."""
+def judge(source: torch.Tensor, target: torch.Tensor, tokens: torch.Tensor, architecture: str = "gpt") -> Verdict:
+    """Compares logits [sequence, vocabulary] of two models on tokens int64 [sequence].
+
+    The losses are those of the token that follows, or in an encoder of the token itself.
+    """
     apart = float((source - target).abs().max())
-    losses = [float(functional.cross_entropy(logits[:-1].double(), tokens[1:])) for logits in (source, target)]
+    ahead = 1 if architecture == "gpt" else 0
+    losses = [
+        float(functional.cross_entropy(logits[: len(tokens) - ahead].double(), tokens[ahead:]))
+        for logits in (source, target)
+    ]
     return Verdict(len(tokens), apart, apart / max(float(source.abs().max()), 1e-30), (losses[0], losses[1]))
 
 
@@ -94,12 +101,15 @@ def our_logits(weights: Weights, tokens: torch.Tensor, dtype: torch.dtype = torc
         "tokens": tokens.unsqueeze(0),
         "position_ids": torch.arange(len(tokens)).unsqueeze(0),
         "sample_ids": torch.zeros(1, dtype=torch.int64),
+        # What an encoder reads too: one text, without padding.
+        "types": torch.zeros((1, len(tokens)), dtype=torch.int64),
+        "padding_mask": torch.ones((1, len(tokens)), dtype=torch.int64),
     }
     hidden: Any = ()
     last = model.num_layers + 1
     for number in range(last + 1):
         layers = range(number - 1, number) if 0 < number < last else range(0)
-        stage: Any = GPTStage(config, layers, context, is_first=number == 0, is_last=number == last)
+        stage: Any = build_stage(config, layers, context, is_first=number == 0, is_last=number == last)
         for parameter in stage.parameters():
             for piece, view in piece_views(parameter, description_of(parameter)):
                 weights.tensors.fill(piece.name, piece.offset, view)
@@ -134,12 +144,13 @@ def their_logits(folder: Path, tokens: torch.Tensor, dtype: torch.dtype = torch.
 
     transformers.utils.logging.set_verbosity_error()
     config = transformers.AutoConfig.from_pretrained(folder)
-    with _WithoutMemory():
-        model: Any = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
     family = family_of(read_config(folder), folder)
+    config.use_cache = False
+    with _WithoutMemory():
+        model: Any = getattr(transformers, family.loader).from_config(config).to(dtype).eval()
     with RawFiles() as files:
         _stream(model, family, find_tensors(folder, family), files, dtype)
-        return model(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0]
+        return model(input_ids=tokens.unsqueeze(0))[family.logits][0]
 
 
 def _stream(model: Any, family: Family, found: dict[str, RawTensor], files: RawFiles, dtype: torch.dtype) -> None:
@@ -147,6 +158,7 @@ def _stream(model: Any, family: Family, found: dict[str, RawTensor], files: RawF
     embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
 
     def raw_of(name: str) -> RawTensor:
+        name = family.copies.get(name, name)
         if name in found:
             return found[name]
         # In memory the head has one name in all families; with tied weights it has none of its own.

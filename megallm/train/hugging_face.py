@@ -47,21 +47,26 @@ def with_hugging_face_model(config: Config) -> Config:
     return replace(config, model=replace(theirs, **kept), data=data)
 
 
-def begin_with(engine: Engine, folder: str) -> None:
+def begin_with(engine: Engine, folder: str) -> list[str]:
     """Fills the engine's weights from a Hugging Face folder, in its layout: each rank reads what it holds.
+
+    What the folder does not hold keeps its initial values. Returns sentences that the user should read.
 
     Raises ValueError, on all ranks alike, for what is wrong with the folder.
     """
     boxes = [box for box in local_boxes(engine.optimizer, engine.chunks, engine.mesh) if box.kind == WEIGHTS]
 
-    def read() -> None:
+    def read() -> list[str]:
         with open_folder(Path(folder)) as weights:
             for box in boxes:
-                weights.tensors.fill(box.name, box.offset, box.tensor)
+                if box.name not in weights.fresh:
+                    weights.tensors.fill(box.name, box.offset, box.tensor)
+            return list(weights.notes)
 
-    on_every_rank(engine.mesh, read)
+    notes = on_every_rank(engine.mesh, read)
     engine.optimizer.publish_weights()
     engine.reducer.finish_gather()
+    return notes
 
 
 def export(engine: Engine, checkpoint: Path) -> Path:

@@ -59,8 +59,8 @@ def take_up(engine: Engine, order: dict[str, str] | None = None) -> Loaded | Non
         if loaded is None:
             raise ValueError(f"--pretrained-checkpoint {settings.pretrained_checkpoint} holds no checkpoint")
     if loaded is None and settings.load_hf:
-        begin_with(engine, settings.load_hf)
-        loaded = Loaded(Path(settings.load_hf), [], TakenUp.WEIGHTS)
+        notes = begin_with(engine, settings.load_hf)
+        loaded = Loaded(Path(settings.load_hf), notes, TakenUp.WEIGHTS)
     if loaded is None and (settings.finetune or settings.exit_on_missing_checkpoint):
         flag = "--finetune" if settings.finetune else "--exit-on-missing-checkpoint"
         raise ValueError(f"--load {settings.load} holds no checkpoint, and {flag} allows no start without one")

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from megallm.config import Config, parse_arguments, resolve
+from megallm.convert.native import open_native
+from megallm.convert.verify import judge, our_logits
 from megallm.mesh import Mesh, MeshShape
+from megallm.train.hugging_face import with_hugging_face_model
 from megallm.train.loop import pretrain_on
 from megallm.train.saved_arguments import with_saved_model
 from megallm.train.tasks.bert import BERTTask
@@ -25,6 +28,7 @@ from tests.distributed.launch import (
     read_lines,
     training_lines,
     validation_lines,
+    without,
 )
 from tests.distributed.pool import WorkerPool
 
@@ -50,7 +54,7 @@ def test_from_text_to_a_trained_bert(tmp_path: Path) -> None:
     assert losses[5] == pytest.approx(losses[4], abs=0.6), "the loss goes on where it was"
     assert losses[5] < losses[0] - 0.5 and losses[9] < losses[0] - 1.0
     # So few steps teach the order of texts to nobody: a coin's ln 2.
-    assert all(line["sop_loss"] == pytest.approx(0.69, abs=0.3) for line in first + second)
+    assert sum(line["sop_loss"] for line in second) / 5 == pytest.approx(0.69, abs=0.2)
     checks = [validation_lines(tmp_path / f"{name}_layout.jsonl")[0] for name in ("first", "second")]
     assert checks[1]["valid_lm_loss"] < checks[0]["valid_lm_loss"]
     assert all("valid_sop_loss" in check for check in checks)
@@ -106,3 +110,37 @@ def test_each_program_has_its_own_checkpoints(pool: WorkerPool, tmp_path: Path) 
     losses = [line["lm_loss"] for line in lines if "lm_loss" in line]
     assert len(losses) == 6 and losses[-1] < losses[0] - 0.1
     assert all(line["sop_loss"] == pytest.approx(0.69, abs=0.1) for line in lines if "lm_loss" in line)
+
+
+def run_from_hugging_face(rank: int, folder: str, root: str) -> None:
+    """Six steps from the model in `folder`; leaves checkpoints and a Hugging Face folder under `root`."""
+    of_the_folder = ("--num-layers", "--hidden-size", "--num-attention-heads", "--vocab-size")
+    flags = [*without(TINY, *of_the_folder), "--load-hf", folder, "--save-hf", f"{root}/hf", "--save", f"{root}/ours"]
+    flags += ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+    config = parse_arguments(flags, prog="test", description="", architecture="bert")
+    config = resolve(with_hugging_face_model(config), 4)
+    mesh = Mesh(MeshShape(tp=2, pp=2), rank, torch.device("cpu"))
+    pretrain_on(mesh, config, BERTTask.from_config, time.monotonic())
+
+
+@pytest.mark.slow
+def test_a_bert_of_hugging_faces_goes_on_and_goes_back(pool: WorkerPool, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    settings = {"vocab_size": 51, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.BertConfig(
+        **settings, intermediate_size=48, max_position_embeddings=20, initializer_range=0.2, use_cache=False
+    )
+    model = transformers.BertForPreTraining(config).double()
+    model.save_pretrained(tmp_path / "theirs")
+    pool.run(4, run_from_hugging_face, str(tmp_path / "theirs"), str(tmp_path))
+    tokens = torch.arange(17) * 7 % 51
+    exported = transformers.BertForPreTraining.from_pretrained(
+        tmp_path / "hf" / "iter_0000006", dtype=torch.float64
+    ).eval()
+    before, after = (
+        one.eval()(input_ids=tokens.unsqueeze(0)).prediction_logits[0].detach() for one in (model, exported)
+    )
+    assert judge(before, after, tokens, "bert").share > 1e-3, "the model is meant to have moved"
+    with open_native(tmp_path / "ours" / "iter_0000006") as weights:
+        assert judge(after, our_logits(weights, tokens, torch.float64), tokens, "bert").share < 1e-10
+        assert judge(after.float(), our_logits(weights, tokens), tokens, "bert").share < 1e-5

@@ -1,12 +1,17 @@
 """The families of models, a table each."""
 
+from megallm.convert.families.bert import BERT_MASKED_LM, BERT_MODEL, BERT_PRETRAINING
 from megallm.convert.families.gpt2 import GPT2
 from megallm.convert.families.gpt_neox import GPT_NEOX
 from megallm.convert.families.llama import GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3
 from megallm.convert.family import Family
 
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GPT2, GPT_NEOX)
-"""Where several can hold a model of ours, the first one is taken."""
+FAMILIES: tuple[Family, ...] = (
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GPT2, GPT_NEOX),
+    *(BERT_PRETRAINING, BERT_MASKED_LM, BERT_MODEL),
+)
+"""Where several can hold a model of ours, the first one is taken; where no architecture is named, the last of a
+type."""
 
 _GEMMA2 = "norms behind the attention and the MLP, caps on scores and logits, and windows in every other layer only"
 _GEMMA3 = "norms behind the attention and the MLP, and windows with rotary angles of their own in most layers"

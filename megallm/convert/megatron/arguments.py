@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
 from typing import Any
 
-from megallm.config.resolve import attention_window, ffn_hidden_size, kv_channels, num_query_groups
+from megallm.config.resolve import attention_window, ffn_hidden_size, kv_channels, num_query_groups, num_token_types
 from megallm.config.tree import ModelConfig
 from megallm.convert.family import OF_TRAINING
 
@@ -41,6 +41,9 @@ _OTHERS = (
     "tie_embeddings",
     "window_size",
     "vocab_size",
+    "architecture",
+    "bert_binary_head",
+    "num_token_types",
 )
 # What the model would lose: theirs by name, and the value with which ours computes the same.
 _LACKING = {
@@ -60,7 +63,12 @@ _ACTIVATIONS = {"swiglu": "swiglu", "squared_relu": "squared_relu", "openai_gelu
 _POSITIONS = ("learned_absolute", "rope", "none")
 
 
-def read_arguments(given: Mapping[str, Any], vocab_size: int) -> ModelConfig:
+def architecture_of(names: Iterable[str]) -> str:
+    """What model tensors of these names are: their arguments do not say it."""
+    return "bert" if any(name.startswith("encoder.") for name in names) else "gpt"
+
+
+def read_arguments(given: Mapping[str, Any], vocab_size: int, architecture: str = "gpt") -> ModelConfig:
     """Our settings of the model of a command line.
 
     Raises ValueError, naming the feature, for what we do not have.
@@ -83,7 +91,11 @@ def read_arguments(given: Mapping[str, Any], vocab_size: int) -> ModelConfig:
     is_grouped = bool(given.get("group_query_attention"))
     window = given.get("window_size")
     epsilon = given.get("norm_epsilon", given.get("layernorm_epsilon"))
+    # Decoders are saved with BERT's default, too.
+    has_binary_head = architecture == "gpt" or bool(given.get("bert_binary_head", True))
     return ModelConfig(
+        architecture=architecture,
+        bert_binary_head=has_binary_head,
         **values | ({} if epsilon is None else {"norm_epsilon": epsilon}),
         ffn_hidden_size=given.get("ffn_hidden_size"),
         group_query_attention=is_grouped,
@@ -117,6 +129,8 @@ def write_arguments(model: ModelConfig) -> dict[str, Any]:
         for entry in fields(ModelConfig)
         if entry.name not in known and getattr(model, entry.name) != getattr(default, entry.name)
     ]
+    if num_token_types(model) != num_token_types(replace(model, num_token_types=None)):
+        lost.append(f"num_token_types {model.num_token_types}")
     if model.activation not in (*_ACTIVATIONS.values(), "gelu"):
         lost.append(f"activation {model.activation!r}")
     if model.position_embedding_type not in _POSITIONS:
@@ -133,6 +147,7 @@ def write_arguments(model: ModelConfig) -> dict[str, Any]:
         **{theirs: model.activation == ours for theirs, ours in _ACTIVATIONS.items()},
         "bias_gelu_fusion": False,
         "untie_embeddings_and_output_weights": not model.tie_embeddings,
+        "bert_binary_head": model.bert_binary_head,
         "window_size": None if before is None else (before, 0),
         "vocab_size": model.vocab_size,
         "add_position_embedding": model.position_embedding_type == "learned_absolute",

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megallm.config.tree import DataConfig, ModelConfig
-from megallm.convert.megatron.arguments import read_arguments
-from megallm.convert.megatron.names import first_tensors, in_engine, last_tensors, layer_tensors
+from megallm.convert.megatron.arguments import architecture_of, read_arguments
+from megallm.convert.megatron.names import first_tensors, in_engine, last_tensors, layer_tensors, stack_of
 from megallm.convert.model import Weights, config_of, logical_shapes
 from megallm.convert.pickled import Made, read_pickle
 from megallm.convert.raw import RawFiles, RawTensor
@@ -24,7 +24,8 @@ from megallm.convert.tokenizer_files import tokenizer_settings
 from megallm.convert.torch_file import read_torch_file
 
 METADATA, COMMON, KEPT = ".metadata", "common.pt", "huggingface"
-_NUMBERED = re.compile(r"decoder\.layers\.\d+\.")
+_NUMBERED = re.compile(r"(?:decoder|encoder)\.layers\.\d+\.")
+_OF_MODELS = ("decoder.", "encoder.", "embedding.", "output_layer.", "lm_head.", "pooler.", "binary_head.")
 _MOST_BYTES = 2**30
 
 
@@ -105,7 +106,7 @@ def _model(
     vocab_size = true_vocab_size or given.get("vocab_size") or table[0]
     if vocab_size > table[0]:
         raise ValueError(f"a vocabulary of {vocab_size} is larger than the {table[0]} rows of the embedding")
-    return read_arguments(given, vocab_size)
+    return read_arguments(given, vocab_size, architecture_of(sizes))
 
 
 def _whole_tensors(
@@ -117,14 +118,14 @@ def _whole_tensors(
     layers = [list(layer_tensors(model, shapes, layer, 1, 0)) for layer in range(model.num_layers)]
     if any(_NUMBERED.match(name) for name in sizes):
         found += [
-            replace(stored, name=f"decoder.layers.{number}.{stored.name}")
+            replace(stored, name=f"{stack_of(model)}.layers.{number}.{stored.name}")
             for number, layer in enumerate(layers)
             for stored in layer
         ]
     else:
         for same in zip(*layers, strict=True):
             parts = tuple(part for stored in same for part in stored.parts)
-            found.append(Stored(f"decoder.layers.{same[0].name}", parts))
+            found.append(Stored(f"{stack_of(model)}.layers.{same[0].name}", parts))
     found += last_tensors(model, shapes, padded, 1, 0, repeats_embedding=False)
     return [replace(stored, name=in_engine(stored.name)) for stored in found]
 
@@ -150,7 +151,7 @@ def _match(
     problems += [
         f"{name} of shape {list(size)} is not of this model"
         for name, size in sizes.items()
-        if name not in known and name.startswith(("decoder.", "embedding.", "output_layer.", "encoder."))
+        if name not in known and name.startswith(_OF_MODELS)
     ]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""

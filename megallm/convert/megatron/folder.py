@@ -14,7 +14,7 @@ import torch
 
 from megallm.config.tree import DataConfig, ModelConfig, ParallelConfig
 from megallm.convert.ahead import read_ahead
-from megallm.convert.megatron.arguments import read_arguments, write_arguments
+from megallm.convert.megatron.arguments import architecture_of, read_arguments, write_arguments
 from megallm.convert.megatron.distributed import METADATA, open_distributed_folder
 from megallm.convert.megatron.names import (
     TRANSFORMER_ENGINE,
@@ -23,6 +23,7 @@ from megallm.convert.megatron.names import (
     last_tensors,
     layer_tensors,
     padded_vocab_size,
+    stack_of,
 )
 from megallm.convert.model import Weights, check_layout, config_of, logical_shapes
 from megallm.convert.output import Progress, new_folder
@@ -37,7 +38,7 @@ from megallm.plan.split import stage_layers
 TRACKER, FILE, RELEASE, KEPT = "latest_checkpointed_iteration.txt", "model_optim_rng.pt", "release", "huggingface"
 DIVISIBLE_BY = 128
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+_LAYER = re.compile(r"(?:decoder|encoder)\.layers\.(\d+)\.(.*)")
 
 
 class Chunk(NamedTuple):
@@ -174,7 +175,7 @@ def _model(given: Mapping[str, Any], chunks: list[Chunk], true_vocab_size: int |
     vocab_size = true_vocab_size or given.get("vocab_size") or padded
     if vocab_size > padded:
         raise ValueError(f"a vocabulary of {vocab_size} is larger than the {padded} rows of the embedding")
-    return read_arguments(given, vocab_size)
+    return read_arguments(given, vocab_size, architecture_of(name for chunk in chunks for name in chunk.tensors))
 
 
 def _match(
@@ -236,7 +237,7 @@ def chunk_tensors(
     found = list(first_tensors(model, shapes, padded_size, tp, rank)) if stage == 0 else []
     for local, layer in enumerate(layers):
         found += [
-            replace(stored, name=f"decoder.layers.{local}.{stored.name}")
+            replace(stored, name=f"{stack_of(model)}.layers.{local}.{stored.name}")
             for stored in layer_tensors(model, shapes, layer, tp, rank)
         ]
     if stage == num_stages - 1:

@@ -44,16 +44,27 @@ MODULES: Mapping[str, Module] = {
 FIRST: Mapping[str, Module] = {
     "embedding.word_embeddings": Module("embedding.word", "rows"),
     "embedding.position_embeddings": Module("embedding.position"),
+    "embedding.tokentype_embeddings": Module("embedding.type"),
 }
+# A decoder has the first two alone.
 LAST: Mapping[str, Module] = {
-    "decoder.final_layernorm": Module("decoder.final_norm"),
+    "final_layernorm": Module("final_norm"),
     "output_layer": Module("output", "rows"),
+    "lm_head.dense": Module("head.transform"),
+    "lm_head.layer_norm": Module("head.norm"),
+    "pooler.dense": Module("pooler"),
+    "binary_head": Module("next_sentence"),
 }
 # Transformer Engine keeps the norms before its linear layers in these.
 _IN_ENGINE = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
+
+
+def stack_of(model: ModelConfig) -> str:
+    """What the layers are called, there and here."""
+    return "encoder" if model.architecture == "bert" else "decoder"
 
 
 def in_engine(name: str) -> str:
@@ -66,7 +77,7 @@ def in_engine(name: str) -> str:
 def layer_tensors(model: ModelConfig, shapes: Shapes, layer: int, tp: int, rank: int) -> Iterator[Stored]:
     """A tensor rank's part of a layer, under names without the layer, as the local implementation has them."""
     for name, module in MODULES.items():
-        yield from _tensors(name, module, f"decoder.layers.{layer}.", model, shapes, tp, rank, 0)
+        yield from _tensors(name, module, f"{stack_of(model)}.layers.{layer}.", model, shapes, tp, rank, 0)
 
 
 def first_tensors(model: ModelConfig, shapes: Shapes, padded_size: int, tp: int, rank: int) -> Iterator[Stored]:
@@ -80,9 +91,11 @@ def last_tensors(
 ) -> Iterator[Stored]:
     """A tensor rank's part of what comes after them; with tied weights the last of several stages has a copy."""
     for name, module in LAST.items():
+        scope = f"{stack_of(model)}." if name == "final_layernorm" else ""
+        yield from _tensors(scope + name, module, scope, model, shapes, tp, rank, padded_size)
         if name == "output_layer" and repeats_embedding:
-            module = replace(module, rule="embedding.word")
-        yield from _tensors(name, module, "", model, shapes, tp, rank, padded_size)
+            copy = replace(module, rule="embedding.word")
+            yield from _tensors(name, copy, "", model, shapes, tp, rank, padded_size)
 
 
 def _tensors(
