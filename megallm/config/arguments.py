@@ -272,6 +272,9 @@ def _imply(values: dict[str, Any], line: _Line) -> None:
     has_files = values.get("data.vocab_file") and values.get("data.merge_file")
     if values.get("data.tokenizer_type") is None and has_files:
         values["data.tokenizer_type"] = "GPT2BPETokenizer"
+    is_bert = values.get("model.architecture") == "bert"
+    if values.get("data.tokenizer_type") is None and is_bert and values.get("data.vocab_file"):
+        values["data.tokenizer_type"] = "BertWordPieceLowerCase"
     reads_none = values.get("training.eval_iters") == 0 and not values.get("data.full_validation")
     if reads_none and values.get("training.eval_interval") is not None:
         values["training.eval_interval"] = None

@@ -334,6 +334,12 @@ DIFFERENCES = (
         "a run must not lose its place unnoticed",
     ),
     Difference(
+        "`--split-sentences` with a tokenizer that surrounds texts",
+        "each sentence is surrounded, with [CLS] and [SEP] for example",
+        "sentences are not",
+        "a sample puts sentences together, and surrounds them itself",
+    ),
+    Difference(
         "Resuming with flags of another model",
         "some are compared, others change the model in silence",
         "all are compared; `--allow-model-change` confirms",

@@ -429,7 +429,8 @@ class DataConfig:
     tokenizer_type: str | None = option(
         None,
         "--tokenizer-type",
-        "kind of tokenizer (GPT2BPETokenizer where --vocab-file and --merge-file are given)",
+        "kind of tokenizer (GPT2BPETokenizer where --vocab-file and --merge-file are given; of BERT "
+        "BertWordPieceLowerCase where --vocab-file is)",
         choices=(
             "HuggingFaceTokenizer",
             "SentencePieceTokenizer",

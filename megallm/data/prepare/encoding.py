@@ -98,6 +98,9 @@ class Encoder:
             )
         self.tokenizer: Tokenizer = build_tokenizer(settings.tokenizer)
         self.dtype = token_dtype(self.tokenizer.vocab_size)
+        # A sentence is a part of a sample, which gets its own beginning and end.
+        around = ([], []) if self._split is None else self.tokenizer.surroundings()
+        self._around = len(around[0]), len(around[1])
 
     def encode(self, documents: Iterable[RawDocument]) -> Encoded:
         """Tokens of a batch of documents.
@@ -176,6 +179,8 @@ class Encoder:
         except FastTokenizerDiffers as error:
             raise FastTokenizerDiffers(int(document_of_text[error.index]), str(error)) from None
         self._check_range(ids)
+        if any(self._around):
+            ids, lengths = without_surroundings(ids, lengths, *self._around)
         filled = lengths > 0
         # [sequences]
         sequence_lengths = lengths[filled].astype("<i4")
@@ -196,6 +201,19 @@ class Encoder:
         if lowest < 0 or highest >= limit:
             wrong = lowest if lowest < 0 else highest
             raise ValueError(f"The tokenizer gave id {wrong}, but says that it has ids 0 to {limit - 1}.")
+
+
+def without_surroundings(
+    ids: np.ndarray, lengths: np.ndarray, before: int, after: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Texts without their first `before` and last `after` tokens: `ids` [tokens] of texts of `lengths` [texts]."""
+    ends = np.cumsum(lengths)
+    is_kept = np.ones(len(ids), bool)
+    for number in range(before):
+        is_kept[ends - lengths + number] = False
+    for number in range(after):
+        is_kept[ends - 1 - number] = False
+    return ids[is_kept], lengths - before - after
 
 
 class _LibraryDiffers(Exception):

@@ -107,6 +107,10 @@ class Tokenizer(ABC):
         """Ids of all texts back to back, int32 [ids], and how many each has, int64 [texts]."""
         return flatten(self.encode_batch(texts))
 
+    def surroundings(self) -> tuple[list[int], list[int]]:
+        """Special tokens that are put before and after every text."""
+        return [], []
+
     def texts_with_own_token(self) -> list[str]:
         """Texts that are looked for in every document and become a token of their own."""
         return []

@@ -12,7 +12,6 @@ import numpy as np
 from megallm.data.tokenizer.base import Tokenizer
 from megallm.data.tokenizer.gigatoken import FastLibrary, find_gigatoken
 from megallm.data.tokenizer.hard_texts import hard_texts
-from megallm.data.tokenizer.huggingface import HuggingFaceTokenizer
 
 # Characters of the first documents that the reference encodes, too; later one of every thousand. The reference is 10 to
 # 40 times slower: so much costs a few hundredths of the time.
@@ -64,7 +63,8 @@ class FastTokenizer(Tokenizer):
             setattr(self, attribute, getattr(reference, attribute))
         self._reference, self._load, self._differs_on = reference, load, differs_on
         self.fast_library = name
-        self._prefix, self._suffix = _surroundings(reference)
+        # The fast library puts none.
+        self._prefix, self._suffix = reference.surroundings()
         self._load_library()
         self._random = random.Random()
         # Characters that the reference may encode now.
@@ -72,6 +72,9 @@ class FastTokenizer(Tokenizer):
         self._first_documents = True
         for text in hard_texts(reference):
             self._compare(text, self._ids(text), 0)
+
+    def surroundings(self) -> tuple[list[int], list[int]]:
+        return self._prefix, self._suffix
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         left = [index for index, text in enumerate(texts) if self._differs_on(text)] if self._differs_on else []
@@ -225,8 +228,3 @@ def resident_bytes() -> int | None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return None
-
-
-def _surroundings(reference: Tokenizer) -> tuple[list[int], list[int]]:
-    """Special tokens that the reference puts before and after every text; the fast library puts none."""
-    return reference.surroundings() if isinstance(reference, HuggingFaceTokenizer) else ([], [])

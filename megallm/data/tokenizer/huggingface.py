@@ -72,7 +72,6 @@ class HuggingFaceTokenizer(Tokenizer):
         return [token.content for token in self._library.get_added_tokens_decoder().values()]
 
     def surroundings(self) -> tuple[list[int], list[int]]:
-        """Special tokens that are put before and after every text."""
         inner = self._library.encode("a", add_special_tokens=False).ids
         whole = self._library.encode("a").ids
         start = next((n for n in range(len(whole)) if whole[n : n + len(inner)] == inner), 0)

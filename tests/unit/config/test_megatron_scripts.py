@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+import pretrain_bert
 import pretrain_gpt
 from tests.unit.config.megatron_scripts import SCRIPTS
 
@@ -15,7 +16,8 @@ from tests.unit.config.megatron_scripts import SCRIPTS
 )
 def test_published_scripts_parse_and_are_planned(capsys: pytest.CaptureFixture[str], name: str) -> None:
     gpus, line, billions = SCRIPTS[name]
-    pretrain_gpt.main([*line.split(), "--dry-run", "--json", "--world-size", str(gpus)])
+    program = pretrain_bert if name.startswith("bert") else pretrain_gpt
+    program.main([*line.split(), "--dry-run", "--json", "--world-size", str(gpus)])
     told = json.loads(capsys.readouterr().out)
     assert told["parameters"] / 1e9 == pytest.approx(billions, rel=0.005)
     assert told["world_size"] == gpus

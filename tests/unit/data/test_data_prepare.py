@@ -135,6 +135,30 @@ def test_sentences_in_one_run(tool, tokenizer_json, tmp_path):
     assert "klingon" in err
 
 
+def test_sentences_are_not_surrounded_as_texts_are(tool, tokenizer_json, tmp_path):
+    """A sample of BERT puts [CLS] and [SEP] around several sentences itself."""
+    content = json.loads(tokenizer_json.read_text())
+    first, last = sorted(content["model"]["vocab"].items(), key=lambda entry: entry[1])[5:7]
+    pieces_of = [{"SpecialToken": {"id": name, "type_id": 0}} for name, _ in (first, last)]
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [pieces_of[0], {"Sequence": {"id": "A", "type_id": 0}}, pieces_of[1]],
+        "pair": [],
+        "special_tokens": {name: {"id": name, "ids": [number], "tokens": [name]} for name, number in (first, last)},
+    }
+    around = tmp_path / "around.json"
+    around.write_text(json.dumps(content))
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": "It rains. He reads!"}) + "\n" + json.dumps({"text": ""}))
+    for tokenizer, name in ((tokenizer_json, "plain"), (around, "around")):
+        command = arguments(tokenizer, tmp_path / name, tmp_path / "in.jsonl")
+        for flags in ([], ["--split-sentences"]):
+            assert tool("preprocess_data", *command, "--workers", 1, *flags)[0] == 0
+    plain, around = (IndexedDataset(tmp_path / f"{name}_text_sentence") for name in ("plain", "around"))
+    assert [around[n].tolist() for n in range(len(around))] == [plain[n].tolist() for n in range(len(plain))]
+    plain, around = (IndexedDataset(tmp_path / f"{name}_text_document") for name in ("plain", "around"))
+    assert around[0].tolist() == [first[1], *plain[0].tolist(), last[1]]
+
+
 def test_sentencepiece_and_null(tool, sentencepiece_model, tmp_path):
     (tmp_path / "numbers.txt").write_text("5 6 7")
     command = ["--input", tmp_path / "numbers.txt", "--append-eod", "--workers", 1]
