@@ -11,6 +11,7 @@ from megallm.config.tree import DataConfig
 from megallm.data.tokenizer.base import Tokenizer, TokenizerSettings
 from megallm.data.tokenizer.build import build_tokenizer, settings_of
 from megallm.data.tokenizer.special_tokens import read_config
+from megallm.plan.vocabulary import size_in_folder
 
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 # Any of these makes a tokenizer.
@@ -51,7 +52,7 @@ def tokenizer_settings(folder: Path) -> dict[str, Any]:
 def check_tokenizer(folder: Path, vocab_size: int) -> None:
     """Raises ValueError where the tokenizer in a folder has more tokens than a model's vocabulary."""
     try:
-        size = _vocabulary_size(folder)
+        size = size_in_folder(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"the tokenizer in {folder} cannot be read: {error!r}") from None
     if size > vocab_size:
@@ -59,26 +60,6 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
             f"the tokenizer in {folder} has {size} tokens, but the model's vocabulary has {vocab_size}: its last "
             f"{size - vocab_size} would have no embedding; is it the tokenizer of another model?"
         )
-
-
-def _vocabulary_size(folder: Path) -> int:
-    """One more than the highest id; 0 where there is no tokenizer."""
-    if (folder / "tokenizer.json").exists():
-        content = json.loads((folder / "tokenizer.json").read_bytes())
-        vocabulary = content["model"]["vocab"]
-        # Unigram models list their tokens, others number them.
-        ids = range(len(vocabulary)) if isinstance(vocabulary, list) else vocabulary.values()
-        added = [token["id"] for token in content.get("added_tokens") or []]
-        return max([*ids, *added], default=-1) + 1
-    if (folder / "vocab.json").exists():
-        return max(json.loads((folder / "vocab.json").read_bytes()).values()) + 1
-    if (folder / "tokenizer.model").exists():
-        import sentencepiece
-
-        return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).vocab_size()
-    if (folder / "vocab.txt").exists():
-        return len((folder / "vocab.txt").read_text(encoding="utf-8").splitlines())
-    return 0
 
 
 def keep_companions(folder: Path, kept: Path) -> None:

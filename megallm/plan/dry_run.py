@@ -12,7 +12,7 @@ from megallm.plan.gpus import DEFAULT_GPU, GPUS
 from megallm.plan.plan import make_plan
 from megallm.plan.report import plan_text
 from megallm.plan.stages import Layout
-from megallm.plan.vocabulary import USUAL_SIZES
+from megallm.plan.vocabulary import USUAL_SIZES, size_of_tokenizer
 
 _NEXT_BEST = 3
 
@@ -22,8 +22,11 @@ def dry_run(config: Config, world_size: int) -> str:
     notes = []
     if config.model.vocab_size is None:
         kind = str(config.data.tokenizer_type)
-        config = replace(config, model=replace(config.model, vocab_size=USUAL_SIZES[kind]))
-        notes.append(f"the usual vocabulary of the {kind} is assumed: {USUAL_SIZES[kind]:,}; --vocab-size says another")
+        size = size_of_tokenizer(config.data)
+        if size is None:
+            size = USUAL_SIZES[kind]
+            notes.append(f"the usual vocabulary of the {kind} is assumed: {size:,}; --vocab-size says another")
+        config = replace(config, model=replace(config.model, vocab_size=size))
     gpu = GPUS[config.plan.gpu_type or DEFAULT_GPU]
     layout = Layout(resolve(config, world_size), world_size)
     plan = make_plan(layout, gpu)

@@ -36,19 +36,25 @@ def state_bytes(layout: Layout, rank: int) -> dict[str, int]:
     With 16-bit weights master weights are float32. With the distributed optimizer master weights and moments are
     divided among the ranks over which a parameter's gradient is reduced.
     """
-    sizes, sharded = layout.sizes, layout.config.parallel.use_distributed_optimizer
-    held = [stage.parameters for stage in layout.on_rank(rank)]
-    total = sum(parameters.total for parameters in held)
-    own = total
-    if sharded:
-        over_both = sum(parameters.over_tensor_and_data for parameters in held)
-        own = -(-(total - over_both) // layout.data) - (-over_both // (layout.data * layout.tensor))
+    sizes = layout.sizes
+    total = sum(stage.parameters.total for stage in layout.on_rank(rank))
+    own = updated_elements(layout, rank)
     return {
         "weights": total * sizes.element,
         "gradients": total * sizes.wide,
         "master weights": own * sizes.wide if sizes.element == 2 else 0,
         "moments": (2 if layout.config.optimizer.optimizer == "adam" else 1) * own * sizes.wide,
     }
+
+
+def updated_elements(layout: Layout, rank: int) -> int:
+    """Elements of parameters that a process on a pipeline rank updates, and of which it keeps the optimizer's state."""
+    held = [stage.parameters for stage in layout.on_rank(rank)]
+    total = sum(parameters.total for parameters in held)
+    if not layout.config.parallel.use_distributed_optimizer:
+        return total
+    over_both = sum(parameters.over_tensor_and_data for parameters in held)
+    return -(-(total - over_both) // layout.data) - (-over_both // (layout.data * layout.tensor))
 
 
 def memory_of_rank(layout: Layout, rank: int, lowered: LoweredSchedule, *, with_passing: bool = True) -> dict[str, int]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megallm.config.tree import Config
 from megallm.plan.problem import Problem, rule
-from megallm.plan.vocabulary import USUAL_SIZES
+from megallm.plan.vocabulary import USUAL_SIZES, size_of_tokenizer
 
 
 @rule("plan.world_size", "plan.gpu_type")
@@ -26,13 +26,15 @@ def plan_flags_belong_to_a_dry_run(config: Config, world_size: int) -> Iterator[
 
 @rule("model.vocab_size", "data.tokenizer_type")
 def plan_knows_the_vocabulary(config: Config, world_size: int) -> Iterator[Problem]:
-    """A dry run reads no files, so it cannot ask a tokenizer of one's own."""
+    """A dry run may be made where the files of the tokenizer are not, and does without its library."""
     kind = config.data.tokenizer_type
     # For the tokenizer without a vocabulary another rule speaks.
-    if config.plan.dry_run and config.model.vocab_size is None and kind not in (*USUAL_SIZES, "NullTokenizer"):
+    if not config.plan.dry_run or config.model.vocab_size is not None or kind in (*USUAL_SIZES, "NullTokenizer"):
+        return
+    if size_of_tokenizer(config.data) is None:
         yield Problem(
             ("--vocab-size", "--dry-run"),
-            f"a dry run reads no files, so the size of the {kind}'s vocabulary is not known",
+            f"no file that a dry run reads tells the size of the {kind}'s vocabulary",
             "",
             "add --vocab-size 32000, or as many as the tokenizer has",
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megallm.plan.flops import flops_per_token, head_flops_per_token
 from megallm.plan.gpus import Gpu
-from megallm.plan.memory import state_bytes
+from megallm.plan.memory import state_bytes, updated_elements
 from megallm.plan.parameters import layer_parameters
 from megallm.plan.stages import Layout, Stage
 from megallm.schedule import Costs, LoweredSchedule, Timeline, simulate
@@ -134,7 +134,7 @@ def end_of_step(
     if parallel.overlap_param_gather:
         parameters = max(0.0, parameters - sum(forward[stage.number] for stage in stages))
     # Reads the gradient once; reads and writes moments and masters; writes the weights.
-    share = state["moments"] / (2 * layout.sizes.wide * max(1, _elements(layout, rank)))
+    share = updated_elements(layout, rank) / max(1, _elements(layout, rank))
     moved = state["gradients"] * share + 2 * state["moments"] + 2 * state["master weights"] + state["weights"] * share
     moved += state["weights"] * share if layout.sizes.element > 2 else 0
     return gradients, parameters, moved / (gpu.bandwidth * gpu.efficiencies.bandwidth)

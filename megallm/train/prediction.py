@@ -26,6 +26,7 @@ from megallm.train.saved_bytes import SavedBytes
 from megallm.train.step import Batch
 
 _WATCHED = 2
+_KINDS = "predicted", "measured"
 # Kinds of memory that torch's allocator does not give out, and those that are not tensors one could count on a CPU.
 _OUTSIDE = ("communicators",)
 _IN_PASSING = ("communicators", "working memory")
@@ -98,7 +99,7 @@ class Prediction:
 
     def comparison(self, reporter: Reporter) -> str | None:
         """The table of predicted and measured values, the same on all ranks, which call it together; None where the
-        run ended before the step that is watched."""
+        run ended before the step that is watched. The values also go where the scalars go."""
         if self._watched is None:
             return None
         mesh = self._engine.mesh
@@ -114,14 +115,22 @@ class Prediction:
         mesh.world.all_reduce(used, "max")
         step = reporter.median_seconds(self.batch_size)
         rows = [("", "predicted", "measured", "difference")]
+        values: dict[str, tuple[float, float]] = {}
         if step is not None:
+            values["step_seconds"] = self.step.total, step
             rows.append(_row("step time", self.step.total, step, seconds))
         if self.layout.pipeline > 1 and time > 0:
             bubble = 1.0 - float(sums) / (self.layout.pipeline * time)
+            values["bubble"] = self.step.bubble, bubble
             points = 100 * (self.step.bubble - bubble)
             rows.append(("bubble", f"{self.step.bubble:.1%}", f"{bubble:.1%}", f"{points:+.1f} points"))
         predicted, measured = used.tolist()
+        values["memory_bytes"] = predicted, measured
         rows.append(_row(f"memory ({'allocated' if self.layout.on_gpu else 'tensors'})", predicted, measured, gib))
+        named = {
+            f"{kind}_{name}": value for name, pair in values.items() for kind, value in zip(_KINDS, pair, strict=True)
+        }
+        reporter.write(self._engine.progress.iteration, named)
         return "\n".join(["predicted and measured", *(f"    {line}" for line in table(rows, "<>>>"))])
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from tests.distributed.parity import Case, References, compare, run_case
@@ -27,6 +30,13 @@ FAST = (
 # After 20 steps of AdamW at a learning rate of 1e-3. A weight whose true gradient is zero moves by rounding errors over
 # AdamW's epsilon of 1e-8.
 WEIGHT_BOUND = 1e-10
+
+
+def test_the_readme_counts_the_cases() -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    (number,) = re.findall(r"trains (\d+) combinations of layout", readme)
+    assert int(number) == len(CASES)
+
 
 _names = {case.name for case in CASES}
 assert len(_names) == len(CASES), "two cases have one name"

@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megallm.config import Config, difference_yaml, from_dict, resolve
 from megallm.config.dictionary import build
+from megallm.config.tree import DataConfig
 from megallm.plan.alternatives import changes_that_fit, next_best
 from megallm.plan.dry_run import dry_run
 from megallm.plan.flops import parameter_count
@@ -20,7 +22,9 @@ from megallm.plan.memory import KINDS, peak_of_step, state_bytes
 from megallm.plan.plan import make_plan
 from megallm.plan.schedule import schedule_of
 from megallm.plan.stages import Layout
+from megallm.plan.timing import end_of_step
 from megallm.plan.validate import validate
+from megallm.plan.vocabulary import size_of_tokenizer
 from megallm.schedule import Kind
 
 LLAMA_7B: dict[str, Any] = {
@@ -79,6 +83,54 @@ def test_the_state_of_a_process_is_what_the_optimizer_keeps() -> None:
     assert sum(state_bytes(laid_out(8), 0).values()) == pytest.approx((6 + 12 / 8) * parameters)
     assert sum(state_bytes(laid_out(8, parallel__use_distributed_optimizer=False), 0).values()) == 18 * parameters
     assert sum(state_bytes(laid_out(4, training__bf16=False), 0).values()) == pytest.approx((8 + 8 / 4) * parameters)
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_an_optimizer_with_one_moment_moves_just_that_moment_less(sharded: bool) -> None:
+    both = [
+        laid_out(8, parallel__use_distributed_optimizer=sharded, optimizer__optimizer=name) for name in ("adam", "sgd")
+    ]
+    gpu = GPUS["H100"]
+    seconds = [end_of_step(layout, gpu, 0, [1.0], [1.0])[2] for layout in both]
+    moment = state_bytes(both[1], 0)["moments"]
+    assert 2 * moment == state_bytes(both[0], 0)["moments"]
+    # It is neither read nor written.
+    assert seconds[0] - seconds[1] == pytest.approx(2 * moment / (gpu.bandwidth * gpu.efficiencies.bandwidth))
+
+
+FILES = {
+    "tokenizer.json": {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 7}]},
+    "unigram/tokenizer.json": {"model": {"vocab": [["a", 0.0], ["b", 0.0]]}},
+    "vocab.json": {"a": 0, "b": 4},
+    "folder/vocab.txt": "a\nb\nc\n",
+}
+
+
+def test_files_of_a_tokenizer_tell_the_vocabularys_size(tmp_path: Path) -> None:
+    for name, content in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+
+    def size(**settings: Any) -> int | None:
+        return size_of_tokenizer(DataConfig(**settings))
+
+    assert size(tokenizer_model=str(tmp_path / "tokenizer.json")) == 8
+    assert size(tokenizer_model=str(tmp_path / "unigram")) == 2
+    assert size(vocab_file=str(tmp_path / "vocab.json")) == 5
+    assert size(tokenizer_model=str(tmp_path / "folder")) == 3
+    assert size(vocab_file=str(tmp_path / "folder" / "vocab.txt")) == 3
+    for unknown in (
+        {},
+        {"tokenizer_model": str(tmp_path / "missing.json")},
+        {"tokenizer_model": str(tmp_path / "vocab.json")},
+        {"tokenizer_model": str(tmp_path / "folder"), "vocab_extra_ids": 2},
+    ):
+        assert size(**unknown) is None
+    config = configuration({"plan.dry_run": True, "plan.json": True, "model.vocab_size": None})
+    data = replace(config.data, tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "tokenizer.json"))
+    told = json.loads(dry_run(replace(config, data=data), 1))
+    known = json.loads(dry_run(replace(config, model=replace(config.model, vocab_size=8)), 1))
+    assert told["parameters"] == known["parameters"] and not told["notes"]
 
 
 @pytest.mark.parametrize("changes", [{}, {VIRTUAL: 2}, {"parallel.pipeline_schedule": "gpipe"}])
