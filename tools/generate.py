@@ -28,6 +28,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     source.add_argument("--prompt", help="text to continue")
     source.add_argument("--prompts", metavar="FILE", help="texts to continue, one a line; - reads standard input")
     parser.add_argument("--num-tokens", type=int, default=64, help="longest continuation, in tokens (default 64)")
+    parser.add_argument("--batch-size", type=int, default=8, help="texts that are written at a time (default 8)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token (default 1)")
     parser.add_argument("--top-k", type=int, default=0, help="choose among the k most likely tokens (default all)")
     parser.add_argument("--top-p", type=float, default=1.0, help="choose among the most likely tokens of this total")
@@ -55,7 +56,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     # Imported late, so that --help is quick.
     from megallm.generate.choice import SamplingSettings
-    from megallm.generate.text import continue_text, read_prompts
+    from megallm.generate.text import continue_texts, read_prompts
     from megallm.train.trained import Placement, trained_model
 
     settings = SamplingSettings(
@@ -63,17 +64,21 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if arguments.num_tokens < 1:
         raise ValueError(f"--num-tokens {arguments.num_tokens} leaves nothing to do; give at least 1")
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size {arguments.batch_size} leaves nothing to write at a time; give at least 1")
     placement = Placement(
         arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size, device=arguments.device
     )
     with trained_model(arguments.load, placement, arguments.tokenizer_model) as (model, tokenizer):
         prompts = read_prompts(model.mesh, arguments.prompts) if arguments.prompts else [arguments.prompt]
-        for number, prompt in enumerate(prompts):
-            own = replace(settings, seed=settings.seed + number)
-            continuation = continue_text(model, tokenizer, prompt, arguments.num_tokens, own, arguments.stop)
-            if model.mesh.rank == 0:
-                text = json.dumps({"prompt": prompt, "continuation": continuation})
-                print(text if arguments.json else prompt + continuation, flush=True)
+        for first in range(0, len(prompts), arguments.batch_size):
+            batch = prompts[first : first + arguments.batch_size]
+            own = [replace(settings, seed=settings.seed + first + number) for number in range(len(batch))]
+            texts = continue_texts(model, tokenizer, batch, arguments.num_tokens, own, arguments.stop)
+            for prompt, continuation in zip(batch, texts, strict=True):
+                if model.mesh.rank == 0:
+                    text = json.dumps({"prompt": prompt, "continuation": continuation})
+                    print(text if arguments.json else prompt + continuation, flush=True)
 
 
 if __name__ == "__main__":

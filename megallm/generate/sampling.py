@@ -1,14 +1,17 @@
-"""Writing a text, one token after another, in any layout.
+"""Writing texts, one token of each after another, in any layout.
 
-Every token goes through the pipeline executor as a micro-batch does, so that every layout that trains also writes.
-Stages keep keys and values of what came before, and a token costs one token's work. Where sequences are cut over the
-tensor ranks (sequence parallelism), or once a text is longer than the model's sequence and its beginning drops out,
-each token takes a pass over the whole sequence instead.
+The next token of every text goes through the pipeline executor as a micro-batch does, so that every layout that trains
+also writes. Stages keep keys and values of what came before, and a token costs one token's work. Where sequences are
+cut over the tensor ranks (sequence parallelism), or once a text is longer than the model's sequence and its beginning
+drops out, each token takes a pass over the whole sequence instead.
+
+Texts of different lengths stand in one batch: each has its own positions and sees its own tokens only, so that it
+becomes what it would become alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -22,94 +25,116 @@ Tensors = tuple[torch.Tensor, ...]
 
 def generate_tokens(
     model: Model,
-    prompt: list[int],
+    prompts: Sequence[list[int]],
     num_tokens: int,
-    settings: SamplingSettings,
+    settings: Sequence[SamplingSettings],
     end_id: int | None = None,
     is_finished: Callable[[list[int]], bool] = lambda tokens: False,
-) -> list[int]:
-    """Continues `prompt` by up to `num_tokens` tokens. Called by all ranks, same result on all.
+) -> list[list[int]]:
+    """Continues each of `prompts` by up to `num_tokens` tokens, by its own `settings`. Called by all ranks, same result
+    on all.
 
-    Ends early at `end_id`, which then is the last token, or where `is_finished` says so of the tokens so far, without
-    the prompt. A prompt longer than the model's sequence keeps its end. Raises ValueError for an empty prompt.
+    A text ends early at `end_id`, which then is its last token, or where `is_finished` says so of its tokens so far,
+    without the prompt. A prompt longer than the model's sequence keeps its end. Raises ValueError for an empty prompt.
     """
-    if not prompt:
+    if not all(prompts):
         raise ValueError("the prompt holds no token: give at least one word")
-    generator = torch.Generator().manual_seed(settings.seed)
-    tokens = list(prompt)
-    with NextLogits(model) as next_logits:
+    generators = [torch.Generator().manual_seed(one.seed) for one in settings]
+    texts = [list(prompt) for prompt in prompts]
+    growing = list(range(len(texts)))
+    with NextLogits(model, max(map(len, texts)) + num_tokens) as next_logits:
         for _ in range(num_tokens):
-            logits = next_logits(tokens)
-            choice = torch.zeros((), dtype=torch.int64)
+            logits = next_logits(texts)
+            choices = torch.zeros(len(texts), dtype=torch.int64)
             if logits is not None:
-                choice = choose(logits.double().cpu(), settings, generator, tokens)
+                rows = logits.double().cpu()
+                for number in growing:
+                    choices[number] = choose(rows[number], settings[number], generators[number], texts[number])
             # Only the last pipeline rank has logits.
-            choice = choice.to(model.mesh.device)
-            model.mesh.pp.broadcast(choice, model.mesh.pp.size - 1)
-            tokens.append(int(choice))
-            if tokens[-1] == end_id or is_finished(tokens[len(prompt) :]):
+            choices = choices.to(model.mesh.device)
+            model.mesh.pp.broadcast(choices, model.mesh.pp.size - 1)
+            for number, choice in zip(list(growing), choices[growing].tolist(), strict=True):
+                texts[number].append(choice)
+                if choice == end_id or is_finished(texts[number][len(prompts[number]) :]):
+                    growing.remove(number)
+            if not growing:
                 break
-    return tokens[len(prompt) :]
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
 class NextLogits:
-    """Logits of the token that follows: called again and again with a list of tokens that only grows.
+    """Logits of the token that follows each of several texts: called again and again with texts that only grow.
 
-    To be used in a `with` block, on all ranks; the model is as it was after it. `cached` False computes the whole
-    sequence each time.
+    To be used in a `with` block, on all ranks; the model is as it was after it. No text becomes longer than `longest`.
+    `cached` False computes the whole sequences each time.
     """
 
-    def __init__(self, model: Model, *, cached: bool = True) -> None:
+    def __init__(self, model: Model, longest: int, *, cached: bool = True) -> None:
         self._model = model
         self._cached = cached and not model.context.sequence_parallel
         self._length = model.config.data.seq_length
+        self._capacity = min(longest, self._length)
         self._message = model.executor.message
-        self._num_seen = 0
+        self._cache: KeyValueCache | None = None
+        self._num_seen: list[int] = []
 
     def __enter__(self) -> NextLogits:
-        if self._cached:
-            self._give_caches(self._length)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._give_caches(None)
+        self._give(None)
         self._model.executor.expect(self._message)
 
-    def __call__(self, tokens: list[int]) -> torch.Tensor | None:
-        """Logits [vocabulary] after `tokens`, on the last pipeline rank; None elsewhere."""
-        if self._cached and len(tokens) > self._length:
-            self._cached = False
-            self._give_caches(None)
-        if self._cached:
-            new, self._num_seen = tokens[self._num_seen :], len(tokens)
-            return self._run(new, len(tokens) - len(new), len(new))
-        window = tokens[-self._length :]
-        # What stands after the window is not seen by causal attention.
-        return self._run(window + [0] * (self._length - len(window)), 0, len(window))
+    def __call__(self, texts: Sequence[list[int]]) -> torch.Tensor | None:
+        """Logits [texts, vocabulary] after each of `texts`, on the last pipeline rank; None elsewhere.
 
-    def _run(self, tokens: list[int], first_position: int, num_tokens: int) -> torch.Tensor | None:
-        """Logits after number `num_tokens` of `tokens`, of which the first stands at `first_position`."""
+        Those of a text that has not grown since the last call mean nothing.
+        """
+        if self._cached and max(map(len, texts)) > self._length:
+            self._cached = False
+            self._give(None)
+        if not self._cached:
+            # What stands behind a window is not seen by causal attention.
+            return self._run([text[-self._length :] for text in texts], self._length)
+        if self._cache is None:
+            self._num_seen = [0] * len(texts)
+            self._give(KeyValueCache(self._capacity, len(texts), self._model.mesh.device))
+        assert self._cache is not None, "it was given"
+        new = [text[seen:] for text, seen in zip(texts, self._num_seen, strict=True)]
+        logits = self._run(new, max(map(len, new)))
+        self._num_seen = [len(text) for text in texts]
+        self._cache.advance([len(tokens) for tokens in new])
+        return logits
+
+    def _run(self, rows: list[list[int]], length: int) -> torch.Tensor | None:
+        """Logits behind the last token of each row, all of which are filled up to `length`."""
         model, device = self._model, self._model.mesh.device
         ((_, _, hidden_size), dtype), *_ = self._message
-        local = len(tokens) // model.mesh.tp.size if model.context.sequence_parallel else len(tokens)
-        model.executor.expect([((local, 1, hidden_size), dtype)])
+        local = length // model.mesh.tp.size if model.context.sequence_parallel else length
+        model.executor.expect([((local, len(rows), hidden_size), dtype)])
+        positions = torch.arange(length, device=device).expand(len(rows), length)
+        if self._cache is not None:
+            positions = self._cache.positions(length)
+        filled = [row + [0] * (length - len(row)) for row in rows]
         batch = {
-            "tokens": torch.tensor([tokens], dtype=torch.int64, device=device),
-            "position_ids": (torch.arange(len(tokens), device=device) + first_position).unsqueeze(0),
-            "sample_ids": torch.zeros(1, dtype=torch.int64, device=device),
+            "tokens": torch.tensor(filled, dtype=torch.int64, device=device),
+            "position_ids": positions.clamp(max=self._length - 1),
+            "sample_ids": torch.arange(len(rows), device=device),
         }
+        last = torch.tensor([max(len(row) - 1, 0) for row in rows], device=device)
         kept: list[torch.Tensor] = []
 
         def keep(outputs: Tensors, _: dict[str, torch.Tensor]) -> torch.Tensor:
-            # [sequence, 1, padded vocabulary / tp] -> [vocabulary]
-            logits = gather_features(outputs[0][num_tokens - 1, 0], model.mesh.tp)
-            kept.append(logits[: model.config.model.vocab_size])
+            # [sequence, texts, padded vocabulary / tp] -> [texts, vocabulary]
+            logits = gather_features(outputs[0][last, batch["sample_ids"]], model.mesh.tp)
+            kept.append(logits[:, : model.config.model.vocab_size])
             return kept[0]
 
         model.executor.run(model.schedule(1, forward_only=True), [batch], keep)
         return kept[0] if kept else None
 
-    def _give_caches(self, capacity: int | None) -> None:
-        """Gives each stage a cache of its own, since each sees every token once; or takes them away."""
+    def _give(self, cache: KeyValueCache | None) -> None:
+        """Gives the stages of this rank a cache, or takes it away."""
+        self._cache = cache
         for stage in self._model.chunks.values():
-            stage.cache = None if capacity is None else KeyValueCache(capacity)  # type: ignore[assignment]
+            stage.cache = cache  # type: ignore[assignment]

@@ -17,15 +17,15 @@ from megallm.train.datasets import build_tokenizer_of
 from megallm.train.engine import Engine, Model
 
 
-def continue_text(
+def continue_texts(
     model: Model,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompts: Sequence[str],
     num_tokens: int,
-    settings: SamplingSettings,
+    settings: Sequence[SamplingSettings],
     stop: Sequence[str] = (),
-) -> str:
-    """What a model writes after `prompt`. Called by all ranks, same result on all.
+) -> list[str]:
+    """What a model writes after each of `prompts`, by its own `settings`. Called by all ranks, same result on all.
 
     Ends where the document ends, after `num_tokens` tokens, or before the first of the texts `stop` that it would
     write. Raises ValueError for a prompt without tokens.
@@ -34,7 +34,12 @@ def continue_text(
     def is_finished(tokens: list[int]) -> bool:
         return bool(stop) and _end_of(tokenizer.decode(tokens), stop) is not None
 
-    tokens = generate_tokens(model, tokenizer.encode(prompt), num_tokens, settings, tokenizer.eod_id, is_finished)
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    continued = generate_tokens(model, encoded, num_tokens, settings, tokenizer.eod_id, is_finished)
+    return [_text_of(tokens, tokenizer, stop) for tokens in continued]
+
+
+def _text_of(tokens: list[int], tokenizer: Tokenizer, stop: Sequence[str]) -> str:
     if tokens and tokens[-1] == tokenizer.eod_id:
         tokens = tokens[:-1]
     text = tokenizer.decode(tokens)
@@ -57,7 +62,8 @@ class SampleWriter:
         engine.reducer.finish_gather()
         settings = SamplingSettings(seed=engine.config.training.seed)
         prompt = logging.sample_prompt
-        return prompt + continue_text(engine, self._tokenizer, prompt, logging.sample_num_tokens, settings)
+        (text,) = continue_texts(engine, self._tokenizer, [prompt], logging.sample_num_tokens, [settings])
+        return prompt + text
 
 
 def _end_of(text: str, stop: Sequence[str]) -> int | None:

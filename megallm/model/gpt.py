@@ -7,6 +7,7 @@ from torch import nn
 
 from megallm.config.resolve import attention_window
 from megallm.config.tree import Config
+from megallm.layers.cache import KeyValueCache
 from megallm.layers.context import LayoutContext
 from megallm.layers.linear import column_parallel_linear
 from megallm.layers.norm import Norm
@@ -49,12 +50,12 @@ class GPTStage(TransformerStage):
     def allowed_positions(self, batch: Batch) -> torch.Tensor | None:
         """Where attention may look: bool [batch or 1, 1, sequence, sequence], or None for all that came before.
 
-        With a cache the last dim is that of all tokens so far.
+        With a cache it is [batch, 1, sequence, all tokens so far].
         """
         tokens = batch["tokens"]
         length = tokens.shape[1]
         if self.cache is not None:
-            return self._allowed_with_cache(self.cache.length, length, tokens.device)
+            return self._allowed_with_cache(self.cache, length)
         reach = length - 1 if self.window is None else self.window
         if "document_ids" in batch:
             documents = batch["document_ids"]
@@ -65,8 +66,10 @@ class GPTStage(TransformerStage):
             return None
         return allowed.tril().triu(-reach)
 
-    def _allowed_with_cache(self, before: int, new: int, device: torch.device) -> torch.Tensor:
-        """bool [1, 1, new, before + new]: each new token looks at itself and at what came before it."""
-        distance = torch.arange(new, device=device).unsqueeze(1) + before - torch.arange(before + new, device=device)
-        reach = before + new if self.window is None else self.window
-        return ((distance >= 0) & (distance <= reach)).view(1, 1, new, before + new)
+    def _allowed_with_cache(self, cache: KeyValueCache, num_new: int) -> torch.Tensor:
+        """bool [batch, 1, new, so far]: each new token looks at itself and at what came before it in its text."""
+        end = cache.end_with(num_new)
+        positions = cache.positions(num_new)
+        distance = positions.unsqueeze(2) - torch.arange(end, device=positions.device)  # [batch, new, so far]
+        reach = end if self.window is None else self.window
+        return ((distance >= 0) & (distance <= reach)).unsqueeze(1)

@@ -77,8 +77,6 @@ class TransformerStage(nn.Module):
         sequence = self.describe_sequence(batch, step)
         hidden = inputs[0] if self.embedding is None else self.embedding(batch, sequence)
         hidden = self.layers(hidden, sequence)
-        if self.cache is not None:
-            self.cache.advance(sequence.sequence_length)
         return (hidden,) if self.head is None else self.head(hidden)
 
     def describe_sequence(self, batch: Batch, step: torch.Tensor | None) -> SequenceContext:

@@ -61,15 +61,18 @@ def write(rank: int, case: Case) -> Written:
     # Longer than the sequence of 16, so that the beginning drops out.
     continuation = [9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3]
     for cached in (True, False):
-        with NextLogits(engine, cached=cached) as next_logits:
-            logits = [next_logits(tokens + continuation[:number]) for number in range(len(continuation))]
+        with NextLogits(engine, 18, cached=cached) as next_logits:
+            logits = [next_logits([tokens + continuation[:number]]) for number in range(len(continuation))]
         differences.append(logits)
     worst = [
         float((with_cache - anew).abs().max() / anew.abs().max())
         for with_cache, anew in zip(*differences, strict=True)
         if with_cache is not None and anew is not None
     ]
-    texts = [generate_tokens(engine, PROMPT, 20, SamplingSettings(seed=seed)) for seed in (1, 1, 2)]
+    texts = [generate_tokens(engine, [PROMPT], 20, [SamplingSettings(seed=seed)])[0] for seed in (1, 1, 2)]
+    # Of other lengths in one batch, and one of them again: the first runs out of the sequence before the others.
+    together = generate_tokens(engine, [PROMPT * 2, PROMPT, [7]], 20, [SamplingSettings(seed=n) for n in (3, 1, 4)])
+    texts += together
     # The engine trains on as if nothing had been written.
     batch = global_batch(0, 8, engine.config.data.seq_length, 51, "full")
     loss = float(train_step(engine, micro_batches(engine, batch)).losses[0])
@@ -88,15 +91,15 @@ def test_kept_keys_and_values_give_the_same_logits(pool: WorkerPool, case: Case)
     for rank in written:
         assert rank.texts == alone.texts, "every layout writes the same"
         assert rank.loss == pytest.approx(alone.loss, rel=1e-12)
-    assert alone.texts[0] == alone.texts[1] != alone.texts[2]
+    assert alone.texts[0] == alone.texts[1] == alone.texts[4] != alone.texts[2]
 
 
 def finish(rank: int) -> list[list[int]]:
     engine = make_engine(rank, Case("gpt", GPT))
     greedy = SamplingSettings(temperature=0.0)
-    whole = generate_tokens(engine, PROMPT, 6, greedy)
-    ended = generate_tokens(engine, PROMPT, 6, greedy, end_id=whole[2])
-    asked = generate_tokens(engine, PROMPT, 6, greedy, is_finished=lambda tokens: len(tokens) == 2)
+    (whole,) = generate_tokens(engine, [PROMPT], 6, [greedy])
+    (ended,) = generate_tokens(engine, [PROMPT], 6, [greedy], end_id=whole[2])
+    (asked,) = generate_tokens(engine, [PROMPT], 6, [greedy], is_finished=lambda tokens: len(tokens) == 2)
     engine.mesh.close()
     return [whole, ended, asked]
 
@@ -108,12 +111,53 @@ def test_a_text_ends_where_it_is_to_end(pool: WorkerPool) -> None:
     assert asked == whole[:2]
 
 
+TEXTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9], [7, 9, 3], list(range(1, 15))]
+
+
+def write_together(rank: int, case: Case) -> tuple[list[list[int]], list[list[int]], float]:
+    """Texts of one batch, the same one by one, and the largest difference of logits between the two."""
+    engine = make_engine(rank, case)
+    settings = [SamplingSettings(seed=seed, top_p=0.9, repetition_penalty=1.3) for seed in range(len(TEXTS))]
+    # Ends at different lengths; the last one outgrows the sequence of 16.
+    ends = {"end_id": 7, "is_finished": lambda tokens: sum(tokens) > 400}
+    together = generate_tokens(engine, TEXTS, 12, settings, **ends)
+    alone = [generate_tokens(engine, [TEXTS[n]], 12, [settings[n]], **ends)[0] for n in range(len(TEXTS))]
+    worst = 0.0
+    grown = [[*text, 5, 6] for text in TEXTS]
+    with NextLogits(engine, 16) as next_logits:
+        batched = [next_logits(TEXTS), next_logits([text[:-1] for text in grown]), next_logits(grown)]
+    for number, text in enumerate(TEXTS):
+        with NextLogits(engine, 16) as next_logits:
+            for at, length in enumerate((len(text), len(text) + 1, len(text) + 2)):
+                one, several = next_logits([grown[number][:length]]), batched[at]
+                if one is not None and several is not None:
+                    worst = max(worst, float((one[0] - several[number]).abs().max() / one.abs().max()))
+    engine.mesh.close()
+    return together, alone, worst
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("gpt", GPT),
+        pytest.param(Case("window", LLAMA | WINDOW, pp=2, layout=TWO_STAGES), marks=pytest.mark.slow),
+        pytest.param(Case("tensor 2, sequence parallelism", LLAMA, tp=2), marks=pytest.mark.slow),
+    ],
+    ids=lambda case: case.name,
+)
+def test_a_text_in_a_batch_is_what_it_would_be_alone(pool: WorkerPool, case: Case) -> None:
+    for together, alone, worst in pool.run(case.world_size, write_together, case):
+        assert together == alone
+        assert len({len(text) for text in together}) > 1, "they end at different lengths"
+        assert worst < 1e-12
+
+
 def write_windowed(rank: int) -> float:
     engine = make_engine(rank, Case("window", LLAMA | WINDOW))
     logits = []
     for cached in (True, False):
-        with NextLogits(engine, cached=cached) as next_logits:
-            logits.append(torch.stack([next_logits((PROMPT * 2)[:n]) for n in (1, 2, 6, 10)]))  # type: ignore[list-item]
+        with NextLogits(engine, 10, cached=cached) as next_logits:
+            logits.append(torch.stack([next_logits([(PROMPT * 2)[:n]]) for n in (1, 2, 6, 10)]))  # type: ignore[list-item]
     engine.mesh.close()
     return float((logits[0] - logits[1]).abs().max())
 
@@ -151,10 +195,10 @@ def rate_one_token_after_another(rank: int) -> float:
     for number in range(1, len(tokens)):
         # Windows of 16, each from its own beginning on.
         before = tokens[(number - 1) // 16 * 16 : number]
-        with NextLogits(engine, cached=False) as next_logits:
-            logits = next_logits(before)
+        with NextLogits(engine, 16, cached=False) as next_logits:
+            logits = next_logits([before])
         assert logits is not None
-        total -= float(logits.log_softmax(dim=-1)[tokens[number]])
+        total -= float(logits[0].log_softmax(dim=-1)[tokens[number]])
     engine.mesh.close()
     return total
 
