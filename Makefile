@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*)
 # Two threads each on a busy machine make several processes many times slower.
 export OMP_NUM_THREADS ?= 1
+# A file's tests stay together: they share what is set up once.
+TWO_AT_ONCE := -n 2 --dist loadfile
 
 .PHONY: help install demo test test-fast parity lint format gpu-test gpu-bench clean
 
@@ -34,10 +36,10 @@ demo: install
 	@PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
 
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(TWO_AT_ONCE)
 
 test-fast: install
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" $(TWO_AT_ONCE)
 
 parity: install
 	$(BIN)/python -m tests.distributed.parity

@@ -40,7 +40,6 @@ _MODEL = {
     "model.init_method_std": 0.08,
     "data.seq_length": 16,
     "data.mock_data": True,
-    "training.micro_batch_size": 1,
     "training.global_batch_size": 8,
     "training.train_iters": 100,
     "training.fp64": True,
@@ -89,7 +88,11 @@ class Case:
             "parallel.pipeline_model_parallel_size": self.pp,
             "parallel.sequence_parallel": True,
         }
-        return _MODEL | self.features | axes | self.layout
+        settings = _MODEL | self.features | axes | self.layout
+        # Twice as many micro-batches as the pipeline has ranks: more would only take time.
+        size, rest = divmod(settings["training.global_batch_size"], 2 * self.pp * self.dp)
+        settings.setdefault("training.micro_batch_size", 1 if rest else max(size, 1))
+        return settings
 
     def reference(self) -> Case:
         """The same model and batch in one process, all at once."""

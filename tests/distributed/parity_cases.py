@@ -24,6 +24,7 @@ SELECTIVE = {"training.recompute_granularity": "selective"}
 RUNS_OF_TWO = FULL | {"training.recompute_num_layers": 2}
 ONE_OF_EACH_STAGE = FULL | {"training.recompute_method": "block"}
 BOTH_MODULES = SELECTIVE | {"training.recompute_modules": ["core_attn", "mlp"]}
+ONE_PER_MICRO_BATCH = {"training.micro_batch_size": 1}
 TWO_PER_MICRO_BATCH = {"training.micro_batch_size": 2}
 FOUR_PER_MICRO_BATCH = {"training.micro_batch_size": 4}
 EIGHT_LAYERS = {"model.num_layers": 8}
@@ -83,7 +84,7 @@ DECOUPLED = {
 
 CASES = [
     # one process
-    Case("llama, micro-batch 1", LLAMA),
+    Case("llama, micro-batch 1", LLAMA, layout=ONE_PER_MICRO_BATCH),
     Case("llama, micro-batch 2", LLAMA, layout=TWO_PER_MICRO_BATCH),
     Case("gpt, both dropouts, micro-batch 4", GPT | DROPOUT, layout=FOUR_PER_MICRO_BATCH),
     Case("gpt, full recompute", GPT | DROPOUT, layout=FULL),

@@ -398,7 +398,7 @@ def test_killed_at_any_moment_the_next_one_finds_or_builds_it_and_cleans_up(tmp_
     in_processes(1, ask_slowly, folder, "key")
     whole = time.monotonic() - begun
     stages = {"nothing": 0, "unfinished": 0, "stored": 0}
-    for _ in range(200):
+    for _ in range(60):
         shutil.rmtree(folder, ignore_errors=True)
         victim = FORK.Process(target=ask_slowly, args=(0, folder, "key"))
         victim.start()
@@ -416,7 +416,7 @@ def test_killed_at_any_moment_the_next_one_finds_or_builds_it_and_cleans_up(tmp_
         assert_same(load_or_build(folder, "key", never), example(20_000))
         assert_clean(folder, "key")
         victim.join()
-    assert stages["unfinished"] >= 10, stages
+    assert stages["unfinished"] >= 5, stages
 
 
 @pytest.mark.slow
