@@ -118,8 +118,14 @@ def test_batches_grow_as_they_are_told_to(alone: dict[str, list[Any]]) -> None:
     assert [line["global_batch_size"] for line in stairs] == [8, 8, 8, 12, 12, 12, 12, 4, 4, 4]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["ramp", pytest.param("stairs", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        *(("ramp", layout) for layout in LAYOUTS),
+        pytest.param("stairs", "pp2, interleaved", marks=pytest.mark.slow),
+        pytest.param("stairs", "dp2, two a micro-batch", marks=pytest.mark.slow),
+    ],
+)
 def test_growing_batches_in_every_layout(
     pool: WorkerPool, alone: dict[str, list[Any]], tmp_path: Path, name: str, layout: str
 ) -> None:
