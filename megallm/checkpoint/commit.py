@@ -7,6 +7,7 @@
 5. the names in the folder above flushed to the disk; then the tracker file, which is only a hint.
 
 A checkpoint of the same iteration steps aside first, as `iter_0000100.replaced`, and counts until the new one is there.
+Where one of that name is left which cannot be removed, it is `iter_0000100.replaced2` and so on: the last one counts.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from megallm.checkpoint.stream import flush
 from megallm.failpoint import passing
 
 TRACKER = "latest_checkpointed_iteration.txt"
-REPLACED = ".replaced"
+REPLACED = re.compile(r"\.replaced(\d*)")
+"""What the name of a checkpoint that steps aside ends with."""
 _TEMPORARY = re.compile(r"iter_\d{7,}\.[0-9a-f]{16}\.tmp")
 
 
@@ -42,8 +44,10 @@ def temporary_folder(final: Path, token: str) -> Path:
     return final.with_name(f"{final.name}.{token}.tmp")
 
 
-def begin(temporary: Path, needed: int) -> None:
+def begin(temporary: Path, needed: int) -> tuple[str, ...]:
     """The first rank: clears what killed saves have left, sees that there is space, and makes the folder.
+
+    Returns a sentence for each thing that could not be cleared: this save has other names.
 
     Raises:
         OSError: that cannot be done.
@@ -51,13 +55,14 @@ def begin(temporary: Path, needed: int) -> None:
     """
     root = temporary.parent
     make_folder(root)
-    with passing("checkpoint.leftovers.remove"):
-        _remove_leftovers(root)
+    notes = _remove_leftovers(root)
     free = shutil.disk_usage(root).free
     if needed > free:
-        raise ValueError(f"it takes {needed / 1e9:.3f} GB, and {root} has {free / 1e9:.3f} GB free")
+        sentences = [f"it takes {needed / 1e9:.3f} GB, and {root} has {free / 1e9:.3f} GB free", *notes]
+        raise ValueError("; ".join(sentences))
     with passing("checkpoint.folder.create"):
         temporary.mkdir()
+    return notes
 
 
 def make_folder(folder: Path) -> None:
@@ -77,17 +82,34 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _remove_leftovers(root: Path) -> None:
-    for path in root.glob("iter_*"):
-        if _TEMPORARY.fullmatch(path.name):
-            remove_folder(path)
-        elif path.name.endswith(REPLACED):
-            final = path.with_name(path.name.removesuffix(REPLACED))
-            if (final / MANIFEST).exists():
-                remove_folder(path)
-            else:
+def replaced_number(name: str) -> int:
+    """How late a checkpoint of this folder's name has stepped aside, from 1; 0 for one that has not."""
+    found = REPLACED.search(name)
+    return int(found[1] or 1) if found else 0
+
+
+def _remove_leftovers(root: Path) -> tuple[str, ...]:
+    """Gives a sentence for each that stays."""
+    notes = []
+    # The last one that stepped aside is the one that counts.
+    for path in sorted(root.glob("iter_*"), key=lambda path: replaced_number(path.name), reverse=True):
+        final = path.with_name(REPLACED.sub("", path.name))
+        try:
+            if final != path and not (final / MANIFEST).exists():
                 # Its save ended between the two renames.
                 os.rename(path, final)
+            elif final != path or _TEMPORARY.fullmatch(path.name):
+                with passing("checkpoint.leftovers.remove"):
+                    remove_folder(path)
+        except OSError as error:
+            notes.append(_stays(path, error))
+    return tuple(notes)
+
+
+def _aside(final: Path) -> Path:
+    """A name under which the checkpoint `final` may step aside."""
+    number = 1 + max((replaced_number(path.name) for path in final.parent.glob(f"{final.name}.replaced*")), default=0)
+    return final.with_name(f"{final.name}.replaced{number if number > 1 else ''}")
 
 
 def write_rank(
@@ -112,8 +134,12 @@ def write_rank(
         ) from None
 
 
-def commit(temporary: Path, final: Path, iteration: int, token: str, state: dict[str, Any], num_ranks: int) -> None:
+def commit(
+    temporary: Path, final: Path, iteration: int, token: str, state: dict[str, Any], num_ranks: int
+) -> tuple[str, ...]:
     """The first rank, once all have written: the manifest, the rename, the tracker.
+
+    Returns a sentence where the checkpoint that stepped aside stays.
 
     Raises:
         OSError: a step failed. Where that was the last ones, after the rename, the checkpoint is there.
@@ -139,7 +165,7 @@ def commit(temporary: Path, final: Path, iteration: int, token: str, state: dict
     if final.exists() and not (final / MANIFEST).exists():
         # Damaged, or another program's: nothing that a save may throw away.
         os.rename(final, final.with_name(f"{final.name}.{token}.not_ours"))
-    replaced = final.with_name(final.name + REPLACED)
+    replaced = _aside(final)
     if final.exists():
         with passing("checkpoint.folder.replace"):
             os.rename(final, replaced)
@@ -153,9 +179,18 @@ def commit(temporary: Path, final: Path, iteration: int, token: str, state: dict
     with passing("checkpoint.parent.fsync"):
         flush(final.parent)
     _write_tracker(final.parent, iteration)
-    if replaced.exists():
+    if not replaced.exists():
+        return ()
+    try:
         with passing("checkpoint.replaced.remove"):
             remove_folder(replaced)
+    except OSError as error:
+        return (_stays(replaced, error),)
+    return ()
+
+
+def _stays(path: Path, error: OSError) -> str:
+    return f"{path}, left by an earlier save, cannot be removed: {error.strerror or error}"
 
 
 def _write_tracker(root: Path, iteration: int) -> None:

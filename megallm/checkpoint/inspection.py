@@ -14,6 +14,8 @@ from megallm.checkpoint.reading import SLAB_BYTES, OpenCheckpoint
 
 Progress = Callable[[int], None]
 
+_INTEGERS = {dtype.itemsize: dtype for dtype in (torch.int16, torch.int32, torch.int64)}
+
 
 @dataclass
 class Values:
@@ -97,9 +99,7 @@ def _change_of_values(before: OpenCheckpoint, after: OpenCheckpoint, name: str, 
     for offset, old in _pieces(before, name):
         new = after.read(kind, tensor, offset, tuple(old.shape))
         progress(old.nbytes + new.nbytes)
-        differs = old.double() != new.double()
-        # Two NaNs are the same thing here.
-        differs &= ~(old.isnan() & new.isnan())
+        differs = _differs(old, new)
         if differs.any():
             difference = (old.double() - new.double())[differs].abs()
             change.num_elements += int(differs.sum())
@@ -107,6 +107,16 @@ def _change_of_values(before: OpenCheckpoint, after: OpenCheckpoint, name: str, 
             squares += float(difference.square().sum())
     change.norm = math.sqrt(squares) if squares >= 0 else math.nan
     return change if change.num_elements else None
+
+
+def _differs(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Where two tensors of one shape are not the same bits; of two types, not the same numbers."""
+    if old.dtype != new.dtype:
+        both_nan = old.isnan() & new.isnan()
+        return (old.double() != new.double()) & ~both_nan
+    # Zero and minus zero are equal as numbers, and a NaN is not even itself.
+    integers = _INTEGERS[old.element_size()]
+    return old.view(integers) != new.view(integers)
 
 
 def _pieces(checkpoint: OpenCheckpoint, name: str) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:

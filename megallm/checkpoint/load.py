@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megallm.checkpoint.boxes import LocalBox
-from megallm.checkpoint.commit import REPLACED, checkpoint_folder
+from megallm.checkpoint.commit import REPLACED, checkpoint_folder, replaced_number
 from megallm.checkpoint.manifest import MANIFEST, DamagedError, Manifest, SavedFile, read_manifest
 from megallm.checkpoint.reading import SLAB_BYTES, OpenCheckpoint
 from megallm.checkpoint.shard_file import ShardReader
 
-_FOLDER = re.compile(r"iter_(\d{7,})(" + re.escape(REPLACED) + ")?")
+_FOLDER = re.compile(r"iter_(\d{7,})(" + REPLACED.pattern + ")?")
 
 
 def find_checkpoints(root: str, iteration: int | None = None) -> list[Path]:
@@ -29,11 +29,12 @@ def find_checkpoints(root: str, iteration: int | None = None) -> list[Path]:
         return [top]
     found: dict[int, Path] = {}
     broken = []
-    for folder in sorted(top.glob("iter_*")):
+    for folder in sorted(top.glob("iter_*"), key=lambda folder: (-replaced_number(folder.name), folder.name)):
         match = _FOLDER.fullmatch(folder.name)
         if match and (folder / MANIFEST).exists():
-            # One that stepped aside counts as long as its successor is not there; it sorts behind it.
-            found.setdefault(int(match[1]), folder)
+            # One that stepped aside counts as long as its successor is not there, which comes behind it here.
+            if not replaced_number(folder.name) or int(match[1]) not in found:
+                found[int(match[1])] = folder
         elif match:
             broken.append(folder)
     if iteration is not None:
@@ -98,7 +99,8 @@ def verify(folder: Path) -> Iterator[tuple[Path, int]]:
     foreign = sorted(path.name for path in folder.iterdir() if path.name not in known)
     if foreign:
         raise DamagedError(f"{folder} holds {foreign[0]}, which does not belong to it")
-    piece = memoryview(bytearray(SLAB_BYTES))
+    largest = max((box.num_bytes for tensor in manifest.tensors.values() for box in tensor.boxes), default=0)
+    piece = memoryview(bytearray(min(SLAB_BYTES, largest)))
     for number, file in enumerate(manifest.files):
         with ShardReader(folder, file) as reader:
             reader.check_header()

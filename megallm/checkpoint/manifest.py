@@ -28,7 +28,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 """Types of the elements, by their names in safetensors."""
 _FILE_NAME = re.compile(r"rank_\d{5,}\.safetensors")
 _TENSOR_NAME = re.compile(r"[a-z0-9_]+/[!-~]+")
-_FOLDER_NAME = re.compile(r"iter_(\d{7,})(\.replaced)?")
+_FOLDER_NAME = re.compile(r"iter_(\d{7,})(\.replaced\d*)?")
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 
 

@@ -56,12 +56,12 @@ class Retention:
         return self.save_interval is not None and iteration % self.save_interval == 0
 
 
-def prune(root: str, retention: Retention, newest: int, token: str) -> None:
+def prune(root: str, retention: Retention, newest: int, token: str) -> tuple[str, ...]:
     """Removes the checkpoints under `root` that are surplus. `token` names the save that made them so.
 
-    Raises:
-        OSError: one cannot be removed.
+    Returns a sentence for each that cannot be removed.
     """
+    notes = []
     found = [
         int(match[1])
         for path in Path(root).glob("iter_*")
@@ -70,8 +70,12 @@ def prune(root: str, retention: Retention, newest: int, token: str) -> None:
     for iteration in retention.surplus(found, newest):
         folder = checkpoint_folder(root, iteration)
         thrown_away = temporary_folder(folder, token)
-        # Half removed, it must not look like a checkpoint.
-        with passing("checkpoint.prune.rename"):
-            os.rename(folder, thrown_away)
-        with passing("checkpoint.prune.remove"):
-            remove_folder(thrown_away)
+        try:
+            # Half removed, it must not look like a checkpoint.
+            with passing("checkpoint.prune.rename"):
+                os.rename(folder, thrown_away)
+            with passing("checkpoint.prune.remove"):
+                remove_folder(thrown_away)
+        except OSError as error:
+            notes.append(f"the old checkpoint {folder} could not be removed: {error.strerror or error}")
+    return tuple(notes)

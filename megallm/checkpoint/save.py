@@ -56,10 +56,10 @@ def save_checkpoint(
     needed = _sum_over_ranks(size_of(boxes), mesh)
     notes: tuple[str, ...] = ()
     try:
-        on_every_rank(mesh, lambda: begin(temporary, needed) if world.rank == 0 else None)
+        notes += on_every_rank(mesh, lambda: begin(temporary, needed) if world.rank == 0 else ())
         on_every_rank(mesh, lambda: write_rank(temporary, boxes, world.rank, tensors))
-        on_every_rank(
-            mesh, lambda: commit(temporary, final, iteration, token, state, world.size) if world.rank == 0 else None
+        notes += on_every_rank(
+            mesh, lambda: commit(temporary, final, iteration, token, state, world.size) if world.rank == 0 else ()
         )
     except ValueError as error:
         # What was renamed before a later step failed is a whole checkpoint and stays. All ranks have stopped writing,
@@ -67,10 +67,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise ValueError(f"the checkpoint {final} cannot be saved: {error}") from None
     if world.rank == 0:
-        try:
-            prune(root, retention, iteration, token)
-        except OSError as error:
-            notes = (f"an old checkpoint could not be removed from {root}: {error}",)
+        notes += prune(root, retention, iteration, token)
     return Saved(final, iteration, needed, notes)
 
 

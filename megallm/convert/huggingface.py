@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import islice
@@ -248,10 +248,12 @@ def write_folder(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     log: Callable[[str], None] = lambda text: None,
+    between: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes a model as a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
-    `dtype` None keeps the types that the tensors have. The vocabulary has its true size.
+    `dtype` None keeps the types that the tensors have. The vocabulary has its true size. `between` is called before
+    each tensor; what it raises ends the writing, and leaves nothing.
 
     Raises:
         ValueError: no known architecture holds the model, naming what each lacks; or the folder cannot be written.
@@ -270,7 +272,8 @@ def write_folder(
     with new_folder(final, total, overwrite) as folder:
         with read_ahead([one.num_bytes for one in declared], read, progress.advance) as tensors:
             for number, shard in enumerate(shards):
-                write_file(folder / _shard_name(number, len(shards)), shard, islice(tensors, len(shard)))
+                asked = _asking(between, islice(tensors, len(shard)))
+                write_file(folder / _shard_name(number, len(shards)), shard, asked)
         if len(shards) > 1:
             places = {
                 one.name: _shard_name(number, len(shards)) for number, shard in enumerate(shards) for one in shard
@@ -280,6 +283,12 @@ def write_folder(
         name = _TORCH_NAMES[max((one.dtype for one in declared), key=lambda kind: kind.itemsize)]
         write_json(folder / CONFIG, entries | tokens | {"dtype": name, "torch_dtype": name})
     progress.finish()
+
+
+def _asking(between: Callable[[], None], tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    for tensor in tensors:
+        between()
+        yield tensor
 
 
 def read_config_if_any(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from megallm.plan.rules_data import data_sources
 # What a change of each thing does. Where nothing is said the samples are others altogether.
 _EFFECTS = {
     "training samples": "indices are dealt for so many samples, and another number of epochs deals all of them anew",
+    "validation samples": "the indices of the validation data are dealt for so many",
     "surplus of each dataset": "another number of samples may deal the indices of a dataset anew",
     "tokenizer": "the numbers in the data, and the rows of the embedding, stand for other texts",
     "seed": "samples are shuffled by it",
@@ -25,7 +26,9 @@ _EFFECTS = {
     "torch's shuffle of eight": "this version of torch shuffles otherwise",
 }
 # What checkpoints of the first versions lack.
-_SAVED_SINCE_THEN = ("content of the data",)
+_SAVED_SINCE_THEN = ("content of the data", "validation samples")
+# What a run without it does not read: another one may begin to, or leave off.
+_OF_EVALUATION = ("validation samples",)
 
 
 def data_order(
@@ -35,6 +38,7 @@ def data_order(
     share: DataShare,
     tokenizer: str = "",
     content: str = "",
+    num_valid_samples: int | None = None,
 ) -> dict[str, str]:
     """Everything that the order of the training data depends on, by its name, as texts that can be compared.
 
@@ -46,6 +50,7 @@ def data_order(
         share: the layout, which the `cyclic` order depends on.
         tokenizer: the checksum of what made the tokens; empty if that is not known.
         content: the digest of what the files hold; empty if that is not known.
+        num_valid_samples: what the indices of the validation data were asked for; None where it is read whole or not.
     """
     data = config.data
     order = {
@@ -74,6 +79,8 @@ def data_order(
             order["tokenizer"] = tokenizer
         if content:
             order["content of the data"] = content
+        if num_valid_samples is not None:
+            order["validation samples"] = str(num_valid_samples)
         if source.weights is not None:
             order["surplus of each dataset"] = str(data.mid_level_dataset_surplus)
     if data.dataloader_type == "cyclic":
@@ -88,6 +95,7 @@ def check_data_order(saved: dict[str, str], now: dict[str, str], folder: str) ->
     """Raises ValueError if the run that saved `folder` read its data in another order than this one would."""
     # What older versions did not save is not held against their runs.
     names = [name for name in dict.fromkeys([*saved, *now]) if name in saved or name not in _SAVED_SINCE_THEN]
+    names = [name for name in names if name in now or name not in _OF_EVALUATION]
     changed = [
         f"{printable(name)}: {printable(saved.get(name, 'none'))} there, {now.get(name, 'none')} here"
         + (f" ({_EFFECTS[name]})" if name in _EFFECTS else "")

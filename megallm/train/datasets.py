@@ -37,6 +37,7 @@ class Datasets:
         notes: what the user should know about them.
         tokenizer: the checksum of the tokenizer, empty where there is none.
         content: a digest of what the files of the training data hold, empty where there are none.
+        num_valid_samples: what the indices of the validation data were asked for; None where it is read whole or not.
     """
 
     train: SampleSource
@@ -45,6 +46,7 @@ class Datasets:
     notes: tuple[str, ...] = ()
     tokenizer: str = ""
     content: str = ""
+    num_valid_samples: int | None = None
 
 
 def build_tokenizer_of(config: Config) -> Tokenizer | None:
@@ -121,7 +123,9 @@ def build_datasets(
     if without_test:
         notes.append(f"no evaluation on test data: {without_test}")
     checksum = describe(tokenizer)["checksum"] if tokenizer else ""
-    return Datasets(built.train, dict(built.valid), test, tuple(notes), checksum, _content(built.train))
+    return Datasets(
+        built.train, dict(built.valid), test, tuple(notes), checksum, _content(built.train), sizes[1] or None
+    )
 
 
 def _content(train: Part | BlendedDataset) -> str:

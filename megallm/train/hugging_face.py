@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -15,8 +16,12 @@ from megallm.convert.huggingface import choose_family, open_folder, read_setting
 from megallm.convert.native import open_native
 from megallm.convert.output import where_now
 from megallm.convert.tokenizer_files import tokenizer_settings
+from megallm.mesh import Hosts
 from megallm.train.changes import check_architecture
 from megallm.train.engine import Engine
+from megallm.train.stopping import NOTHING, Ask, Wish
+
+_SECONDS_BETWEEN_QUESTIONS = 1.0
 
 
 def with_hugging_face_model(config: Config) -> Config:
@@ -69,22 +74,53 @@ def begin_with(engine: Engine, folder: str) -> list[str]:
     return notes
 
 
-def export(engine: Engine, checkpoint: Path) -> Path:
+class _Interrupted(Exception):
+    """An export is to end where it is."""
+
+
+def export(engine: Engine, hosts: Hosts, checkpoint: Path, ask: Ask) -> tuple[Path, Wish]:
     """Writes a checkpoint that was just saved as a Hugging Face folder under --save-hf, in the run's precision.
 
-    The first rank does so while the others wait.
+    The first rank does so while the others wait for it, through `hosts`. All `ask` about once a second; where the run
+    is to leave, nothing is left of the folder. Returns the folder, and the wish that has ended its writing or none.
 
     Raises ValueError, on all ranks alike, if it cannot be written.
     """
     assert engine.config.checkpoint.save_hf is not None, "there is a folder"
     target = Path(engine.config.checkpoint.save_hf) / checkpoint.name
+    wish, asked = NOTHING, time.monotonic()
+
+    def is_under_way(here: bool) -> bool:
+        under_way = torch.tensor([float(here)])
+        hosts.world.all_reduce(under_way, "max")
+        return bool(under_way.item())
+
+    def go_on() -> None:
+        nonlocal wish, asked
+        if time.monotonic() - asked > _SECONDS_BETWEEN_QUESTIONS:
+            is_under_way(True)
+            wish, asked = ask(), time.monotonic()
+            if wish.leaves:
+                raise _Interrupted
 
     def write() -> None:
-        with open_native(checkpoint) as weights:
-            write_folder(target, weights, _dtype(engine.config.training), overwrite=True)
+        try:
+            with open_native(checkpoint) as weights:
+                write_folder(target, weights, _dtype(engine.config.training), overwrite=True, between=go_on)
+        except _Interrupted:
+            return
+        finally:
+            # After its last question nobody waits for another.
+            if not wish.leaves:
+                is_under_way(False)
 
-    on_every_rank(engine.mesh, lambda: write() if engine.mesh.rank == 0 else None)
-    return target
+    def wait() -> None:
+        nonlocal wish
+        while not wish.leaves and is_under_way(False):
+            wish = ask()
+
+    on_every_rank(hosts, write if hosts.world.rank == 0 else wait)
+    return target, wish
 
 
 def check_export(config: Config) -> None:

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from pathlib import Path
 
-import torch
-
 from megallm.agreement import on_every_rank
-from megallm.config.batch_sizes import BatchSizes
 from megallm.config.resolve import train_samples
 from megallm.config.tree import Config
-from megallm.data.feeding.loader import SampleSource, build_loader
-from megallm.data.feeding.orders import SampleOrder, build_order
-from megallm.data.feeding.sampler import GlobalBatchSampler
 from megallm.device import Measures
 from megallm.file_lock import own_folder
 from megallm.mesh import Mesh
@@ -24,17 +18,18 @@ from megallm.schedule import simulate
 from megallm.train.data_order import data_order
 from megallm.train.datasets import Datasets, build_datasets, build_tokenizer_of, with_vocabulary
 from megallm.train.engine import Engine, build_engine, check_schedules
+from megallm.train.evaluation import Evaluation, global_batches, order_of
 from megallm.train.hugging_face import check_export
 from megallm.train.instruments import Instruments
-from megallm.train.metrics import Reporter, log_on_rank_zero, mean_losses
+from megallm.train.metrics import Reporter, log_on_rank_zero
 from megallm.train.out_of_memory import out_of_memory_explained
 from megallm.train.outputs import try_outputs
 from megallm.train.prediction import Prediction
 from megallm.train.processes import joined_processes
 from megallm.train.resume import take_up
 from megallm.train.saving import Saving
-from megallm.train.step import Batch, evaluate_step, train_step
-from megallm.train.stopping import ExitCode, Stopping
+from megallm.train.step import Batch, train_step
+from megallm.train.stopping import NOTHING, Ask, ExitCode, Stopping, Wish
 from megallm.train.tasks.task import Task
 
 WriteSample = Callable[[Engine], str]
@@ -149,7 +144,7 @@ def _check_data_lasts(engine: Engine, datasets: Datasets, last_iteration: int, l
         samples = batch if engine.config.data.full_validation else first + evaluations * training.eval_iters * batch
         needed["validation" + (f" ({name})" if name else "")] = valid, samples
     for purpose, (dataset, samples) in needed.items():
-        available = _order_of(engine, dataset).num_samples_after(0)
+        available = order_of(engine, dataset).num_samples_after(0)
         if available is not None and available < samples:
             raise ValueError(
                 f"the {purpose} data has {available} samples, but this run reads up to sample {samples}, counting "
@@ -169,25 +164,27 @@ def _train(
     log: Callable[[str], None],
     write_sample: WriteSample | None,
 ) -> ExitCode:
-    progress, eval_interval = engine.progress, engine.config.training.eval_interval
+    progress, training = engine.progress, engine.config.training
     with ExitStack() as stack:
         batches = stack.enter_context(
-            closing(_global_batches(engine, datasets.train, progress.consumed_samples, engine.batch_sizes))
+            closing(global_batches(engine, datasets.train, progress.consumed_samples, engine.batch_sizes))
         )
-        evaluation = _Evaluation(engine, datasets, stack)
-        if progress.evaluation_due:
-            evaluation.run(reporter)
-        if engine.config.training.skip_train:
-            log("nothing is trained, as --skip-train says")
-            evaluation.run(reporter)
-            evaluation.run_test(reporter)
-            return ExitCode.FINISHED
+        evaluation = Evaluation(engine, datasets, stack)
         stack.enter_context(stopping)
+        pauses = _Pauses(engine, evaluation, reporter, saving, stopping, log, write_sample)
+        if training.skip_train:
+            log("nothing is trained, as --skip-train says")
+            wish = pauses.instead_of_training()
+            if wish.leaves:
+                log(f"left before the end of the evaluation: {wish.reason}")
+            return wish.exit_code
+        wish = pauses.begin()
         prediction = Prediction(engine) if progress.iteration < last_iteration else None
         if prediction is not None:
             log(str(prediction))
         reporter.start()
-        while progress.iteration < last_iteration:
+        stopping.pause()
+        while progress.iteration < last_iteration and not wish.leaves:
             instruments.begin(progress.iteration + 1)
             with engine.mesh.journal.step():
                 with instruments.parts.measure("batch-generator"):
@@ -197,32 +194,18 @@ def _train(
             done = progress.iteration
             instruments.end(done)
             reporter.step(done, progress.consumed_samples, metrics)
-            wish = stopping.after_step(done, saving.seconds)
-            is_last = done == last_iteration
-            leaving = wish.reason is not None and not is_last
-            progress.evaluation_due = bool(eval_interval and done % eval_interval == 0)
-            # Who is in a hurry cannot wait for an evaluation; it follows, in the run that goes on if need be.
-            if not wish.save and progress.evaluation_due:
-                evaluation.run(reporter)
-            saving.after_step(now=wish.save, last=is_last or leaving)
-            if leaving:
-                instruments.flush()
-                reporter.flush()
-                saving.finish()
-                log(f"left after iteration {done}: {wish.reason}")
-                return wish.exit_code
-            if progress.evaluation_due:
-                evaluation.run(reporter)
-            sample_interval = engine.config.logging.sample_interval
-            if write_sample is not None and sample_interval and done % sample_interval == 0:
-                _publish_sample(engine, reporter, write_sample)
-            if is_last:
-                evaluation.run_test(reporter)
+            progress.evaluation_due = bool(training.eval_interval and done % training.eval_interval == 0)
+            wish = pauses.after_step(is_last=done == last_iteration)
             stopping.pause()
+        if progress.iteration == last_iteration and not (wish.leaves and pauses.is_something_left()):
+            wish = pauses.end()
         instruments.flush()
         reporter.flush()
         # Signals stay caught until the last checkpoint is on the disk.
         saving.finish()
+    if wish.leaves:
+        log(f"left after iteration {progress.iteration}: {wish.reason}")
+        return wish.exit_code
     compared = prediction.comparison(reporter) if prediction is not None else None
     if compared:
         log(compared)
@@ -231,100 +214,104 @@ def _train(
     return ExitCode.FINISHED
 
 
+class _Pauses:
+    """What is done between two steps: evaluations, saves, texts. Each ends early for what asks for that.
+
+    Methods return the wish with which the run is to leave, if it says so.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        evaluation: Evaluation,
+        reporter: Reporter,
+        saving: Saving,
+        stopping: Stopping,
+        log: Callable[[str], None],
+        write_sample: WriteSample | None,
+    ) -> None:
+        self._engine, self._evaluation, self._reporter, self._saving = engine, evaluation, reporter, saving
+        self._stopping, self._log, self._write_sample = stopping, log, write_sample
+
+    def instead_of_training(self) -> Wish:
+        """All of a run that trains nothing."""
+        self._engine.progress.evaluation_due = True
+        wish = self.begin()
+        return wish if wish.leaves else self._evaluation.run_test(self._reporter, self._ask_to_leave)
+
+    def begin(self) -> Wish:
+        """Before the first step: the evaluation that was put off when the run was left."""
+        return self._evaluate_if_due(self._ask_to_leave)
+
+    def after_step(self, *, is_last: bool) -> Wish:
+        """After a step. Who is in a hurry waits for no evaluation: it follows, in the run that goes on if need be."""
+        progress, saving = self._engine.progress, self._saving
+        done, evaluates = progress.iteration, progress.evaluation_due
+        # All this comes before the time is looked at again.
+        ahead = 0.0 if is_last else saving.expected_seconds(done) + evaluates * self._evaluation.seconds
+        wish = self._stopping.after_step(done, saving.seconds, ahead)
+        if not wish.save:
+            hurry = self._evaluate_if_due(self._ask)
+            # At the end --exit-interval asks for nothing more.
+            wish = hurry if hurry.save or is_last else wish
+        saves = saving.after_step(now=wish.save, last=is_last or wish.leaves, ask=self._ask_to_leave)
+        if not wish.leaves:
+            wish = self._evaluate_if_due(self._ask_to_leave)
+        if wish.leaves:
+            return wish
+        writes = self._write_sample_if_wanted()
+        if saves or evaluates or writes:
+            # What has come in meanwhile is not kept waiting for another step.
+            wish = self._ask_to_leave() if saves else self._ask()
+            if wish.save:
+                saving.after_step(now=True, last=wish.leaves, ask=self._ask_to_leave)
+        return wish
+
+    def end(self) -> Wish:
+        """After the last step, also where an earlier run has taken it and left before this."""
+        self._saving.export_if_missing(self._ask_to_leave)
+        return self._evaluation.run_test(self._reporter, self._ask_to_leave)
+
+    def is_something_left(self) -> bool:
+        """Whether a run that has taken its last step has something else to do."""
+        return self._engine.progress.evaluation_due or self._evaluation.has_test or self._saving.lacks_export()
+
+    def _ask(self) -> Wish:
+        return self._stopping.within_pause(self._saving.seconds, is_saved=False)
+
+    def _ask_to_leave(self) -> Wish:
+        return self._stopping.within_pause(self._saving.seconds, is_saved=True)
+
+    def _evaluate_if_due(self, ask: Ask) -> Wish:
+        if not self._engine.progress.evaluation_due:
+            return NOTHING
+        wish = self._evaluation.run(self._reporter, ask)
+        if wish.save:
+            why = wish.reason or "a checkpoint is asked for"
+            self._log(f"interrupted the evaluation after iteration {self._engine.progress.iteration}: {why}")
+        return wish
+
+    def _write_sample_if_wanted(self) -> bool:
+        interval, iteration = self._engine.config.logging.sample_interval, self._engine.progress.iteration
+        if self._write_sample is None or not interval or iteration % interval:
+            return False
+        self._reporter.flush()
+        resume = self._reporter.pause()
+        self._reporter.sample(iteration, self._write_sample(self._engine))
+        resume()
+        return True
+
+
 def _watched(
     prediction: Prediction | None, iteration: int, batch: list[Batch], passes: Measures | None
 ) -> AbstractContextManager[Measures | None]:
     return nullcontext(passes) if prediction is None else prediction.watching(iteration, batch, passes)
 
 
-def _publish_sample(engine: Engine, reporter: Reporter, write_sample: WriteSample) -> None:
-    reporter.flush()
-    resume = reporter.pause()
-    reporter.sample(engine.progress.iteration, write_sample(engine))
-    resume()
-
-
-class _Evaluation:
-    """Evaluates on each validation set, each time where the last evaluation left it; at the end on the test data."""
-
-    def __init__(self, engine: Engine, datasets: Datasets, stack: ExitStack) -> None:
-        self._engine, self._datasets = engine, datasets
-        self._is_full = engine.config.data.full_validation
-        consumed = engine.progress.consumed_valid_samples
-        self._batches = {
-            name: stack.enter_context(closing(_global_batches(engine, dataset, consumed, self._batch_sizes)))
-            for name, dataset in ({} if self._is_full else datasets.valid).items()
-        }
-
-    @property
-    def _batch_sizes(self) -> BatchSizes:
-        size = self._engine.config.training.global_batch_size
-        assert size, "the configuration is resolved"
-        return BatchSizes.constant(size)
-
-    def run(self, reporter: Reporter) -> None:
-        """Reads `--eval-iters` global batches of each set, or all whole ones, and publishes their mean losses."""
-        progress, training = self._engine.progress, self._engine.config.training
-        for name, dataset in self._datasets.valid.items():
-            if self._is_full:
-                with closing(_global_batches(self._engine, dataset, 0, self._batch_sizes, "single")) as batches:
-                    self._publish(reporter, batches, len(dataset) // self._batch_sizes.at(0), name)
-            else:
-                self._publish(reporter, self._batches[name], training.eval_iters, name)
-        if not self._is_full:
-            progress.consumed_valid_samples += training.eval_iters * self._batch_sizes.at(0)
-        progress.evaluation_due = False
-
-    def run_test(self, reporter: Reporter) -> None:
-        """The same on the test data, if there is some; on less where there is less."""
-        test = self._datasets.test
-        if test is not None:
-            num_batches = min(self._engine.config.training.eval_iters, len(test) // self._batch_sizes.at(0))
-            with closing(_global_batches(self._engine, test, 0, self._batch_sizes, "single")) as batches:
-                self._publish(reporter, batches, num_batches, "", test=True)
-
-    def _publish(
-        self, reporter: Reporter, batches: Iterator[list[Batch]], num_batches: int, name: str, *, test: bool = False
-    ) -> None:
-        engine = self._engine
-        reporter.flush()
-        resume = reporter.pause()
-        num_terms = len(engine.task.term_names)
-        totals = torch.zeros((2, num_terms), dtype=torch.float64, device=engine.mesh.device)
-        for _ in range(num_batches):
-            totals += torch.stack(evaluate_step(engine, next(batches)))
-        losses = mean_losses(totals[0], totals[1], engine.task.term_names)
-        progress = engine.progress
-        reporter.evaluation(progress.iteration, progress.consumed_samples, losses, name, test=test)
-        resume()
-
-
-def _global_batches(
-    engine: Engine, dataset: SampleSource, consumed_samples: int, batch_sizes: BatchSizes, order: str | None = None
-) -> Generator[list[Batch], None, None]:
-    """This rank's micro-batches of one global batch after another, on the device; `_check_data_lasts` saw the end."""
-    device, num_workers = engine.mesh.device, engine.config.data.num_workers
-    if num_workers is None:
-        # Without a GPU the processes would take their time from the training.
-        num_workers = 2 if device.type == "cuda" else 0
-    sampler = GlobalBatchSampler(_order_of(engine, dataset, order), consumed_samples, batch_sizes, engine.data_share)
-    with closing(build_loader(dataset, sampler, num_workers, pin_memory=device.type == "cuda")) as loader:
-        for micro_batches in loader:
-            yield [
-                {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
-                for micro_batch in micro_batches
-            ]
-
-
 def _data_order(engine: Engine, datasets: Datasets) -> dict[str, str]:
     wanted = train_samples(engine.config, engine.batch_sizes)
     share, tokenizer, content = engine.data_share, datasets.tokenizer, datasets.content
-    return data_order(engine.config, wanted, len(datasets.train), share, tokenizer, content)
-
-
-def _order_of(engine: Engine, dataset: SampleSource, kind: str | None = None) -> SampleOrder:
-    data = engine.config.data
-    return build_order(kind or data.dataloader_type, len(dataset), engine.data_share, sharding=data.data_sharding)
+    return data_order(engine.config, wanted, len(datasets.train), share, tokenizer, content, datasets.num_valid_samples)
 
 
 def _describe(engine: Engine, log: Callable[[str], None]) -> None:

@@ -21,25 +21,29 @@ from megallm.checkpoint.save import Saved, save_checkpoint
 from megallm.config import to_dict
 from megallm.config.tree import CheckpointConfig
 from megallm.file_lock import LOCK
+from megallm.mesh import Hosts
 from megallm.train.engine import Engine
 from megallm.train.hugging_face import export
 from megallm.train.metrics import Reporter
 from megallm.train.progress import ProgressFile
+from megallm.train.stopping import Ask
 
-# Training goes on beside it, so that a slow disk is no reason to end the job.
-_LONGEST_BACKGROUND_SAVE = timedelta(days=1)
+# A slow disk is no reason to end the job.
+_LONGEST_SAVE = timedelta(days=1)
 
 
 class SaveError(ValueError):
     """The last checkpoint of a run could not be written."""
 
 
-def save_engine(engine: Engine, root: str, order: dict[str, str] | None = None) -> Saved:
-    """Saves weights, optimizer, progress and what the order of the data depends on. Called by all ranks."""
+def save_engine(engine: Engine, root: str, order: dict[str, str] | None = None, hosts: Hosts | None = None) -> Saved:
+    """Saves weights, optimizer, progress and what the order of the data depends on. Called by all ranks.
+
+    They wait for each other through `hosts`, or the mesh where that is not given.
+    """
     boxes, state = content_of(engine, order or {})
-    return save_checkpoint(
-        root, engine.progress.iteration, boxes, state, engine.mesh, retention_of(engine.config.checkpoint)
-    )
+    retention = retention_of(engine.config.checkpoint)
+    return save_checkpoint(root, engine.progress.iteration, boxes, state, hosts or engine.mesh, retention)
 
 
 class Saving:
@@ -48,6 +52,8 @@ class Saving:
     To be used in a `with` block, which ends when everything is on the disk. Where the configuration names no folder,
     nothing happens. Attribute `seconds`: the longest that a save has taken, from its beginning until it was on the
     disk.
+
+    Ranks wait for each other as long as a disk takes, whatever limit there is for the messages of the training.
     """
 
     def __init__(self, engine: Engine, order: dict[str, str], reporter: Reporter, log: Callable[[str], None]) -> None:
@@ -57,11 +63,14 @@ class Saving:
         self._last_saved = -1
         self._progress_file = ProgressFile(engine.config, engine.mesh, engine.progress)
         self._consumed: dict[int, int] = {}
-        self.seconds = 0.0
+        self._told: set[str] = set()
+        self.seconds = self._export_seconds = 0.0
         self._file_system = _file_system(self._settings.save)
+        self._hosts = engine.mesh.new_hosts(_LONGEST_SAVE) if self._settings.save else Hosts.alone()
         self._background: BackgroundSaver | None = None
         if self._settings.save and self._settings.async_save:
-            self._background = BackgroundSaver(engine.mesh.new_hosts(_LONGEST_BACKGROUND_SAVE), self._written)
+            # Its thread sends messages of its own.
+            self._background = BackgroundSaver(engine.mesh.new_hosts(_LONGEST_SAVE), self._written)
 
     def __enter__(self) -> Saving:
         return self
@@ -70,30 +79,61 @@ class Saving:
         if self._background is not None:
             self._background.close()
 
-    def after_step(self, *, now: bool, last: bool) -> None:
+    def after_step(self, *, now: bool, last: bool, ask: Ask) -> bool:
         """Saves where an interval, or `now`, says so; always after the `last` step before the run ends or leaves.
 
-        Called by all ranks with the same arguments.
+        Called by all ranks with the same arguments; does nothing a second time after the same step. `ask` is asked
+        while a checkpoint is written for Hugging Face, too, which ends where the run is to leave. Returns whether
+        anything was done.
 
         Raises:
             SaveError: nothing can be written, and there will be no other chance. Else that is logged only.
         """
-        if not self._settings.save:
-            return
         done = self._engine.progress.iteration
-        export_interval = self._settings.save_hf_interval
         # Who is in a hurry has no time for a second form.
-        exports = bool(self._settings.save_hf) and (
-            (last and not now) or bool(export_interval and done % export_interval == 0)
-        )
+        exports = self._exports_after(done, last) and not (now and last)
+        is_wanted = now or last or exports or self._saves_after(done)
+        if not self._settings.save or not is_wanted or self._last_saved == done:
+            return False
+        self._reporter.flush()
+        resume = self._reporter.pause()
+        self._save(last)
+        if exports and self._last_saved == done:
+            self._export(last, ask)
+        resume()
+        return True
+
+    def expected_seconds(self, iteration: int) -> float:
+        """How long `after_step` may take after a step that is not the last."""
+        exports = self._exports_after(iteration, False)
+        saves = exports or self._saves_after(iteration)
+        return saves * self.seconds + exports * self._export_seconds
+
+    def lacks_export(self) -> bool:
+        """Whether the checkpoint of the last step is not there for Hugging Face, and should be. Called by all ranks."""
+        folder, root, done = self._settings.save_hf, self._settings.save, self._engine.progress.iteration
+        if not folder or not root:
+            return False
+        missing = torch.zeros(1)
+        if self._hosts.world.rank == 0:
+            checkpoint = checkpoint_folder(root, done)
+            is_saved = self._last_saved == done or checkpoint.exists()
+            missing += is_saved and not (Path(folder) / checkpoint.name).exists()
+        self._hosts.world.all_reduce(missing, "max")
+        return bool(missing.item())
+
+    def export_if_missing(self, ask: Ask) -> None:
+        """Does what a run in a hurry has left undone. Raises SaveError where that fails."""
+        if self.lacks_export():
+            self._export(True, ask)
+
+    def _saves_after(self, iteration: int) -> bool:
         intervals = (self._settings.save_interval, self._settings.non_persistent_save_interval)
-        if now or last or exports or any(interval and done % interval == 0 for interval in intervals):
-            self._reporter.flush()
-            resume = self._reporter.pause()
-            self._save(last)
-            if exports and self._last_saved == done:
-                self._export(last)
-            resume()
+        return any(interval and iteration % interval == 0 for interval in intervals)
+
+    def _exports_after(self, iteration: int, last: bool) -> bool:
+        interval = self._settings.save_hf_interval
+        return bool(self._settings.save_hf) and (last or bool(interval and iteration % interval == 0))
 
     def finish(self) -> None:
         """Returns when everything is on the disk. Raises SaveError where the last save failed."""
@@ -113,9 +153,9 @@ class Saving:
         begin = time.perf_counter()
         self._consumed[engine.progress.iteration] = engine.progress.consumed_samples
         try:
-            on_every_rank(engine.mesh, self._check_file_system)
+            on_every_rank(self._hosts, self._check_file_system)
             if self._background is None:
-                saved = save_engine(engine, root, self._order)
+                saved = save_engine(engine, root, self._order, self._hosts)
                 self._written(saved, time.perf_counter() - begin)
             else:
                 boxes, state = content_of(engine, self._order)
@@ -130,19 +170,25 @@ class Saving:
                 raise SaveError(str(error)) from None
             self._written(error, time.perf_counter() - begin)
 
-    def _export(self, last: bool) -> None:
-        """Writes the checkpoint that was just saved for Hugging Face, too."""
+    def _export(self, last: bool, ask: Ask) -> None:
+        """Writes the checkpoint of this step for Hugging Face, too."""
         assert self._settings.save is not None, "there is a folder"
         begin = time.perf_counter()
+        checkpoint = checkpoint_folder(self._settings.save, self._engine.progress.iteration)
         try:
             self.finish()
-            folder = export(self._engine, checkpoint_folder(self._settings.save, self._last_saved))
+            folder, wish = export(self._engine, self._hosts, checkpoint, ask)
         except ValueError as error:
             if last:
                 raise SaveError(str(error)) from None
             self._log(f"{error}; training goes on")
             return
-        self._log(f"wrote {folder} for Hugging Face in {time.perf_counter() - begin:.2f} s")
+        seconds = time.perf_counter() - begin
+        self._export_seconds = max(self._export_seconds, seconds)
+        if wish.leaves:
+            self._log(f"did not write {folder} for Hugging Face to its end: {wish.reason}")
+        else:
+            self._log(f"wrote {folder} for Hugging Face in {seconds:.2f} s")
 
     def _written(self, outcome: Saved | ValueError, seconds: float) -> None:
         """Logs how a save went; with background saving, called by its thread once that is known."""
@@ -157,7 +203,10 @@ class Saving:
         gigabytes = outcome.num_bytes / 1e9
         self._log(f"saved {outcome.folder} ({gigabytes:.3f} GB, on the disk after {seconds:.2f} s)")
         for note in outcome.notes:
-            self._log(note)
+            # What is wrong with the folder is so at every save.
+            if note not in self._told:
+                self._told.add(note)
+                self._log(note)
 
     def _check_file_system(self) -> None:
         """A folder whose mount is gone looks empty, and would fill the disk below."""

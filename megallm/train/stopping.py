@@ -19,7 +19,7 @@ from megallm.mesh import Hosts
 
 SAVE_NOW = "save-now"
 """A file of this name in the --save folder asks for a checkpoint."""
-# How much longer than the longest so far the next step or save may take.
+# How much longer than the longest so far the next step, save or evaluation may take.
 _ALLOWANCE = 1.5
 # Before the first save nobody knows how long one takes.
 _SECONDS_OF_FIRST_SAVE = 60.0
@@ -42,6 +42,8 @@ class ExitCode(IntEnum):
     """The last checkpoint could not be written (EX_IOERR of sysexits.h)."""
     UNFINISHED = 75
     """Left early, with a checkpoint: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+    UNSAVED = 76
+    """Left early without a checkpoint, since --save names no folder: the same command begins again."""
     INTERRUPTED = 130
     """Ctrl-C: left at once, without a checkpoint."""
 
@@ -52,6 +54,16 @@ class Wish(NamedTuple):
     save: bool
     reason: str | None
     exit_code: ExitCode = ExitCode.FINISHED
+
+    @property
+    def leaves(self) -> bool:
+        """Whether the run is to end here."""
+        return self.reason is not None
+
+
+NOTHING = Wish(False, None)
+Ask = Callable[[], Wish]
+"""Called by all ranks together, between the parts of what takes its time: whether something asks for its end."""
 
 
 class Stopping:
@@ -69,6 +81,7 @@ class Stopping:
         self._deadline = None if minutes is None else started + 60.0 * minutes
         self._first_save = 0.0 if minutes is None else min(_SECONDS_OF_FIRST_SAVE, _SHARE_OF_FIRST_SAVE * 60 * minutes)
         self._save_now = Path(config.checkpoint.save) / SAVE_NOW if config.checkpoint.save else None
+        self._unfinished = ExitCode.UNFINISHED if config.checkpoint.save else ExitCode.UNSAVED
         self._steps: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
         self._last = time.monotonic()
         self._received: set[int] = set()
@@ -84,17 +97,45 @@ class Stopping:
         for number, handler in self._previous.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
-    def after_step(self, iteration: int, save_seconds: float) -> Wish:
-        """Called by all ranks after each step. `save_seconds` is the longest that a save has taken, 0 if none has."""
+    def after_step(self, iteration: int, save_seconds: float, pause_seconds: float = 0.0) -> Wish:
+        """Called by all ranks after each step.
+
+        Args:
+            iteration: steps that were done.
+            save_seconds: the longest that a save has taken, 0 if none has.
+            pause_seconds: what the evaluation and the save that come before the next step may take.
+        """
         now = time.monotonic()
         self._steps.append(now - self._last)
         self._last = now
-        signals, self._received = self._received, set()
+        wish = self._agree(now, max(self._steps) + self._of_save(save_seconds) + pause_seconds)
+        if wish.reason is None and self._interval is not None and iteration % self._interval == 0:
+            return Wish(False, f"--exit-interval {self._interval} divides it")
+        return wish
+
+    def within_pause(self, save_seconds: float, *, is_saved: bool) -> Wish:
+        """The same between two steps: after each batch of an evaluation, and of what else takes its time.
+
+        Where the step `is_saved`, only what asks the run to leave is heard. The rest is heard after the next step.
+        """
+        # A batch takes no longer than a step.
+        seconds = max(self._steps, default=0.0) + self._of_save(save_seconds)
+        return self._agree(time.monotonic(), seconds, only_to_leave=is_saved)
+
+    def pause(self) -> None:
+        """What was done since the last step (a save, an evaluation) does not count as a part of the next."""
+        self._last = time.monotonic()
+
+    def _agree(self, now: float, seconds: float, *, only_to_leave: bool = False) -> Wish:
+        """What any of the ranks was asked for. `seconds`: what comes next, with the save after it, may take so long."""
+        heard = {signal.SIGTERM} if only_to_leave else {signal.SIGTERM, signal.SIGUSR1}
+        signals = self._received & heard
+        self._received -= signals
         wishes = [
             signal.SIGTERM in signals,
-            self._is_time_over(now, save_seconds),
+            self._is_time_over(now, seconds),
             signal.SIGUSR1 in signals,
-            self._is_file_there(),
+            not only_to_leave and self._is_file_there(),
         ]
         agreed = torch.tensor([float(wish) for wish in wishes])
         self._hosts.world.all_reduce(agreed, "max")
@@ -105,32 +146,27 @@ class Stopping:
             except OSError:
                 self._save_now = None  # it would ask after every step
         if terminated:
-            return Wish(True, "SIGTERM was received", ExitCode.UNFINISHED)
+            return Wish(True, "SIGTERM was received", self._unfinished)
         if over:
-            return Wish(
-                True, f"--exit-duration-in-mins {self._minutes:g} leaves no time for another step", _code_of_time()
-            )
-        if self._interval is not None and iteration % self._interval == 0:
-            return Wish(False, f"--exit-interval {self._interval} divides it")
+            reason = f"--exit-duration-in-mins {self._minutes:g} leaves no time to go on"
+            return Wish(True, reason, ExitCode.FINISHED if _restarts() else self._unfinished)
         return Wish(user_signal or file, None)
 
-    def pause(self) -> None:
-        """What was done since the last step (a save, an evaluation) does not count as a part of the next."""
-        self._last = time.monotonic()
+    def _of_save(self, seconds: float) -> float:
+        return seconds or self._first_save
 
-    def _is_time_over(self, now: float, save_seconds: float) -> bool:
-        """Whether another step and a save might not fit before the deadline. The first rank's clock decides."""
+    def _is_time_over(self, now: float, seconds: float) -> bool:
+        """Whether what takes so many seconds might not fit before the deadline. The first rank's clock decides."""
         if self._deadline is None or self._hosts.world.rank != 0:
             return False
-        margin = _ALLOWANCE * (max(self._steps) + (save_seconds or self._first_save))
-        return now + margin > self._deadline
+        return now + _ALLOWANCE * seconds > self._deadline
 
     def _is_file_there(self) -> bool:
         # Unlike the method of a path, this finds nothing where the file system is gone.
         return self._hosts.world.rank == 0 and self._save_now is not None and os.path.exists(self._save_now)
 
 
-def _code_of_time() -> ExitCode:
-    """A launcher that restarts failed jobs would take the code for a failure, and train past the time."""
+def _restarts() -> bool:
+    """Whether a launcher restarts failed jobs: it would take a code for a failure, and train past the time."""
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
-    return ExitCode.FINISHED if restarts.isdigit() and int(restarts) > 0 else ExitCode.UNFINISHED
+    return restarts.isdigit() and int(restarts) > 0

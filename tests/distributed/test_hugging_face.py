@@ -14,11 +14,12 @@ from megallm.config.dictionary import build
 from megallm.config.tree import Config
 from megallm.convert.native import open_native
 from megallm.convert.verify import judge, our_logits
-from megallm.mesh import Mesh, MeshShape
+from megallm.mesh import Hosts, Mesh, MeshShape
 from megallm.train.engine import build_engine
 from megallm.train.hugging_face import begin_with, check_export, export, with_hugging_face_model
 from megallm.train.saving import save_engine
 from megallm.train.step import train_step
+from megallm.train.stopping import NOTHING
 from megallm.train.tasks.gpt import GPTTask
 from tests.distributed.parity import global_batch, micro_batches
 from tests.distributed.pool import WorkerPool
@@ -49,7 +50,8 @@ def run_on(rank: int, name: str, folder: Path, root: Path) -> None:
     for step in range(2):
         train_step(engine, micro_batches(engine, global_batch(step, 8, SEQUENCE_LENGTH, VOCAB_SIZE, "full")))
     saved = save_engine(engine, str(root))
-    assert export(engine, saved.folder) == root / "hf" / "iter_0000002"
+    hosts = Hosts(engine.mesh.world, engine.mesh.device)
+    assert export(engine, hosts, saved.folder, lambda: NOTHING) == (root / "hf" / "iter_0000002", NOTHING)
 
 
 @pytest.mark.slow

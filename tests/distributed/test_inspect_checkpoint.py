@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from megallm.checkpoint.boxes import WEIGHTS, declared_box, local_boxes
-from megallm.checkpoint.inspection import tree_lines
+from megallm.checkpoint.inspection import changes_of_tensors, tree_lines
+from megallm.checkpoint.reading import open_checkpoint
 from megallm.checkpoint.save import save_stream
 from megallm.config import from_dict
 from megallm.config.dictionary import read_yaml
@@ -114,6 +115,19 @@ def test_tensors_of_other_names_shapes_and_types_are_told(tmp_path: Path, capsys
     }
     assert changes["weights/nan"]["num_elements"] == 4 and changes["weights/type"]["num_elements"] == 0
     assert "4 NOT FINITE" in output_of(capsys, two, "--norms")
+
+
+def test_zeros_of_two_signs_and_two_nans_are_different_bits(tmp_path: Path) -> None:
+    bits = torch.tensor([0, -(2**31), 0x7FC00000, 0x7FC00001], dtype=torch.int32)
+    folders = []
+    for name, values in (("one", bits[[0, 2]]), ("two", bits[[1, 3]]), ("three", bits[[0, 2]])):
+        boxes = [declared_box(WEIGHTS, "a", torch.float32, (2,))]
+        stream = save_stream(str(tmp_path / name), 1, boxes, [values.view(torch.float32)], {"config": {}})
+        folders.append(stream.folder)
+    one, two, three = (open_checkpoint(folder) for folder in folders)
+    with one, two, three:
+        assert changes_of_tensors(one, two)["weights/a"].num_elements == 2
+        assert changes_of_tensors(one, three) == {}
 
 
 def test_damage_is_found_where_it_is_read(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from megallm.mesh import Mesh, MeshShape
 from megallm.train.loop import pretrain_on
 from megallm.train.stopping import ExitCode
 from megallm.train.tasks.gpt import GPTTask
-from tests.distributed.launch import TINY, read_lines, without
+from tests.distributed.launch import TINY, read_lines, training_lines, validation_lines, without
 from tests.distributed.pool import WorkerPool
 
 NUM_STEPS = 24
@@ -85,9 +85,10 @@ def _send(metrics: Path, steps: int, seconds: float, number: int, ended: threadi
     lines = _num_steps(metrics)
     while not ended.is_set() and _num_steps(metrics) < lines + steps:
         time.sleep(0.001)
-    time.sleep(seconds)
-    if not ended.is_set():
+    # Again and again, since one that comes before the run listens is not heard.
+    while not ended.wait(seconds):
         os.kill(os.getpid(), number)
+        seconds = 1.0
 
 
 def _num_steps(metrics: Path) -> int:
@@ -146,6 +147,38 @@ def test_stopped_by_signals_at_random_points(pool: WorkerPool, tmp_path: Path, l
         assert series(folder) == whole
         assert digests(folder) == final
         assert chain < 30, "the signals come too late"
+
+
+# Long enough that nobody waits for it.
+LONG_EVALUATION = ["--eval-iters", "100000", "--eval-interval", "3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_evaluation_is_not_waited_for(pool: WorkerPool, tmp_path: Path, world_size: int) -> None:
+    """What the signal finds under way is an evaluation: it comes some time after the step before it."""
+    layout = Layout(world_size, 0, tuple(LONG_EVALUATION))
+    stop = (world_size - 1, 3, 0.5, signal.SIGTERM)
+    begin = time.monotonic()
+    assert start(pool, layout, tmp_path, stop) == ExitCode.UNFINISHED
+    assert time.monotonic() - begin < 60, "100,000 batches take longer"
+    assert training_lines(tmp_path / "metrics.jsonl")[-1]["iteration"] == 3, "without another step"
+    assert not validation_lines(tmp_path / "metrics.jsonl"), "half an evaluation says nothing"
+    manifest = read_manifest(find_checkpoints(str(tmp_path / "checkpoints"))[0])
+    assert (manifest.iteration, manifest.state["evaluation_due"]) == (3, True)
+    # The run that goes on begins with it, and is interrupted in it.
+    stop = (world_size - 1, 0, 0.0, signal.SIGTERM)
+    assert start(pool, layout, tmp_path, stop) == ExitCode.UNFINISHED
+    assert training_lines(tmp_path / "metrics.jsonl")[-1]["iteration"] == 3
+
+
+@pytest.mark.slow
+def test_a_checkpoint_can_be_asked_for_in_the_middle_of_an_evaluation(pool: WorkerPool, tmp_path: Path) -> None:
+    layout = Layout(1, 0, ("--eval-iters", "60", "--eval-interval", "3", "--train-iters", "4"))
+    assert start(pool, layout, tmp_path / "whole") == ExitCode.FINISHED
+    assert start(pool, layout, tmp_path / "asked", (0, 3, 0.05, signal.SIGUSR1)) == ExitCode.FINISHED
+    assert find_checkpoints(str(tmp_path / "asked" / "checkpoints"), 3)
+    assert series(tmp_path / "asked") == series(tmp_path / "whole")
 
 
 @pytest.fixture

@@ -94,6 +94,21 @@ def test_another_tokenizer_of_the_same_size_is_noticed() -> None:
     check_data_order(before, before, "iter_0000005")
 
 
+def test_other_indices_of_the_validation_data_are_noticed() -> None:
+    config = build(FILES)
+
+    def order(num_valid_samples: int | None) -> dict[str, str]:
+        return data_order(config, 1000, 1024, FOUR_RANKS, "t", "0a", num_valid_samples)
+
+    with pytest.raises(
+        ValueError, match=r"validation samples: 80 there, 160 here \(the indices of the validation data"
+    ):
+        check_data_order(order(80), order(160), "iter_0000005")
+    # A run that evaluates no more, one that begins to, and one whose checkpoint does not say.
+    for saved, now in ((80, None), (None, 80), (80, 80)):
+        check_data_order(order(saved), order(now), "iter_0000005")
+
+
 def test_other_content_under_the_same_names_is_noticed() -> None:
     config = build(FILES)
     before, after = (data_order(config, 1000, 1024, FOUR_RANKS, "t", content) for content in ("0a", "0b"))

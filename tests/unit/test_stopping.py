@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -9,21 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from megallm.communication import Group, Transport
 from megallm.config.tree import CheckpointConfig, Config, TrainingConfig
 from megallm.mesh import Hosts
-from megallm.train.stopping import SAVE_NOW, ExitCode, Stopping, Wish
-
-ALONE = Hosts(Group((0,), 0, Transport(None)), torch.device("cpu"))
-NOTHING = Wish(False, None)
+from megallm.train.stopping import NOTHING, SAVE_NOW, ExitCode, Stopping, Wish
 
 
 def stopping(save: Path | None = None, started: float | None = None, **training: float) -> Stopping:
     checkpoint = CheckpointConfig(save=None if save is None else str(save))
     config = Config(training=TrainingConfig(**training), checkpoint=checkpoint)  # type: ignore[arg-type]
-    return Stopping(config, ALONE, time.monotonic() if started is None else started)
+    return Stopping(config, Hosts.alone(), time.monotonic() if started is None else started)
 
 
 def test_without_a_wish_the_run_goes_on() -> None:
@@ -31,11 +27,14 @@ def test_without_a_wish_the_run_goes_on() -> None:
         assert watched.after_step(1, 0.0) == NOTHING
 
 
-def test_sigterm_saves_and_leaves() -> None:
-    with stopping() as watched:
-        os.kill(os.getpid(), signal.SIGTERM)
-        wish = watched.after_step(1, 0.0)
-    assert wish == Wish(True, "SIGTERM was received", ExitCode.UNFINISHED)
+@pytest.mark.parametrize("saves", [True, False])
+def test_sigterm_saves_and_leaves(tmp_path: Path, saves: bool) -> None:
+    code = ExitCode.UNFINISHED if saves else ExitCode.UNSAVED
+    with stopping(save=tmp_path if saves else None) as watched:
+        for ask in (lambda: watched.after_step(1, 0.0), lambda: watched.within_pause(0.0, is_saved=False)):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert ask() == Wish(True, "SIGTERM was received", code)
+            assert ask() == NOTHING
 
 
 def test_sigusr1_saves_once_and_goes_on() -> None:
@@ -43,6 +42,15 @@ def test_sigusr1_saves_once_and_goes_on() -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert watched.after_step(1, 0.0) == Wish(True, None)
         assert watched.after_step(2, 0.0) == NOTHING
+
+
+def test_a_request_to_save_waits_for_the_next_step_where_this_one_is_saved(tmp_path: Path) -> None:
+    with stopping(save=tmp_path) as watched:
+        for ask in (lambda: os.kill(os.getpid(), signal.SIGUSR1), (tmp_path / SAVE_NOW).touch):
+            ask()
+            assert watched.within_pause(0.0, is_saved=True) == NOTHING
+            assert watched.within_pause(0.0, is_saved=False) == Wish(True, None)
+            assert watched.after_step(1, 0.0) == NOTHING
 
 
 def test_signals_are_as_before_outside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +72,28 @@ def test_the_file_asks_once(tmp_path: Path) -> None:
         assert watched.after_step(1, 0.0) == Wish(True, None)
         assert not (tmp_path / SAVE_NOW).exists()
         assert watched.after_step(2, 0.0) == NOTHING
+
+
+def test_a_file_that_cannot_be_removed_asks_once_and_then_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "unlink", fail)
+    with stopping(save=tmp_path) as watched:
+        (tmp_path / SAVE_NOW).touch()
+        assert watched.after_step(1, 0.0) == Wish(True, None)
+        assert watched.after_step(2, 0.0) == NOTHING
+
+
+def test_a_folder_that_cannot_be_looked_into_asks_for_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    # The error is another one than that nothing is there; a mount that is gone gives others yet.
+    with stopping(save=tmp_path / "file") as watched:
+        assert watched.after_step(1, 0.0) == NOTHING
+    with stopping(save=tmp_path / ("name" * 100)) as watched:
+        assert watched.after_step(1, 0.0) == NOTHING
 
 
 def test_the_interval_leaves_at_its_multiples() -> None:
@@ -115,6 +145,26 @@ def test_before_the_first_save_a_tenth_of_the_time_is_left_for_it(clock: Clock) 
     assert leaves_at(clock, 10, lambda step: 10.0, save_seconds=0.0) == 500.0
 
 
+def test_an_evaluation_before_the_next_step_needs_its_time_too(clock: Clock) -> None:
+    with stopping(started=clock.now, exit_duration_in_mins=10.0) as watched:
+        clock.now += 200
+        # 1.5 x (200 + 40) = 360 seconds of the 400 that are left; with an evaluation of 30 seconds it is 405.
+        assert not watched.after_step(1, 40.0).leaves
+        watched.pause()
+        assert watched.after_step(2, 40.0, pause_seconds=30.0).leaves
+
+
+def test_an_evaluation_that_takes_too_long_is_not_waited_for(clock: Clock) -> None:
+    with stopping(started=clock.now, exit_duration_in_mins=10.0) as watched:
+        clock.now += 10
+        assert not watched.after_step(1, 40.0).leaves
+        # 1.5 x (10 + 40) = 75 seconds before the end of 600.
+        clock.now += 510
+        assert not watched.within_pause(40.0, is_saved=True).leaves
+        clock.now += 10
+        assert watched.within_pause(40.0, is_saved=True).leaves
+
+
 def test_an_evaluation_is_no_step(clock: Clock) -> None:
     with stopping(started=clock.now, exit_duration_in_mins=10.0) as watched:
         clock.now += 10
@@ -126,9 +176,9 @@ def test_an_evaluation_is_no_step(clock: Clock) -> None:
 
 
 def test_a_launcher_that_restarts_is_not_told_of_a_failure(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    for restarts, code in (("0", ExitCode.UNFINISHED), ("3", ExitCode.FINISHED)):
+    for restarts, code in (("0", ExitCode.UNSAVED), ("3", ExitCode.FINISHED)):
         monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
         with stopping(started=clock.now - 600, exit_duration_in_mins=10.0) as watched:
             wish = watched.after_step(1, 0.0)
         assert (wish.save, wish.exit_code) == (True, code)
-        assert wish.reason == "--exit-duration-in-mins 10 leaves no time for another step"
+        assert wish.reason == "--exit-duration-in-mins 10 leaves no time to go on"
