@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A BERT from this machine's own text: trained in tensor and pipeline parallelism, and on from there in data parallelism.
-# Every command is shown before it runs. BERT_STEPS (200) and BERT_FOLDER (demo_bert) change its length and place.
+# Every command is shown before it runs. BERT_STEPS (200), BERT_MEGABYTES (4) and BERT_FOLDER (demo_bert) change its length,
+# its text and its place.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,9 +21,9 @@ run() {
 
 mkdir -p "$OUT"
 
-say "1. Text that every machine has, and a WordPiece vocabulary of 4,096 tokens"
-run python tools/collect_text.py --output "$OUT/text.jsonl" --max-megabytes 4
-run python tools/train_tokenizer.py --input "$OUT/text.jsonl" --type wordpiece --lower-case --vocab-size 4096 \
+say "1. Text that every machine has, and a WordPiece vocabulary of 2,048 tokens"
+run python tools/collect_text.py --output "$OUT/text.jsonl" --max-megabytes "${BERT_MEGABYTES:-4}"
+run python tools/train_tokenizer.py --input "$OUT/text.jsonl" --type wordpiece --lower-case --vocab-size 2048 \
     --output "$OUT/vocab.txt"
 
 say "2. The text as token ids, sentence by sentence: a sample of BERT is two texts of one document"
@@ -33,7 +34,7 @@ run python tools/preprocess_data.py --input "$OUT/text.jsonl" --output-prefix "$
 MODEL=(--num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --init-method-std 0.05
     --apply-residual-connection-post-layernorm)
 DATA=(--data-path "$OUT/python_text_sentence" --split 95,5,0 "${TOKENIZER[@]}")
-TRAINING=(--micro-batch-size 4 --global-batch-size 32 --train-iters "$STEPS" --lr 2e-3 --min-lr 1e-4
+TRAINING=(--micro-batch-size 4 --global-batch-size 16 --train-iters "$STEPS" --lr 2e-3 --min-lr 1e-4
     --lr-decay-style cosine --lr-warmup-iters $((STEPS / 10)) --weight-decay 0.01
     --eval-interval "$HALF" --eval-iters 4 --log-interval $((STEPS / 10)) --save "$OUT/checkpoints")
 

@@ -190,9 +190,7 @@ def theirs(pool: WorkerPool) -> Run:
     return pool.run(1, run_theirs)[0]
 
 
-@pytest.mark.parametrize(
-    ("tp", "pp"), [(1, 1), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_same_weights_give_the_same_numbers(pool: WorkerPool, theirs: Run, tp: int, pp: int) -> None:
     ranks = pool.run(tp * pp, run_ours, tp, pp, theirs.weights)
     for _, losses, _ in ranks:

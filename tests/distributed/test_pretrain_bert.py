@@ -40,6 +40,7 @@ def test_from_text_to_a_trained_bert(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     environment |= {
         "BERT_STEPS": "10",
+        "BERT_MEGABYTES": "1",
         "BERT_FOLDER": str(tmp_path),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
@@ -50,9 +51,9 @@ def test_from_text_to_a_trained_bert(tmp_path: Path) -> None:
     first, second = (training_lines(tmp_path / f"{name}_layout.jsonl") for name in ("first", "second"))
     assert [line["iteration"] for line in first + second] == list(range(1, 11))
     losses = [line["lm_loss"] for line in first + second]
-    assert losses[0] == pytest.approx(8.3, abs=0.5), "about as many nats as ln 4096 at the start"
+    assert losses[0] == pytest.approx(7.7, abs=0.5), "about as many nats as ln 2048 at the start"
     assert losses[5] == pytest.approx(losses[4], abs=0.6), "the loss goes on where it was"
-    assert losses[5] < losses[0] - 0.5 and losses[9] < losses[0] - 1.0
+    assert losses[5] < losses[0] - 0.4 and losses[9] < losses[0] - 0.6
     # So few steps teach the order of texts to nobody: a coin's ln 2.
     assert sum(line["sop_loss"] for line in second) / 5 == pytest.approx(0.69, abs=0.2)
     checks = [validation_lines(tmp_path / f"{name}_layout.jsonl")[0] for name in ("first", "second")]

@@ -162,8 +162,7 @@ class MaskedDataset(ABC):
 
     def get_batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """Several samples at once, one at least: each array of an item with a leading dim [n]."""
-        samples = [self[int(index)] for index in indices]
-        return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+        return stacked([self[int(index)] for index in indices])
 
     @abstractmethod
     def _make_sample(
@@ -180,6 +179,11 @@ class MaskedDataset(ABC):
         raise ValueError(
             f"Token {wrong} in {self.path_prefix} is {limit}: the data was made with another tokenizer than this run's."
         )
+
+
+def stacked(samples: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Each array of the samples, one at least, with a leading dim [n]."""
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def padded(tokens: Sequence[int] | np.ndarray, length: int, padding: int) -> np.ndarray:

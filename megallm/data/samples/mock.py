@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megallm.data.samples.masked import stacked
+
 LONGEST_PERIOD = 32
 NOISE_EVERY = 16
 
@@ -60,8 +62,7 @@ class MockDataset:
 
     def get_batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """Several samples at once: each array of an item with a leading dim [n]."""
-        samples = [self[int(index)] for index in indices]
-        return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+        return stacked([self[int(index)] for index in indices])
 
     def _draw(self, source: np.random.Philox, count: int) -> np.ndarray:
         """Random tokens int64 [count]: first the number of binary digits, then one of the numbers that have them."""
@@ -124,5 +125,4 @@ class MockMaskedDataset:
 
     def get_batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """Several samples at once: each array of an item with a leading dim [n]."""
-        samples = [self[int(index)] for index in indices]
-        return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+        return stacked([self[int(index)] for index in indices])

