@@ -210,6 +210,24 @@ def test_layers_per_virtual_stage(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert parse("--config", str(file), per_stage, "2").parallel.num_virtual_stages_per_pipeline_rank == 2
 
 
+def test_a_program_trains_one_architecture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def parse_for(architecture: str, *words: str) -> Config:
+        return parse_arguments(words, prog="program", description="", architecture=architecture)
+
+    file = tmp_path / "bert.yaml"
+    file.write_text("model: {architecture: bert, num_layers: 2}")
+    assert parse_for("bert").model.architecture == "bert"
+    assert parse_for("bert", "--config", str(file)) == parse("--config", str(file))
+    for words in (["--config", str(file)], ["--architecture", "bert"]):
+        with pytest.raises(SystemExit):
+            parse_for("gpt", *words, "--lr", "fast")
+        message = capsys.readouterr().err
+        assert "2 problems" in message
+        assert "--architecture bert: pretrain_bert.py trains that, and pretrain_gpt.py gpt" in message
+    assert parse_for("bert", "--vocab-file", "vocab.txt").data.tokenizer_type == "BertWordPieceLowerCase"
+    assert parse_for("gpt", "--vocab-file", "vocab.txt").data.tokenizer_type is None
+
+
 def test_what_scripts_leave_unsaid(capsys: pytest.CaptureFixture[str]) -> None:
     files = ("--vocab-file", "vocab.json", "--merge-file", "merges.txt")
     assert parse(*files).data.tokenizer_type == "GPT2BPETokenizer"
