@@ -146,6 +146,48 @@ def _split_and_rotate(implementation: str) -> Callable[..., Any]:
     return split
 
 
+def _scores(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Attention scores of heads with `width` keys: square where there are rows enough. The numbers of their rows."""
+    queries = min(rows, width)
+    scores = torch.randn(1, rows // queries, queries, width).to(device, dtype).requires_grad_()
+    return scores, torch.arange(rows, device=device).view(scores.shape[:-1])
+
+
+def _softmax(*, causal: bool, probability: float) -> Callable[[str], Callable[..., Any]]:
+    def of(implementation: str) -> Callable[..., Any]:
+        def softmax(scores: Tensor, rows: Tensor) -> Tensor:
+            dropout = _dropout(probability, rows) if probability else None
+            return ops.scaled_masked_softmax(
+                scores, None, 0.125, causal, dropout=dropout, implementation=implementation
+            )
+
+        return softmax
+
+    return of
+
+
+def _torch_softmax() -> Callable[..., Any]:
+    return lambda scores, rows: torch.softmax(scores * 0.125, dim=-1)
+
+
+def _dropout(probability: float, rows: Tensor) -> ops.Dropout:
+    key, step = torch.ones(2, dtype=torch.int64, device=rows.device), torch.zeros_like(rows.view(-1)[0])
+    return ops.Dropout(probability, key, step, rows)
+
+
+def _with_rows_and_bias(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    x, residual, bias = normal_and_weights(2, 1)(rows, width, dtype, device)
+    return x, residual, bias, torch.arange(rows, device=device)
+
+
+def _dropout_add(implementation: str) -> Callable[..., Any]:
+    return lambda x, residual, bias, rows: ops.dropout_add(x, _dropout(0.1, rows), bias, residual, implementation)
+
+
+def _torch_dropout_add() -> Callable[..., Any]:
+    return lambda x, residual, bias, rows: residual + torch.nn.functional.dropout(x + bias, 0.1)
+
+
 def _flat_state(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """float32 weights, gradient and moments, and for a 16-bit dtype the model's weights."""
     tensors = [torch.rand(rows * width, device=device) for _ in range(4)]
@@ -188,6 +230,14 @@ OPERATORS = [
     ),
     # Queries and keys forward; backward the values' gradient is put in its place too.
     Operator("split_and_rotate", _packed, _split_and_rotate, moved=(4, 6)),
+    Operator(
+        "softmax", _scores, _softmax(causal=False, probability=0.0), moved=(2, 3), rivals={"torch": _torch_softmax}
+    ),
+    # Half is read, all is written.
+    Operator("softmax_causal", _scores, _softmax(causal=True, probability=0.0), moved=(1.5, 2)),
+    Operator("softmax_causal_dropout", _scores, _softmax(causal=True, probability=0.1), moved=(2.5, 2)),
+    # torch's own dropout, beside them, takes its numbers in the order of calls.
+    Operator("dropout_add", _with_rows_and_bias, _dropout_add, moved=(3, 2), rivals={"torch": _torch_dropout_add}),
     Operator("adamw", _flat_state, _adamw, moved=(7, 0), moved_in_16_bits=(15, 0), own_rivals=("torch",)),
     Operator(
         "layer_norm",

@@ -151,32 +151,6 @@ MEGALLM_ACTIVATION(Relu)
 MEGALLM_ACTIVATION(SquaredRelu)
 #undef MEGALLM_ACTIVATION
 
-MEGALLM_CLONES void add(const float* left, const float* right, int64_t count, float* __restrict__ result) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    result[i] = left[i] + right[i];
-  }
-}
-
-void add(const double* left, const double* right, int64_t count, double* __restrict__ result) {
-  for (int64_t i = 0; i < count; ++i) {
-    result[i] = left[i] + right[i];
-  }
-}
-
-MEGALLM_CLONES void accumulate(const float* values, int64_t count, float* __restrict__ sums) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    sums[i] += values[i];
-  }
-}
-
-void accumulate(const double* values, int64_t count, double* __restrict__ sums) {
-  for (int64_t i = 0; i < count; ++i) {
-    sums[i] += values[i];
-  }
-}
-
 template <typename A>
 void run_forward_tile(Kind kind, const Tile<A>& tile) {
   switch (kind) {
@@ -209,37 +183,9 @@ void run_backward_tile(Kind kind, const Tile<A>& tile) {
   }
 }
 
-// A row's `count` elements from `offset` on, with the bias from `column` on, which may be null.
-template <typename A>
-const A* read_biased(const tiles::Source& source, int64_t offset, int64_t count, const A* bias, int64_t column,
-                     A* buffer) {
-  const A* values = source.read(offset, count, buffer);
-  if (bias == nullptr) {
-    return values;
-  }
-  add(values, bias + column, count, buffer);
-  return buffer;
-}
-
-template <typename A>
-std::vector<A> widened(const std::optional<Tensor>& bias) {
-  if (!bias) {
-    return {};
-  }
-  std::vector<A> result(bias->size(0));
-  const tiles::Source source = tiles::source(*bias);
-  for (int64_t start = 0; start < bias->size(0); start += kTile) {
-    const int64_t count = std::min(kTile, bias->size(0) - start);
-    tiles::Buffer<A> buffer;
-    const A* values = source.read(start, count, buffer);
-    std::copy(values, values + count, result.begin() + start);
-  }
-  return result;
-}
-
 template <typename A>
 void run_forward(const Forward& call) {
-  const std::vector<A> wide_bias = widened<A>(call.bias);
+  const std::vector<A> wide_bias = tiles::widened<A>(call.bias);
   const A* bias = call.bias ? wide_bias.data() : nullptr;
   const tiles::Source x = tiles::source(call.x);
   const tiles::Target y = tiles::target(call.y);
@@ -259,8 +205,8 @@ void run_forward(const Forward& call) {
           const int64_t to = row * width + column;
           Tile<A> tile{};
           tile.count = count;
-          tile.x = read_biased(x, from, count, bias, column, x_buffer);
-          tile.up = call.gated ? read_biased(x, from + width, count, bias, width + column, up_buffer) : nullptr;
+          tile.x = tiles::read_biased(x, from, count, bias, column, x_buffer);
+          tile.up = call.gated ? tiles::read_biased(x, from + width, count, bias, width + column, up_buffer) : nullptr;
           tile.y = y.begin(to, y_buffer);
           run_forward_tile(call.kind, tile);
           y.end(to, count, tile.y);
@@ -282,18 +228,18 @@ void backward_row(const Backward& call, int64_t row, const A* bias, A* partial) 
     const int64_t to = row * call.x.width + column;
     Tile<A> tile{};
     tile.count = count;
-    tile.x = read_biased(x, from, count, bias, column, x_buffer);
+    tile.x = tiles::read_biased(x, from, count, bias, column, x_buffer);
     tile.grad_output = grad_output.read(row * call.grad_output.stride + column, count, grad_buffer);
     tile.grad_x = grad_input.begin(to, grad_x_buffer);
     if (call.gated) {
-      tile.up = read_biased(x, from + width, count, bias, width + column, up_buffer);
+      tile.up = tiles::read_biased(x, from + width, count, bias, width + column, up_buffer);
       tile.grad_up = grad_input.begin(to + width, grad_up_buffer);
     }
     run_backward_tile(call.kind, tile);
     if (partial != nullptr) {
-      accumulate(tile.grad_x, count, partial + column);
+      tiles::accumulate(tile.grad_x, count, partial + column);
       if (call.gated) {
-        accumulate(tile.grad_up, count, partial + width + column);
+        tiles::accumulate(tile.grad_up, count, partial + width + column);
       }
     }
     grad_input.end(to, count, tile.grad_x);
@@ -305,7 +251,7 @@ void backward_row(const Backward& call, int64_t row, const A* bias, A* partial) 
 
 template <typename A>
 void run_backward(const Backward& call) {
-  const std::vector<A> wide_bias = widened<A>(call.bias);
+  const std::vector<A> wide_bias = tiles::widened<A>(call.bias);
   const A* bias = call.bias ? wide_bias.data() : nullptr;
   const Tensor* grad_bias = call.bias ? &call.grad_bias : nullptr;
   for_blocks_of_rows<A>(call.x.count, call.x.width, grad_bias, [&](int64_t begin, int64_t end, A* partial) {

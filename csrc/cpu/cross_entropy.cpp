@@ -12,6 +12,7 @@
 namespace megallm::cross_entropy {
 namespace {
 
+using simd::exponential_below_largest;
 using simd::kLanes;
 using simd::narrow;
 using simd::widen;
@@ -23,13 +24,6 @@ using torch::stable::parallel_for;
 constexpr int64_t kGrain = 16384;
 // Columns that are gone over twice, for their largest value and for the exponentials: they stay in the nearest cache.
 constexpr int64_t kBlock = 4096;
-
-// exp(x) of a logit from which the largest was taken away. What is too small for float32 is 0, as that of -inf is.
-template <typename Accumulator>
-MEGALLM_INLINE Accumulator exponential(Accumulator x) {
-  const Accumulator result = simd::exponential(x);
-  return x < Accumulator(-87) ? Accumulator(0) : result;
-}
 
 template <typename Accumulator>
 struct RowStatistics {
@@ -79,7 +73,7 @@ MEGALLM_INLINE void row_statistics(const Scalar* x, int64_t width, RowStatistics
     const Accumulator shift = largest == kNothing ? Accumulator(0) : largest;
     exponentials *= begin == 0 || before == kNothing ? 1.0 : std::exp(static_cast<double>(before) - shift);
     exponentials += simd::sum_over_row<Accumulator>(size, [&](int64_t i) __attribute__((always_inline)) {
-      return exponential(static_cast<Accumulator>(widen(block[i]) - shift));
+      return exponential_below_largest(static_cast<Accumulator>(widen(block[i]) - shift));
     });
     all += simd::sum_over_row<Accumulator>(
         size, [&](int64_t i) __attribute__((always_inline)) { return static_cast<Accumulator>(widen(block[i])); });
@@ -92,7 +86,7 @@ MEGALLM_INLINE void row_gradient(Scalar* x, int64_t width, Accumulator largest, 
                                  Accumulator subtracted) {
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) {
-    narrow(exponential(static_cast<Accumulator>(widen(x[i]) - largest)) * factor - subtracted, x[i]);
+    narrow(exponential_below_largest(static_cast<Accumulator>(widen(x[i]) - largest)) * factor - subtracted, x[i]);
   }
 }
 
@@ -160,8 +154,8 @@ void run_gradient(const Gradient& call, int64_t vocab_size, double smoothing, do
       const int64_t column = call.vocabulary.column_of(targets[row]);
       Accumulator at_target = 0;
       if (words > 0 && column >= 0) {
-        at_target =
-            exponential(static_cast<Accumulator>(widen(x[column]) - largest[row])) * factor - grad * (spread + kept);
+        at_target = exponential_below_largest(static_cast<Accumulator>(widen(x[column]) - largest[row])) * factor -
+                    grad * (spread + kept);
       }
       write_gradient(x, words, largest[row], factor, grad * spread);
       if (words > 0 && column >= 0) {

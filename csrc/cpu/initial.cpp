@@ -107,8 +107,7 @@ Tensor rows_of(const Tensor& key, const Tensor& rows, int64_t start, int64_t num
   STD_TORCH_CHECK(start >= 0 && num_columns >= 0, "initial: columns are counted from 0");
   const Tensor keys = torch::stable::contiguous(key);
   const Tensor numbers = torch::stable::contiguous(rows);
-  const int64_t* key_words = static_cast<const int64_t*>(keys.const_data_ptr());
-  const philox::Key generator{{static_cast<uint32_t>(key_words[0]), static_cast<uint32_t>(key_words[1])}, 0};
+  const philox::Key generator = philox::key_of(keys, 0);
   const int64_t* row_numbers = static_cast<const int64_t*>(numbers.const_data_ptr());
   Tensor result = torch::stable::new_empty(rows, {rows.size(0), num_columns}, ScalarType::Float);
   float* values = static_cast<float*>(result.mutable_data_ptr());

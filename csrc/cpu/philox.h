@@ -22,4 +22,10 @@ MEGALLM_CLONES static void row_words(const Key& key, uint64_t row, uint32_t firs
   }
 }
 
+// The key of a CPU tensor int64 [2] and of the step.
+inline Key key_of(const Tensor& key, int64_t step) {
+  const int64_t* words = static_cast<const int64_t*>(key.const_data_ptr());
+  return Key{{static_cast<uint32_t>(words[0]), static_cast<uint32_t>(words[1])}, static_cast<uint32_t>(step)};
+}
+
 }  // namespace megallm::philox

@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
+#include <vector>
 
 #include "cpu/simd.h"
 #include "include/rows.h"
@@ -100,5 +102,60 @@ struct Target {
 inline Source source(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.scalar_type()}; }
 inline Source source(const Rows& rows) { return source(rows.tensor); }
 inline Target target(const Tensor& tensor) { return {tensor.mutable_data_ptr(), tensor.scalar_type()}; }
+
+[[maybe_unused]] MEGALLM_CLONES static void add(const float* left, const float* right, int64_t count,
+                                                float* __restrict__ result) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    result[i] = left[i] + right[i];
+  }
+}
+
+inline void add(const double* left, const double* right, int64_t count, double* __restrict__ result) {
+  for (int64_t i = 0; i < count; ++i) {
+    result[i] = left[i] + right[i];
+  }
+}
+
+[[maybe_unused]] MEGALLM_CLONES static void accumulate(const float* values, int64_t count, float* __restrict__ sums) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    sums[i] += values[i];
+  }
+}
+
+inline void accumulate(const double* values, int64_t count, double* __restrict__ sums) {
+  for (int64_t i = 0; i < count; ++i) {
+    sums[i] += values[i];
+  }
+}
+
+// A vector for all rows, such as a bias, whole in the accumulation type; nothing where there is none.
+template <typename A>
+std::vector<A> widened(const std::optional<Tensor>& vector) {
+  if (!vector) {
+    return {};
+  }
+  std::vector<A> result(vector->size(0));
+  const Source values = source(*vector);
+  for (int64_t start = 0; start < vector->size(0); start += kTile) {
+    const int64_t count = std::min(kTile, vector->size(0) - start);
+    Buffer<A> buffer;
+    const A* read = values.read(start, count, buffer);
+    std::copy(read, read + count, result.begin() + start);
+  }
+  return result;
+}
+
+// A row's `count` elements from `offset` on, with the bias from `column` on, which may be null.
+template <typename A>
+const A* read_biased(const Source& source, int64_t offset, int64_t count, const A* bias, int64_t column, A* buffer) {
+  const A* values = source.read(offset, count, buffer);
+  if (bias == nullptr) {
+    return values;
+  }
+  add(values, bias + column, count, buffer);
+  return buffer;
+}
 
 }  // namespace megallm::tiles

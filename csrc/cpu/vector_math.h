@@ -37,6 +37,13 @@ MEGALLM_INLINE float exponential(float x) {
 
 MEGALLM_INLINE double exponential(double x) { return std::exp(x); }
 
+// exp(x) of what the largest was taken away from. What is too small for float32 is 0, as that of -inf is.
+template <typename Accumulator>
+MEGALLM_INLINE Accumulator exponential_below_largest(Accumulator x) {
+  const Accumulator result = exponential(x);
+  return x < Accumulator(-87) ? Accumulator(0) : result;
+}
+
 template <typename Accumulator>
 MEGALLM_INLINE Accumulator sigmoid(Accumulator x) {
   return Accumulator(1) / (Accumulator(1) + exponential(-x));

@@ -17,6 +17,8 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "accumulate": ("accumulate_",),
     "cross_entropy": ("cross_entropy_statistics", "cross_entropy_backward_"),
     "rotary": ("rotary_",),
+    "softmax": ("softmax_forward", "softmax_backward"),
+    "dropout_add": ("dropout_add", "dropout_add_backward"),
     "add_rows": ("add_rows",),
     "embedding_gradient": ("embedding_gradient_",),
 }

@@ -8,11 +8,10 @@ from torch.nn import functional
 
 from megallm.layers import recompute
 from megallm.layers.context import LayoutContext, SequenceContext
-from megallm.layers.dropout import apply_dropout
 from megallm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megallm.layers.norm import Norm, NormSettings
 from megallm.layers.regions import gather_features
-from megallm.ops import scaled_masked_softmax
+from megallm.ops import Dropout, scaled_masked_softmax
 from megallm.parameter import InitialMethod
 from megallm.random import stream_key
 
@@ -22,14 +21,15 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     allowed: torch.Tensor | None,
-    dropout: tuple[float, torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    dropout: Dropout | None,
+    implementation: str = "auto",
 ) -> torch.Tensor:
     """The core of attention.
 
     query [batch, heads, sequence, head_dim]; key and value [batch, groups, sequence, head_dim], heads a multiple of
     groups. Causal where `allowed` (bool, True = may look, [batch, 1, sequence, sequence]) is None; else keys and values
-    may be of more tokens than queries. `dropout` is
-    (probability, stream key, step, rows [batch, heads, sequence]) or None. Returns [batch, heads, sequence, head_dim].
+    may be of more tokens than queries. Dropout, with rows [batch, heads, sequence], takes the way through the scores,
+    whose softmax is computed by `implementation`. Returns [batch, heads, sequence, head_dim].
     """
     scale = query.shape[-1] ** -0.5
     repeats = query.shape[1] // key.shape[1]
@@ -46,13 +46,16 @@ def attend(
     )
     scores = scores.unflatten(0, query.shape[:2])  # [batch, heads, sequence, sequence]
     masked = None if allowed is None else ~allowed
-    weights = scaled_masked_softmax(scores, masked, 1.0, causal=allowed is None)
-    probability, stream, step, rows = dropout
-    return apply_dropout(weights, stream, step, rows, probability).matmul(value)
+    weights = scaled_masked_softmax(
+        scores, masked, 1.0, causal=allowed is None, dropout=dropout, implementation=implementation
+    )
+    return weights.matmul(value)
 
 
 class SelfAttention(nn.Module):
     """Multi-head, grouped or multi-query self-attention: [sequence (/ tp), batch, hidden] -> the same shape.
+
+    The bias of the output is left to what follows, which adds it together with dropout and residual.
 
     Each tensor rank computes its share of the query heads. Where the query groups do not divide among the ranks, each
     rank projects an equal part of the key and value features, the parts are gathered, and every rank picks the groups
@@ -89,6 +92,7 @@ class SelfAttention(nn.Module):
         self.groups_divide = num_groups % tp.size == 0
         self.dropout = dropout
         self.rotary = context.operators.of("rotary")
+        self.softmax = context.operators.of("softmax")
         self.recompute_core = recompute_core
         self.input = ColumnParallelLinear(
             {
@@ -123,9 +127,11 @@ class SelfAttention(nn.Module):
         if sequence.cache is not None:
             key, value = sequence.cache.extend(self, key, value)
         dropout = self._dropout(sequence)
-        attended = recompute.run(attend, query, key, value, sequence.allowed, dropout, again=self.recompute_core)
+        attended = recompute.run(
+            attend, query, key, value, sequence.allowed, dropout, self.softmax, again=self.recompute_core
+        )
         # [b, heads, s, head_dim] -> [s, b, heads x head_dim]
-        return self.output(attended.permute(2, 0, 1, 3).flatten(2))
+        return self.output.product(attended.permute(2, 0, 1, 3).flatten(2))
 
     def _heads(
         self, packed: torch.Tensor, sequence: SequenceContext
@@ -151,7 +157,7 @@ class SelfAttention(nn.Module):
         heads = torch.arange(self.local_heads, device=features.device) + self.tp.rank * self.local_heads
         return groups.index_select(2, heads // (self.num_heads // self.num_groups))
 
-    def _dropout(self, sequence: SequenceContext) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    def _dropout(self, sequence: SequenceContext) -> Dropout | None:
         if self.dropout == 0.0 or sequence.step is None:
             return None
         device = sequence.sample_ids.device
@@ -159,4 +165,4 @@ class SelfAttention(nn.Module):
         positions = torch.arange(sequence.sequence_length, device=device)
         rows = sequence.sample_ids.unsqueeze(-1) * self.num_heads + heads  # [batch, heads]
         rows = rows.unsqueeze(-1) * sequence.sequence_length + positions  # [batch, heads, sequence]
-        return self.dropout, self.stream, sequence.step, rows
+        return Dropout(self.dropout, self.stream, sequence.step, rows)

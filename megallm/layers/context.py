@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -107,6 +108,7 @@ class SequenceContext:
     step: torch.Tensor | None = None
     cache: KeyValueCache | None = None
 
+    @cached_property
     def token_rows(self) -> torch.Tensor:
-        """Global number of each local token in the batch: int64 [local sequence, batch]."""
+        """Global number of each local token in the batch: int64 [local sequence, batch]. One tensor for all layers."""
         return self.sample_ids.unsqueeze(0) * self.sequence_length + self.local_positions.unsqueeze(1)

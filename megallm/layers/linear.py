@@ -134,14 +134,19 @@ class RowParallelLinear(nn.Module):
             )
             self.bias = make_parameter(description, context.dtype, context.device)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
         context = self.context
         output = _Linear.apply(input, self.weight, context.weight_gradients, None, False)
         if context.sequence_parallel:
             output = scatter_sum_sequence(output, context.tp)
         else:
             output = sum_over_group(output, context.tp)
-        return output if self.bias is None else output + self.bias
+        return output if self.bias is None or not with_bias else output + self.bias
+
+    def product(self, input: torch.Tensor) -> torch.Tensor:
+        """The output without the bias, for what follows to add."""
+        # Through the call of the module: what was hung before its forward pass waits for the weights.
+        return self(input, with_bias=False)
 
 
 class ReplicatedLinear(nn.Module):

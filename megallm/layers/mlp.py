@@ -17,7 +17,8 @@ _PLAIN = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu, "squared_relu": sq
 class MLP(nn.Module):
     """[sequence (/ tp), batch, hidden] -> the same shape, through `ffn_hidden_size` features.
 
-    Gated activations take gate and up from one matrix: act(gate) x up.
+    Gated activations take gate and up from one matrix: act(gate) x up. The bias of the output is left to what follows,
+    which adds it together with dropout and residual.
     """
 
     def __init__(
@@ -54,4 +55,4 @@ class MLP(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         activated = self.activation(self.input.product(hidden), self.input.bias, self.implementation)
-        return self.output(activated)
+        return self.output.product(activated)

@@ -76,13 +76,18 @@ class TransformerLayer(nn.Module):
 
     def forward(self, hidden: torch.Tensor, sequence: SequenceContext) -> torch.Tensor:
         normalised, hidden = self.attention_norm.of_sum(hidden, None)
-        attended = self.attention_dropout(self.attention(normalised, sequence), sequence)
+        attended, bias = self.attention(normalised, sequence), self.attention.output.bias
+        residual = normalised if self.residual_after_norm else hidden
         if self.parallel_residual:
-            residual = (normalised if self.residual_after_norm else hidden) + attended
+            residual = self.attention_dropout(attended, sequence, bias, residual)
             normalised = self.mlp_norm(hidden)
+        elif self.attention_dropout.of(sequence) is not None:
+            total = self.attention_dropout(attended, sequence, bias, residual)
+            normalised, residual = self.mlp_norm.of_sum(total, None)
         else:
-            normalised, residual = self.mlp_norm.of_sum(attended, normalised if self.residual_after_norm else hidden)
+            attended = self.attention_dropout(attended, sequence, bias)
+            normalised, residual = self.mlp_norm.of_sum(attended, residual)
         if self.residual_after_norm:
             residual = normalised
         widened = recompute.run(self.mlp, normalised, again=self.recompute_mlp)
-        return residual + self.mlp_dropout(widened, sequence)
+        return self.mlp_dropout(widened, sequence, self.mlp.output.bias, residual)

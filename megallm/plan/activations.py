@@ -120,7 +120,7 @@ def saved_by_stage(sizes: Sizes, num_layers: int, *, is_first: bool, is_last: bo
     """Bytes that a stage keeps of one micro-batch until its backward pass has begun."""
     runs, kept_whole = recomputed_runs(sizes, num_layers)
     total = len(runs) * sizes.hidden + kept_whole * sum(layer(sizes).values())
-    total += sum(_shared(sizes, kept_whole).values())
+    total += sum(_shared(sizes, kept_whole, is_first=is_first).values())
     total += sum(_embedding(sizes).values()) if is_first else 0
     return total + (sum(_output(sizes).values()) if is_last else 0)
 
@@ -140,7 +140,6 @@ def recomputed_runs(sizes: Sizes, num_layers: int) -> tuple[list[int], int]:
 
 def layer(sizes: Sizes) -> dict[str, int]:
     """Bytes by operator of a layer that is not recomputed as a whole."""
-    mask = sizes.hidden // sizes.element if sizes.config.model.hidden_dropout else 0
     # Gate and up, or up alone, and the result, which goes into the product that follows.
     vectors = 3 if sizes.config.model.activation in GATED_ACTIVATIONS else 2
     in_mlp = 0 if sizes.recomputes("mlp") else vectors * sizes.ffn
@@ -151,11 +150,9 @@ def layer(sizes: Sizes) -> dict[str, int]:
         "attention norm": norm,
         "query, key and value": sizes.hidden,
         **_attention(sizes),
-        "attention dropout": mask,
         "MLP norm": norm - twice,
         "up": sizes.hidden,
         "activation and down": in_mlp,
-        "MLP dropout": mask,
     }
 
 
@@ -182,8 +179,9 @@ def _attention(sizes: Sizes) -> dict[str, int]:
     if sizes.recomputes("core_attn"):
         return core
     if model.attention_dropout:
-        # Probabilities, the mask, and what is left of them for the product with the values.
-        return core | {"softmax and dropout": square * (2 * sizes.element + 1)}
+        # Probabilities, and what dropout leaves of them for the product with the values; the numbers of their rows.
+        rows = 8 * sizes.tokens * sizes.heads
+        return core | {"softmax and dropout": square * 2 * sizes.element + rows}
     mask = sizes.mask * sizes.element
     return core | {"log of sums": sizes.tokens * sizes.heads * sizes.wide, "mask as numbers": mask}
 
@@ -224,7 +222,7 @@ def _queries_keys_values(sizes: Sizes, query: int) -> int:
     return indices + sum(own or 0 for own in owned) + (packed if is_read else 0)
 
 
-def _shared(sizes: Sizes, num_layers: int) -> dict[str, int]:
+def _shared(sizes: Sizes, num_layers: int, *, is_first: bool) -> dict[str, int]:
     """What the layers that are not recomputed keep together. (The others hold it without autograd's knowledge.)"""
     config, tables, mask = sizes.config, 0, 0
     if config.model.position_embedding_type == "rope" and config.data.reset_position_ids and num_layers:
@@ -232,18 +230,19 @@ def _shared(sizes: Sizes, num_layers: int) -> dict[str, int]:
     if sizes.recomputes("core_attn") and num_layers:
         # BERT's says of each key alone whether it is padding.
         mask = sizes.tokens if sizes.is_bert else sizes.mask
-    return {"rotary angles": tables, "attention mask": mask}
+    dropped = sizes.config.model.hidden_dropout and (num_layers or is_first)
+    rows = 8 * sizes.local_tokens if dropped else 0
+    return {"rotary angles": tables, "attention mask": mask, "rows of dropout": rows}
 
 
 def _embedding(sizes: Sizes) -> dict[str, int]:
-    """Token ids as this rank's rows; positions; types; the dropout mask."""
+    """Token ids as this rank's rows; positions; types."""
     model = sizes.config.model
     learned = model.position_embedding_type == "learned_absolute"
     return {
         "rows": 8 * sizes.tokens if sizes.tensor_size > 1 else 0,
         "positions": 8 * sizes.local_tokens if learned else 0,
         "types": 8 * sizes.local_tokens if num_token_types(model) else 0,
-        "embedding dropout": sizes.hidden // sizes.element if model.hidden_dropout else 0,
     }
 
 

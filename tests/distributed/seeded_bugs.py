@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from megallm.communication import Channel, Group, Transport, Work
 from megallm.data_parallel.buckets import Bucket
 from megallm.data_parallel.optimizer import BucketOptimizer
 from megallm.data_parallel.reducer import GradientReducer
+from megallm.layers import recompute
 from megallm.layers.attention import SelfAttention
 from megallm.layers.context import SequenceContext
 from megallm.layers.dropout import HiddenDropout
@@ -263,7 +265,7 @@ def equal_masks_on_sequence_parts(patch: pytest.MonkeyPatch) -> None:
         local = torch.arange(len(self.local_positions))
         return self.sample_ids.unsqueeze(0) * self.sequence_length + local.unsqueeze(1)
 
-    patch.setattr(SequenceContext, "token_rows", token_rows)
+    patch.setattr(SequenceContext, "token_rows", property(token_rows))
 
 
 def equal_masks_on_the_heads_of_tensor_ranks(patch: pytest.MonkeyPatch) -> None:
@@ -272,8 +274,8 @@ def equal_masks_on_the_heads_of_tensor_ranks(patch: pytest.MonkeyPatch) -> None:
     def as_on_the_first_rank(self: SelfAttention, sequence: SequenceContext) -> Any:
         arguments = dropout(self, sequence)
         assert arguments is not None, "the case has attention dropout"
-        probability, stream, step, rows = arguments
-        return probability, stream, step, rows - self.tp.rank * self.local_heads * sequence.sequence_length
+        rows = arguments.rows - self.tp.rank * self.local_heads * sequence.sequence_length
+        return arguments._replace(rows=rows)
 
     patch.setattr(SelfAttention, "_dropout", as_on_the_first_rank)
 
@@ -289,14 +291,22 @@ def hidden_dropout_depends_on_the_tensor_rank(patch: pytest.MonkeyPatch) -> Prep
 
 
 def recompute_takes_another_dropout_step(patch: pytest.MonkeyPatch) -> None:
-    backward = PipelineExecutor._backward
+    run = recompute.run
 
-    def one_step_later(self: PipelineExecutor, run: Any, lowered: Any, step: Any) -> None:
-        run.dropout_step.add_(1)
-        backward(self, run, lowered, step)
-        run.dropout_step.sub_(1)
+    def with_another_step_again(function: Callable[..., Any], *arguments: Any, again: bool) -> Any:
+        calls = count()
 
-    patch.setattr(PipelineExecutor, "_backward", one_step_later)
+        def called(*given: Any) -> Any:
+            if next(calls) > 0:
+                given = tuple(
+                    replace(value, step=value.step + 1) if isinstance(value, SequenceContext) else value
+                    for value in given
+                )
+            return function(*given)
+
+        return run(called, *arguments, again=again)
+
+    patch.setattr(recompute, "run", with_another_step_again)
 
 
 def positions_start_at_zero_on_every_sequence_part(patch: pytest.MonkeyPatch) -> None:

@@ -153,9 +153,10 @@ def _count(
         batch["document_ids"] = torch.zeros(size, length, dtype=torch.int64)
     local = length // (context.tp.size if context.sequence_parallel else 1)
     input = torch.randn(local, size, config.model.hidden_size).to(context.dtype).requires_grad_()
-    known = [*stage.parameters(), *stage.buffers(), *batch.values()]
+    step = torch.zeros((), dtype=torch.int64)
+    known = [*stage.parameters(), *stage.buffers(), *batch.values(), step]
     with SavedBytes(known) as saved:
-        outputs = stage(() if is_first else (input,), batch, torch.zeros((), dtype=torch.int64))
+        outputs = stage(() if is_first else (input,), batch, step)
         terms = task.loss_terms(outputs, batch, context) if is_last else None
         kept = saved.current
     (sum(term.sum for term in terms) if terms else outputs[0].float().sum()).backward()

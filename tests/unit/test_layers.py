@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from megallm.communication import Group, Transport
 from megallm.layers.context import LayoutContext, SequenceContext
-from megallm.layers.dropout import HiddenDropout, apply_dropout
+from megallm.layers.dropout import HiddenDropout
 from megallm.layers.embedding import padded_vocab_size, vocabulary_cross_entropy
 from megallm.layers.norm import Norm, NormSettings
 from megallm.layers.positions import (
@@ -18,6 +18,7 @@ from megallm.layers.positions import (
     rotary_table,
     sinusoidal_table,
 )
+from megallm.ops import Dropout, dropout_add
 from megallm.parameter import initialize
 from megallm.random import stream_key
 
@@ -162,7 +163,7 @@ def test_cross_entropy_of_large_logits_is_finite() -> None:
 def test_dropout_scales_what_it_keeps() -> None:
     key, rows = stream_key(0, "dropout"), torch.arange(100)
     input = torch.randn(100, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    output = apply_dropout(input, key, STEP, rows, 0.25)
+    output = dropout_add(input, Dropout(0.25, key, STEP, rows))
     kept = output != 0.0
     assert torch.allclose(output[kept], input[kept] / 0.75, rtol=1e-15)
     assert abs(float(kept.double().mean()) - 0.75) < 5 * math.sqrt(0.25 * 0.75 / kept.numel())

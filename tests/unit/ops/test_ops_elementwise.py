@@ -1,4 +1,4 @@
-"""Gated activations, softmax and LayerNorm against compositions of torch operators."""
+"""What activations, softmax and dropout compute, refuse and keep, beside the rule on all operators."""
 
 import pytest
 import torch
@@ -6,27 +6,7 @@ import torch.nn.functional as F
 
 from megallm import ops
 from megallm.ops.library import NATIVE
-from megallm.ops.softmax import scaled_masked_softmax_reference
-from tests.unit.ops.accuracy import assert_not_worse
-
-
-def backward(function, x, grad_output):
-    x = x.detach().requires_grad_()
-    y = function(x)
-    y.backward(grad_output)
-    return y.detach(), x.grad
-
-
-def check_against_reference(function, reference, x):
-    """By the error rule in every dtype, and by gradcheck."""
-    grad_output = torch.randn_like(function(x))
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        found = backward(function, x.to(dtype), grad_output.to(dtype))
-        eager = backward(reference, x.to(dtype), grad_output.to(dtype))
-        truth = backward(reference, x.to(dtype).double(), grad_output.to(dtype).double())
-        for name, *values in zip(("y", "grad"), found, eager, truth, strict=True):
-            assert_not_worse(f"{name} {dtype}", *values)
-    assert torch.autograd.gradcheck(function, (x.detach().requires_grad_(),))
+from megallm.random import keep_mask, stream_key
 
 
 @pytest.mark.parametrize("function", [ops.swiglu, ops.geglu])
@@ -73,15 +53,24 @@ def padding(batch, keys, lengths):
     return torch.arange(keys) >= torch.tensor(lengths).view(batch, 1, 1, 1)
 
 
+MASKS = [None, padding(2, 7, [7, 3]), torch.rand(2, 1, 5, 7) < 0.4, torch.rand(5, 7) < 0.4, torch.rand(3, 5, 1) < 0.4]
+
+
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("mask", [None, padding(2, 7, [7, 3]), torch.rand(2, 1, 5, 7) < 0.4, torch.rand(5, 7) < 0.4])
-def test_softmax(mask, causal):
+@pytest.mark.parametrize("mask", MASKS, ids=["none", "padding", "of a batch", "for all", "of queries"])
+def test_softmax_with_masks_and_biases_that_are_stretched(mask, causal):
     torch.manual_seed(0)
-    check_against_reference(
-        lambda a: ops.scaled_masked_softmax(a, mask, 0.3, causal),
-        lambda a: scaled_masked_softmax_reference(a, mask, 0.3, causal),
-        torch.randn(2, 3, 5, 7, dtype=torch.float64) * 4,
+    scores = (torch.randn(2, 3, 5, 7, dtype=torch.float64) * 4).requires_grad_()
+    bias = None if mask is None else torch.randn(mask.shape, dtype=torch.float64).requires_grad_()
+    leaves = (scores,) if bias is None else (scores, bias)
+    grad_output = torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    found, expected = (
+        ops.scaled_masked_softmax(scores, mask, 0.3, causal, bias=bias, implementation=choice)
+        for choice in ("auto", "reference")
     )
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(each, leaves, grad_output) for each in (found, expected))
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(4, 4), (2, 5)])
@@ -110,9 +99,59 @@ def test_softmax_more_queries_than_keys_masks_the_first():
     torch.testing.assert_close(probabilities[0, 0, 2:].sum(-1), torch.ones(2))
 
 
-def test_softmax_refuses_a_mask_of_numbers():
+def test_softmax_refuses_what_does_not_fit():
+    scores = torch.zeros(1, 1, 2, 2)
     with pytest.raises(ValueError, match="must be bool"):
-        ops.scaled_masked_softmax(torch.zeros(1, 1, 2, 2), torch.zeros(2, 2), 1.0, False)
+        ops.scaled_masked_softmax(scores, torch.zeros(2, 2), 1.0, False)
+    with pytest.raises(ValueError, match="mask must broadcast"):
+        ops.scaled_masked_softmax(scores, torch.zeros(2, 3, dtype=torch.bool), 1.0, False)
+    with pytest.raises(ValueError, match="must have the dtype of the scores"):
+        ops.scaled_masked_softmax(scores, None, 1.0, False, bias=torch.zeros(2, 2).double())
+    with pytest.raises(ValueError, match="2 to 4 dims"):
+        ops.scaled_masked_softmax(torch.zeros(2), None, 1.0, False)
+
+
+def test_softmax_counts_minus_infinity_as_masked():
+    scores = torch.tensor([[[[1.0, -torch.inf], [-torch.inf, -torch.inf]]]], requires_grad=True)
+    for implementation in ("auto", "reference"):
+        probabilities = ops.scaled_masked_softmax(scores, None, 2.0, False, implementation=implementation)
+        assert probabilities.tolist() == [[[[1, 0], [0, 0]]]]
+        (grad,) = torch.autograd.grad(probabilities, scores, torch.ones_like(scores))
+        assert grad.tolist() == [[[[0, 0], [0, 0]]]]
+
+
+def test_dropout_drops_what_megallm_random_says():
+    """The bits, of both operators, in both implementations, whatever the columns begin with."""
+    key, step, rows = stream_key(4, "name"), torch.tensor(9), torch.arange(6).view(2, 3) * 2**33
+    dropout = ops.Dropout(0.3, key, step, rows)
+    keep = keep_mask(key, step, rows, 0, 1041, 0.3)
+    for implementation in ("auto", "reference"):
+        x = torch.ones(2, 3, 1041)
+        assert torch.equal(ops.dropout_add(x, dropout, implementation=implementation) != 0, keep)
+        weights = ops.scaled_masked_softmax(x, None, 1.0, False, dropout=dropout, implementation=implementation)
+        assert torch.equal(weights != 0, keep)
+
+
+def test_dropout_refuses_what_does_not_fit():
+    x, dropout = torch.ones(2, 3), ops.Dropout(0.5, stream_key(1, "x"), torch.tensor(0), torch.arange(2))
+    with pytest.raises(ValueError, match="bias must be as long as"):
+        ops.dropout_add(x, dropout, torch.ones(2))
+    with pytest.raises(ValueError, match="residual must be like"):
+        ops.dropout_add(x, dropout, residual=x.double())
+    with pytest.raises(ValueError, match="number for each row"):
+        ops.dropout_add(x.t(), dropout)
+
+
+@pytest.mark.skipif(not NATIVE.in_use, reason=f"native operators: {NATIVE.reason}")
+def test_dropout_keeps_no_mask():
+    x, dropout = (
+        torch.ones(4, 64, requires_grad=True),
+        ops.Dropout(0.5, stream_key(1, "x"), torch.tensor(0), torch.arange(4)),
+    )
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        ops.dropout_add(x, dropout)
+    assert [tensor.data_ptr() for tensor in saved] == [tensor.data_ptr() for tensor in dropout[1:]]
 
 
 def test_layer_norm_mixed_dtypes_and_refusal():
@@ -120,18 +159,3 @@ def test_layer_norm_mixed_dtypes_and_refusal():
     assert y.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="a bias as long as"):
         ops.layer_norm(torch.ones(2, 4), torch.ones(4), torch.zeros(3), 1e-5)
-
-
-@pytest.mark.parametrize(
-    ("function", "x"),
-    [
-        (lambda a: ops.scaled_masked_softmax(a, None, 0.5, True), torch.randn(1, 2, 3, 3)),
-    ],
-    ids=["softmax"],
-)
-def test_compiles_as_one_graph(function, x):
-    grad_output = torch.randn_like(function(x))
-    expected = backward(function, x, grad_output)
-    found = backward(torch.compile(function, fullgraph=True, backend="aot_eager"), x, grad_output)
-    for left, right in zip(found, expected, strict=True):
-        torch.testing.assert_close(left, right)

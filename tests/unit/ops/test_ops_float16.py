@@ -51,7 +51,7 @@ def test_attention_whose_unscaled_scores_overflow(documents: bool, with_dropout:
     dropout = None
     if with_dropout:
         rows = torch.arange(2 * 2 * 6).view(2, 2, 6)
-        dropout = (0.1, stream_key(1, "dropout", torch.device("cpu")), torch.tensor(0), rows)
+        dropout = ops.Dropout(0.1, stream_key(1, "dropout", torch.device("cpu")), torch.tensor(0), rows)
     assert query.double().matmul(key.double().transpose(-2, -1)).max() > 1e5
     inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
