@@ -68,7 +68,7 @@ IGNORED = (
     Ignored("--empty-unused-memory-level", "it changes no result"),
     Ignored("--calculate-per-token-loss", "the loss is always averaged over the tokens of the whole batch"),
     Ignored("--cross-entropy-loss-fusion", "the fastest implementation is chosen"),
-    Ignored("--cross-entropy-fusion-impl", "the fastest implementation is chosen"),
+    Ignored("--cross-entropy-fusion-impl", "the fastest implementation is chosen; --loss-chunk-size saves memory"),
     Ignored("--no-check-for-nan-in-loss-and-grad", "a step with a non-finite gradient is always skipped"),
     Ignored("--accumulate-allreduce-grads-in-fp32", "gradients are always accumulated and reduced in float32 at least"),
     Ignored("--grad-reduce-in-bf16", "gradients are reduced in float32: more exact, twice the bytes"),

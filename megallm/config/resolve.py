@@ -135,6 +135,12 @@ def num_query_groups(model: ModelConfig) -> int:
     return _given(model.num_query_groups, model.num_attention_heads)
 
 
+def loss_chunk_size(config: Config) -> int | None:
+    """Tokens of a micro-batch whose logits exist at once, or None for all of them."""
+    size, tokens = config.training.loss_chunk_size, config.training.micro_batch_size * config.data.seq_length
+    return size if 0 < size < tokens else None
+
+
 def kv_channels(model: ModelConfig) -> int:
     """Width of one attention head: as given, or hidden / heads. Raises ValueError where that is not whole."""
     if model.kv_channels is not None:

@@ -343,6 +343,12 @@ class TrainingConfig:
         "--recompute-modules",
         "with selective granularity: core_attn (scores, softmax and their product with the values), mlp, or both",
     )
+    loss_chunk_size: int = option(
+        0,
+        "--loss-chunk-size",
+        "tokens for which output layer and loss are computed at once, such as 1024, so that a micro-batch's logits "
+        "never exist whole, for a third more of the output layer's time; 0 is all of a micro-batch",
+    )
     device: str = option("auto", "--device", "where to run", choices=("auto", "cpu", "cuda"))
     ops: list[str] = option(  # noqa: RUF009 (a fresh list for each tree: see `option`)
         [],

@@ -12,6 +12,7 @@ from megallm.communication import Group
 from megallm.config.operators import OperatorChoices
 from megallm.layers.cache import KeyValueCache
 from megallm.layers.positions import Rotation
+from megallm.ops.accumulate import accumulate_weight_gradient
 from megallm.ops.embedding import accumulate_rows
 
 # (weight, gradient of the output [tokens, out], input [tokens, in]) -> None: adds their product to where the weight's
@@ -47,6 +48,25 @@ class WeightGradients:
         self.sink(weight, grad_rows, input_rows)
         return None
 
+    def add_part(
+        self,
+        total: torch.Tensor | None,
+        weight: torch.nn.Parameter,
+        grad_output: torch.Tensor,
+        input: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """One part of the gradient of `weight` [out, in], of which `total`, wide, is the sum so far; None at first.
+
+        `grad_output` [tokens, out], `input` [tokens, in]. Returns the new sum, or None if the sink takes the parts.
+        """
+        if self.sink is not None:
+            self.sink(weight, grad_output, input)
+            return None
+        if total is None:
+            total = torch.zeros(weight.shape, dtype=_wide(weight), device=weight.device)
+        accumulate_weight_gradient(total, grad_output, input)
+        return total
+
     def compute_rows(
         self, table: torch.nn.Parameter, rows: torch.Tensor, gradient: torch.Tensor
     ) -> torch.Tensor | None:
@@ -55,12 +75,15 @@ class WeightGradients:
         Entry `rows` [...] was used where `gradient` [..., width] is the gradient; rows below 0 were not.
         """
         if self.row_sink is None:
-            wide = torch.float64 if table.dtype == torch.float64 else torch.float32
-            total = torch.zeros(table.shape, dtype=wide, device=table.device)
+            total = torch.zeros(table.shape, dtype=_wide(table), device=table.device)
             accumulate_rows(total, gradient, rows)
             return total.to(table.dtype)
         self.row_sink(table, rows, gradient)
         return None
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 @dataclass

@@ -127,8 +127,12 @@ def vocabulary_cross_entropy(
         `vocab_size` on are padding and get no probability.
     targets: int64 [sequence, batch], below `vocab_size`; -100 for a token that has no loss.
     """
-    loss = CrossEntropy(vocab_size, first=group.rank * logits.shape[-1], reduce=_reduction_over(group))
-    return cross_entropy(logits, targets, loss, implementation)
+    return cross_entropy(logits, targets, loss_over(group, vocab_size, logits.shape[-1]), implementation)
+
+
+def loss_over(group: Group, vocab_size: int, columns: int) -> CrossEntropy:
+    """The loss over a vocabulary of which each rank of the group holds `columns`, the last ones perhaps padding."""
+    return CrossEntropy(vocab_size, first=group.rank * columns, reduce=_reduction_over(group))
 
 
 def _reduction_over(group: Group) -> Reduce:

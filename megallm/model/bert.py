@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megallm.config.resolve import num_token_types
+from megallm.config.resolve import loss_chunk_size, num_token_types
 from megallm.config.tree import Config, ModelConfig
+from megallm.layers.chunked_loss import chunked_cross_entropy
 from megallm.layers.context import LayoutContext
-from megallm.layers.embedding import vocabulary_bias
+from megallm.layers.embedding import loss_over, vocabulary_bias
 from megallm.layers.linear import ReplicatedLinear, column_parallel_linear
 from megallm.layers.norm import Norm
 from megallm.layers.regions import first_position
@@ -27,7 +28,9 @@ from megallm.ops import gelu
 class BERTHead(nn.Module):
     """Final norm; words at every position, and with the binary head whether the two texts are in another order.
 
-    [sequence (/ tp), batch, hidden] -> logits [sequence, batch, padded vocabulary / tp], and [batch, 2].
+    [sequence (/ tp), batch, hidden] -> logits [sequence, batch, padded vocabulary / tp], and [batch, 2]. Where logits
+    are to be made in chunks of tokens and the micro-batch has labels, the losses of its tokens instead: [sequence,
+    batch].
     """
 
     def __init__(self, config: Config, context: LayoutContext, weight: nn.Parameter, padded_size: int) -> None:
@@ -44,13 +47,29 @@ class BERTHead(nn.Module):
         self.weight = weight
         self.bias = vocabulary_bias("output.bias", model.vocab_size, padded_size, context)
         self.next_sentence = NextSentence(model, context) if model.bert_binary_head else None
+        self.loss = loss_over(context.tp, model.vocab_size, weight.shape[0])
+        self.chunk_size = loss_chunk_size(config)
 
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, ...]:
         hidden = self.norm(hidden)
         activated = gelu(self.transform(hidden), implementation=self.context.operators.of("gelu"))
         transformed = self.transform_norm(activated)
-        logits = column_parallel_linear(transformed, self.weight, self.context) + self.bias
-        return (logits,) if self.next_sentence is None else (logits, self.next_sentence(hidden))
+        words = self._words(transformed, batch)
+        return (words,) if self.next_sentence is None else (words, self.next_sentence(hidden))
+
+    def _words(self, transformed: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Logits or losses."""
+        if self.chunk_size is None or "labels" not in batch:
+            return column_parallel_linear(transformed, self.weight, self.context) + self.bias
+        labels = words_to_find(batch)
+        return chunked_cross_entropy(
+            transformed, self.weight, labels, self.loss, self.context, self.chunk_size, self.bias
+        )
+
+
+def words_to_find(batch: Batch) -> torch.Tensor:
+    """The labels, any word where none is to be found (labelled -1): [batch, sequence] -> [sequence, batch]."""
+    return batch["labels"].t().clamp(min=0)
 
 
 class NextSentence(nn.Module):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megallm.config.resolve import attention_window
+from megallm.config.resolve import attention_window, loss_chunk_size
 from megallm.config.tree import Config
 from megallm.layers.cache import KeyValueCache
+from megallm.layers.chunked_loss import chunked_cross_entropy
 from megallm.layers.context import LayoutContext
+from megallm.layers.embedding import loss_over
 from megallm.layers.linear import column_parallel_linear
 from megallm.layers.norm import Norm
 from megallm.model.block import norm_settings
@@ -19,7 +21,8 @@ from megallm.model.stage import TransformerStage
 class GPTHead(nn.Module):
     """Final norm and output layer.
 
-    [sequence (/ tp), batch, hidden] -> a tuple of logits [sequence, batch, padded vocabulary / tp].
+    [sequence (/ tp), batch, hidden] -> a tuple of logits [sequence, batch, padded vocabulary / tp]. Where these are to
+    be made in chunks of tokens and the micro-batch has labels, the losses of its tokens instead: [sequence, batch].
     """
 
     def __init__(self, config: Config, context: LayoutContext, weight: nn.Parameter) -> None:
@@ -27,16 +30,23 @@ class GPTHead(nn.Module):
         self.context = context
         self.norm = Norm("decoder.final_norm", norm_settings(config.model), config.model.hidden_size, context)
         self.weight = weight
+        assert config.model.vocab_size, "the configuration is resolved"
+        self.loss = loss_over(context.tp, config.model.vocab_size, weight.shape[0])
+        self.chunk_size = loss_chunk_size(config)
 
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor]:
-        return (column_parallel_linear(self.norm(hidden), self.weight, self.context),)
+    def forward(self, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor]:
+        hidden = self.norm(hidden)
+        if self.chunk_size is None or "labels" not in batch:
+            return (column_parallel_linear(hidden, self.weight, self.context),)
+        labels = batch["labels"].t()  # [batch, sequence] -> [sequence, batch]
+        return (chunked_cross_entropy(hidden, self.weight, labels, self.loss, self.context, self.chunk_size),)
 
 
 class GPTStage(TransformerStage):
     """Consecutive layers of a GPT, with the embedding before the first and the head after the last.
 
     Of a micro-batch it also takes `document_ids` int64 [batch, sequence], if they are there: attention then stays
-    within documents. The last stage returns logits.
+    within documents. The last stage returns logits, or losses (see `GPTHead`).
 
     Whoever writes a text sets `cache`: the tokens of a micro-batch then follow those that the cache holds.
     """

@@ -77,7 +77,7 @@ class TransformerStage(nn.Module):
         sequence = self.describe_sequence(batch, step)
         hidden = inputs[0] if self.embedding is None else self.embedding(batch, sequence)
         hidden = self.layers(hidden, sequence)
-        return (hidden,) if self.head is None else self.head(hidden)
+        return (hidden,) if self.head is None else self.head(hidden, batch)
 
     def describe_sequence(self, batch: Batch, step: torch.Tensor | None) -> SequenceContext:
         """What the layers may ask about this micro-batch."""

@@ -13,7 +13,15 @@ from torch.autograd.graph import increment_version
 
 from megallm.ops.library import NATIVE, register_fakes
 
-__all__ = ["CrossEntropy", "Reduce", "cross_entropy", "logit_gradients_", "loss_statistics"]
+__all__ = [
+    "CrossEntropy",
+    "Reduce",
+    "cross_entropy",
+    "local_statistics",
+    "logit_gradients_",
+    "loss_statistics",
+    "statistics_over_ranks",
+]
 
 # (tensor, "sum" or "max") -> None: reduces the tensor in place over the ranks that share the vocabulary.
 Reduce = Callable[[Tensor, str], None]
@@ -66,10 +74,24 @@ class Statistics:
 
 def loss_statistics(logits: Tensor, targets: Tensor, loss: CrossEntropy, implementation: str = "auto") -> Statistics:
     """What the loss and its gradient need: one pass that reads the logits, then two small reductions."""
+    return statistics_over_ranks(*local_statistics(logits, targets, loss, implementation), targets, loss)
+
+
+def local_statistics(
+    logits: Tensor, targets: Tensor, loss: CrossEntropy, implementation: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Of each token over this rank's columns: the largest logit, and the sums that the loss is made of.
+
+    [tokens], and [3, tokens] for the exponentials above the largest, the target's logit (0 where another rank has it)
+    and all logits; float32 or float64.
+    """
     if NATIVE.serves("cross_entropy", logits, implementation):
-        largest, sums = torch.ops.megallm.cross_entropy_statistics(logits, targets, loss.first, loss.vocab_size)
-    else:
-        largest, sums = _statistics_reference(logits, targets, loss.first, loss.vocab_size)
+        return torch.ops.megallm.cross_entropy_statistics(logits, targets, loss.first, loss.vocab_size)
+    return _statistics_reference(logits, targets, loss.first, loss.vocab_size)
+
+
+def statistics_over_ranks(largest: Tensor, sums: Tensor, targets: Tensor, loss: CrossEntropy) -> Statistics:
+    """What all ranks' `local_statistics` of the same tokens make together, in two reductions; overwrites them."""
     own = largest.clone()
     loss.reduce(largest, "max")
     # A rank may hold nothing but padding: -inf, of which nothing is left beside any other.

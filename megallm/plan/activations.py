@@ -19,6 +19,7 @@ from megallm.config.resolve import (
     GATED_ACTIVATIONS,
     attention_window,
     kv_channels,
+    loss_chunk_size,
     num_query_groups,
     num_token_types,
     rotary_width,
@@ -112,8 +113,19 @@ class Sizes:
 
     @property
     def logits(self) -> int:
-        """Elements of the logits."""
-        return self.tokens * padded_vocabulary(self.config) // self.tensor_size
+        """Bytes of the logits of a micro-batch."""
+        return self.tokens * padded_vocabulary(self.config) // self.tensor_size * self.element
+
+    @property
+    def kept_logits(self) -> int:
+        """Bytes of the logits that a micro-batch keeps: all, or none where they are made in chunks of tokens."""
+        return self.logits if loss_chunk_size(self.config) is None else 0
+
+    @property
+    def chunk_of_logits(self) -> int:
+        """Bytes of the logits that exist at once where a micro-batch keeps none, else 0."""
+        chunk = loss_chunk_size(self.config)
+        return 0 if chunk is None else self.logits // self.tokens * chunk
 
 
 def saved_by_stage(sizes: Sizes, num_layers: int, *, is_first: bool, is_last: bool) -> int:
@@ -247,12 +259,14 @@ def _embedding(sizes: Sizes) -> dict[str, int]:
 
 
 def _output(sizes: Sizes) -> dict[str, int]:
-    """Final norm, its output, and of the loss: the logits, and of each token the largest and the sum."""
+    """Final norm, its output, and of the loss: the logits (unless chunks of them are made again), and of each token
+    the largest and the sum.
+    """
     between = _bert_heads(sizes) if sizes.is_bert else {}
     return between | {
         "final norm": _norm(sizes, sizes.local_tokens, sizes.config.model.hidden_size),
         "output layer": sizes.hidden,
-        "logits": sizes.logits * sizes.element,
+        "logits": sizes.kept_logits,
         "loss": sizes.tokens * 2 * sizes.wide,
     }
 

@@ -96,7 +96,8 @@ def peak_of_step(layout: Layout, rank: int, actions: Iterable[Action], *, with_p
 
 
 def _working_memory(layout: Layout, stage: Stage, kind: Kind) -> int:
-    """An estimate: gradients inside an MLP and of its gathered input; layers computed again.
+    """An estimate: gradients inside an MLP and of its gathered input; layers computed again. Or, where the logits are
+    made in chunks, one of these, with the gathered input of the output layer and its gradient.
 
     The gradient of the logits is written over them.
     """
@@ -107,7 +108,10 @@ def _working_memory(layout: Layout, stage: Stage, kind: Kind) -> int:
     if stage.layers:
         in_layer = inner + 2 * whole + layout.recomputed_bytes(stage) if kind is Kind.B else whole
         in_layer += inner if kind is Kind.B and sizes.recomputes("mlp") else 0
-    return in_layer
+    in_loss = 0
+    if stage.is_last and sizes.chunk_of_logits:
+        in_loss = sizes.chunk_of_logits + (2 if kind is Kind.B else 1) * whole
+    return max(in_layer, in_loss)
 
 
 def buffer_bytes(layout: Layout, rank: int, slots: int, *, with_passing: bool = True) -> int:

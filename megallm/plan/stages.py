@@ -86,7 +86,7 @@ class Layout:
 
     def kept_logits(self, stage: Stage) -> int:
         """Bytes that a micro-batch keeps of the logits, which their gradient is written over."""
-        return self.sizes.logits * self.sizes.element if stage.is_last else 0
+        return self.sizes.kept_logits if stage.is_last else 0
 
     @cached_property
     def layer_bytes(self) -> int:

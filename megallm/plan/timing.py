@@ -67,7 +67,7 @@ def _stage_seconds(layout: Layout, gpu: Gpu, stage: Stage) -> tuple[float, float
     peak = gpu.flops if sizes.element == 2 else gpu.flops_32
     product_seconds = products / (peak * gpu.efficiencies.product)
     attention_seconds = attention / (peak * gpu.efficiencies.attention)
-    kept = num_layers * layout.layer_bytes + 3 * layout.kept_logits(stage)
+    kept = num_layers * layout.layer_bytes + (3 * sizes.logits if stage.is_last else 0)
     traffic = TRAFFIC_PER_KEPT_BYTE * kept / 3 / (gpu.bandwidth * gpu.efficiencies.bandwidth)
     sent_forward, sent_backward = _tensor_seconds(layout, gpu)
     traffic += _OPERATORS * gpu.operator_seconds * (num_layers + 1)
@@ -75,6 +75,8 @@ def _stage_seconds(layout: Layout, gpu: Gpu, stage: Stage) -> tuple[float, float
     backward = 2 * (product_seconds + attention_seconds + traffic) + num_layers * sent_backward
     if num_layers:
         backward += layout.recomputed_layers(stage) / num_layers * forward
+    if stage.is_last and sizes.chunk_of_logits:
+        backward += head / 3 * sizes.tokens / layout.tensor / (peak * gpu.efficiencies.product)
     if sizes.recomputes("core_attn"):
         backward += attention_seconds
     if sizes.recomputes("mlp"):

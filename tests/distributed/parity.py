@@ -1,14 +1,15 @@
 """Trains one model in a layout and in one process, and compares everything that the layout must not change.
 
-`python -m tests.distributed.parity` prints the table over all cases.
+`python -m tests.distributed.parity` prints the table over all cases, with `--ops reference` that of plain torch.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
@@ -294,6 +295,10 @@ def main() -> int:
     """Prints the table; the exit code tells whether every case passed."""
     from tests.distributed.parity_cases import CASES
 
+    parser = argparse.ArgumentParser(description="Every layout against one process in float64, as a table.")
+    parser.add_argument("words", nargs="*", help="only the cases whose names hold all of these")
+    parser.add_argument("--ops", nargs="+", default=[], help="implementations of operators, as of a training run")
+    arguments = parser.parse_args()
     pool = WorkerPool()
     references = References(pool)
     print(
@@ -305,8 +310,9 @@ def main() -> int:
         f"{'seconds':>8}  worst gradient"
     )
     failed = 0
-    chosen = [case for case in CASES if all(word in case.name for word in sys.argv[1:])]
+    chosen = [case for case in CASES if all(word in case.name for word in arguments.words)]
     for case in chosen:
+        case = replace(case, features=case.features | {"training.ops": arguments.ops})
         begin = time.monotonic()
         difference = compare(references.of(case), pool.run(case.world_size, run_case, case))
         failed += not difference.passes

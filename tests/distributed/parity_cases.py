@@ -25,6 +25,7 @@ RUNS_OF_TWO = FULL | {"training.recompute_num_layers": 2}
 ONE_OF_EACH_STAGE = FULL | {"training.recompute_method": "block"}
 BOTH_MODULES = SELECTIVE | {"training.recompute_modules": ["core_attn", "mlp"]}
 ONE_PER_MICRO_BATCH = {"training.micro_batch_size": 1}
+IN_CHUNKS = {"training.loss_chunk_size": 5}
 TWO_PER_MICRO_BATCH = {"training.micro_batch_size": 2}
 FOUR_PER_MICRO_BATCH = {"training.micro_batch_size": 4}
 EIGHT_LAYERS = {"model.num_layers": 8}
@@ -95,6 +96,13 @@ CASES = [
     Case("llama, tensor, no sequence parallelism", LLAMA, tp=2, layout=NO_SEQUENCE_PARALLEL),
     Case("gpt tied, tensor, vocabulary 51", GPT | ODD_VOCABULARY, tp=2),
     Case(
+        "gpt tied, tensor, vocabulary 51, loss in chunks, ragged mask",
+        GPT | ODD_VOCABULARY,
+        tp=2,
+        layout=TWO_PER_MICRO_BATCH | IN_CHUNKS,
+        mask="ragged",
+    ),
+    Case(
         "gpt tied, tensor, vocabulary 51, no sequence parallelism",
         GPT | ODD_VOCABULARY,
         tp=2,
@@ -117,6 +125,7 @@ CASES = [
     Case("gpt-neox, tensor, both dropouts", NEOX | DROPOUT, tp=2, layout=FOUR_PER_MICRO_BATCH),
     Case("gpt, post-norm, zero-centred, 1f1b", GPT | POST_NORM | ZERO_CENTERED, pp=2),
     Case("llama, 1f1b", LLAMA, pp=2),
+    Case("llama, gpipe, loss in chunks", LLAMA, pp=2, layout=GPIPE | IN_CHUNKS),
     Case("gpt tied, gpipe", GPT, pp=2, layout=GPIPE),
     Case("gpt tied, gpipe, sgd, growing weight decay", GPT | SGD, pp=2, layout=GPIPE),
     Case("gpt tied, interleaved", GPT | DROPOUT, pp=2, layout=TWO_STAGES),
@@ -189,11 +198,11 @@ CASES = [
         layout=TWO_PER_MICRO_BATCH,
     ),
     Case(
-        "gpt tied, tensor 2 pipeline 2, no sequence parallelism",
+        "gpt tied, tensor 2 pipeline 2, no sequence parallelism, loss in chunks",
         GPT | CLIPPED,
         tp=2,
         pp=2,
-        layout=NO_SEQUENCE_PARALLEL,
+        layout=NO_SEQUENCE_PARALLEL | IN_CHUNKS,
     ),
     Case("gpt tied, pipeline 2 data 2, sharded, decoupled rate", GPT | DECOUPLED, pp=2, dp=2, layout=SHARDED),
     Case("llama, tensor 2 data 2, sharded, decoupled rate", LLAMA | DECOUPLED, tp=2, dp=2, layout=SHARDED),
@@ -214,12 +223,12 @@ CASES = [
     ),
     # eight processes, every axis at once
     Case(
-        "bert, all axes, sharded, selective",
+        "bert, all axes, sharded, selective, loss in chunks",
         BERT | DROPOUT | ODD_VOCABULARY,
         tp=2,
         pp=2,
         dp=2,
-        layout=SHARDED | BOTH_MODULES,
+        layout=SHARDED | BOTH_MODULES | IN_CHUNKS,
         kind="bert",
     ),
     Case("llama, all axes, interleaved, sharded", LLAMA, tp=2, pp=2, dp=2, layout=SHARDED | TWO_STAGES),

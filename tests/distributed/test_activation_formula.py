@@ -84,6 +84,7 @@ def random_configuration(number: int, architecture: str = "gpt") -> Config:
             "parallel.tensor_model_parallel_size": tensor,
             "parallel.sequence_parallel": draw.random() < 0.7,
             "training.micro_batch_size": draw.choice([1, 2, 3]),
+            "training.loss_chunk_size": draw.choice([0, 0, 5]),
             **draw.choice(RECOMPUTE),
             "training.train_iters": 10,
             "optimizer.lr": 1e-3,

@@ -11,13 +11,13 @@ from megallm.train.metrics import Reporter
 from megallm.train.prediction import Prediction
 from megallm.train.step import train_step
 from tests.distributed.parity import GPT, LLAMA, Case, global_batch, make_engine, micro_batches
-from tests.distributed.parity_cases import DROPOUT, FULL, GPIPE, SELECTIVE, SHARDED, TWO_STAGES
+from tests.distributed.parity_cases import DROPOUT, FULL, GPIPE, IN_CHUNKS, SELECTIVE, SHARDED, TWO_STAGES
 from tests.distributed.pool import WorkerPool
 
 CASES = [
     Case("llama, interleaved, sharded", LLAMA, pp=2, layout=TWO_STAGES | SHARDED),
     Case("gpt, both dropouts, full recompute", GPT | DROPOUT, layout=FULL),
-    Case("gpt, gpipe, selective recompute", GPT | DROPOUT, pp=2, layout=GPIPE | SELECTIVE),
+    Case("gpt, gpipe, selective, loss in chunks", GPT | DROPOUT, pp=2, layout=GPIPE | SELECTIVE | IN_CHUNKS),
     Case("gpt, gradient descent with momentum", GPT | {"optimizer.optimizer": "sgd"}),
     Case("llama, tensor 2, data 2, sharded", LLAMA, tp=2, dp=2, layout=SHARDED),
     Case(

@@ -8,7 +8,7 @@ from torch.nn import functional
 from megallm.config.tree import Config
 from megallm.layers.context import LayoutContext
 from megallm.layers.embedding import vocabulary_cross_entropy
-from megallm.model.bert import BERTStage
+from megallm.model.bert import BERTStage, words_to_find
 from megallm.model.embedding import Batch
 from megallm.train.loss import LossTerm
 
@@ -45,11 +45,11 @@ class BERTTask:
 
     def loss_terms(self, outputs: tuple[torch.Tensor, ...], batch: Batch, context: LayoutContext) -> list[LossTerm]:
         """The sum of the masked tokens' cross-entropies, and that of the samples'."""
-        # What need not be found is labelled -1. [batch, sequence] -> [sequence, batch]
-        labels = batch["labels"].t().clamp(min=0)
-        losses = vocabulary_cross_entropy(
-            outputs[0], labels, self.vocab_size, context.tp, context.operators.of("cross_entropy")
-        )
+        losses = outputs[0]
+        if losses.dim() == 3:  # logits [sequence, batch, vocabulary]
+            losses = vocabulary_cross_entropy(
+                losses, words_to_find(batch), self.vocab_size, context.tp, context.operators.of("cross_entropy")
+            )
         terms = [LossTerm("lm_loss", 1.0, (losses * batch["loss_mask"].t()).sum())]
         if self.next_sentence:
             scores = outputs[1].to(losses.dtype)

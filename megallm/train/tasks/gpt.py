@@ -40,8 +40,10 @@ class GPTTask:
 
     def loss_terms(self, outputs: tuple[torch.Tensor, ...], batch: Batch, context: LayoutContext) -> list[LossTerm]:
         """The sum of the counting tokens' cross-entropies."""
-        labels = batch["labels"].t()  # [batch, sequence] -> [sequence, batch]
-        losses = vocabulary_cross_entropy(
-            outputs[0], labels, self.vocab_size, context.tp, context.operators.of("cross_entropy")
-        )
+        losses = outputs[0]
+        if losses.dim() == 3:  # logits [sequence, batch, vocabulary]
+            labels = batch["labels"].t()  # [batch, sequence] -> [sequence, batch]
+            losses = vocabulary_cross_entropy(
+                losses, labels, self.vocab_size, context.tp, context.operators.of("cross_entropy")
+            )
         return [LossTerm("lm_loss", 1.0, (losses * batch["loss_mask"].t()).sum())]

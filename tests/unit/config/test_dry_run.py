@@ -22,7 +22,7 @@ from megallm.plan.memory import KINDS, peak_of_step, state_bytes
 from megallm.plan.plan import make_plan
 from megallm.plan.schedule import schedule_of
 from megallm.plan.stages import Layout
-from megallm.plan.timing import end_of_step
+from megallm.plan.timing import end_of_step, stage_costs
 from megallm.plan.validate import validate
 from megallm.plan.vocabulary import size_of_tokenizer
 from megallm.schedule import Kind
@@ -167,6 +167,33 @@ def test_full_recompute_keeps_the_input_of_each_layer() -> None:
     # The inputs of 32 layers, of the final norm and of the output layer; statistics of a norm, what the loss keeps.
     assert layout.kept(stage) == 34 * hidden + 4096 * 4 + 4096 * 8
     assert layout.kept_logits(stage) == 4096 * 32000 * 2
+
+
+def test_a_loss_in_chunks_keeps_no_logits_and_takes_a_third_of_the_output_layer_more() -> None:
+    whole, chunked = laid_out(1), laid_out(1, training__loss_chunk_size=1024)
+    (stage,) = whole.stages
+    assert (whole.kept(stage), chunked.kept_logits(stage)) == (chunked.kept(stage), 0)
+    assert chunked.sizes.chunk_of_logits == 1024 * 32000 * 2
+    schedule = schedule_of(whole.config.parallel, 1)
+    before, after = (stage_costs(layout, GPUS["H100"]).per_stage(schedule) for layout in (whole, chunked))
+    assert after[0] == before[0]
+    rate = GPUS["H100"].flops * GPUS["H100"].efficiencies.product
+    assert after[1][0] - before[1][0] == pytest.approx(2 * 4096 * 32000 * 4096 / rate)
+
+
+def test_a_loss_in_chunks_is_named_where_it_makes_a_plan_fit() -> None:
+    layout = laid_out(
+        8,
+        model__vocab_size=256_000,
+        parallel__use_distributed_optimizer=True,
+        training__micro_batch_size=4,
+        training__recompute_granularity="full",
+    )
+    plan = make_plan(layout, GPUS["H100"])
+    logits = plan.memory[0]["logits"]
+    assert logits == 4 * 4096 * 256_000 * 2
+    changes = changes_that_fit(plan, memory=int((plan.peak - logits // 2) / SAFE_SHARE))
+    assert ("--loss-chunk-size 1024",) in [change.flags for change in changes]
 
 
 @pytest.mark.parametrize("virtual", [1, 2])
