@@ -65,6 +65,19 @@ class _Linear(torch.autograd.Function):
         return grad_input, grad_weight, None, None, None
 
 
+class _InGraph(torch.autograd.Function):
+    """Passes `input`; the parameters take part in the backward pass without a gradient, as if they had got one."""
+
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, *parameters: nn.Parameter) -> torch.Tensor:
+        ctx.number = len(parameters)
+        return input.view_as(input)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grad, *(None,) * ctx.number
+
+
 class ColumnParallelLinear(nn.Module):
     """Each tensor rank computes some of the output features: [.., sequence (/ tp), batch, in] -> [sequence, batch, out
     / tp].
@@ -191,6 +204,9 @@ class ReplicatedLinear(nn.Module):
         if not self.sees_parts:
             input = gradient_of_first_rank(input, self.context.tp)
             if self.context.tp.rank > 0:
+                # Their buckets are complete where they are on the first rank: all ranks must start reductions in one
+                # order.
+                input = _InGraph.apply(input, weight, bias)
                 weight, bias = weight.detach(), bias.detach()
         return _Linear.apply(input, weight, self.context.weight_gradients, None, False) + bias
 

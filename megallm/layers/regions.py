@@ -104,6 +104,26 @@ def gradient_of_first_rank(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     return tensor if group.size == 1 else _GradientOfFirstRank.apply(tensor, group)
 
 
+class _ValueOfFirstRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: Group) -> torch.Tensor:
+        value = tensor.clone(memory_format=torch.contiguous_format)
+        group.broadcast(value, 0)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+def value_of_first_rank(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """`tensor`, which all ranks have alike but for rounding, as the first one has it; the gradient is each rank's own.
+
+    What a rank then computes with it for a parameter that all ranks hold is the same to the last bit.
+    """
+    return tensor if group.size == 1 else _ValueOfFirstRank.apply(tensor, group)
+
+
 def sum_over_group(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """Sum over the group; the gradient passes unchanged. Goes after computations that each rank does in part."""
     return tensor if group.size == 1 else _SumOverGroup.apply(tensor, group)

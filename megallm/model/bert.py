@@ -17,7 +17,7 @@ from megallm.layers.context import LayoutContext
 from megallm.layers.embedding import loss_over, vocabulary_bias
 from megallm.layers.linear import ReplicatedLinear, column_parallel_linear
 from megallm.layers.norm import Norm
-from megallm.layers.regions import first_position
+from megallm.layers.regions import first_position, value_of_first_rank
 from megallm.model.block import norm_settings
 from megallm.model.embedding import Batch
 from megallm.model.initial import initial_methods
@@ -53,6 +53,9 @@ class BERTHead(nn.Module):
     def forward(self, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, ...]:
         hidden = self.norm(hidden)
         activated = gelu(self.transform(hidden), implementation=self.context.operators.of("gelu"))
+        if not self.context.sequence_parallel:
+            # The copies of the norm's weights that the ranks update would drift apart with what a product rounds.
+            activated = value_of_first_rank(activated, self.context.tp)
         transformed = self.transform_norm(activated)
         words = self._words(transformed, batch)
         return (words,) if self.next_sentence is None else (words, self.next_sentence(hidden))
