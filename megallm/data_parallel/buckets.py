@@ -1,6 +1,8 @@
 """Parameters and gradients in contiguous buckets, each reduced and gathered as a whole.
 
-Parameters that are reduced over the same ranks, updated alike and belong to one model chunk lie one behind the other.
+Parameters that are reduced over the same ranks, updated alike and belong to one model chunk lie one behind the other,
+each from a multiple of ALIGNMENT elements on, and so does each rank's range: kernels may then take 16 bytes at once.
+What is left between them is zero in weights, gradients and state, and in no checkpoint.
 Gradients are kept in float32 (float64 for float64 parameters) and summed there over micro-batches. With sharding, each
 rank of a bucket's group owns an equal flat range of it: its part of the reduced gradient, of the master weights and of
 the optimizer's state (ZeRO-1, Rajbhandari et al., 2020).
@@ -18,6 +20,9 @@ from torch import nn
 from megallm.communication import Group, Work
 from megallm.mesh import Mesh
 from megallm.parameter import description_of
+
+ALIGNMENT = 64
+"""Elements: in every dtype a multiple of the 16 bytes, and of the 128 that a GPU reads and writes at once."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,8 @@ class Bucket:
         begin = 0
         for parameter in parameters:
             self.members.append(Member(parameter, begin, begin + parameter.numel()))
-            begin += parameter.numel()
-        length = -(-begin // self.group.size) * self.group.size if self.sharded else begin
+            begin = _rounded_up(begin + parameter.numel(), ALIGNMENT)
+        length = _rounded_up(begin, ALIGNMENT * self.group.size) if self.sharded else begin
         gradient_dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
         self.weights = torch.zeros(length, dtype=key.dtype, device=mesh.device)
         self.gradient = torch.zeros(length, dtype=gradient_dtype, device=mesh.device)
@@ -157,6 +162,10 @@ def _key(chunk: int, parameter: nn.Parameter, mesh: Mesh, decoupled: bool) -> Bu
         counts=description.counts and first,
         decoupled=decoupled and description.of_vocabulary,
     )
+
+
+def _rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def own_parameters(module: nn.Module) -> Iterable[nn.Parameter]:

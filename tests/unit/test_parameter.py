@@ -157,5 +157,20 @@ def test_a_frozen_parameter_says_so_and_gets_no_gradient_buffer() -> None:
     assert [member.parameter for bucket in buckets for member in bucket.members] == [module.second]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_parameters_and_gradients_begin_at_16_bytes(dtype: torch.dtype) -> None:
+    module = torch.nn.Module()
+    for number, size in enumerate((3, 64, 65, 1)):
+        description = Description((whole(f"{number}", (size,)),), Initial("constant", 1.0))
+        setattr(module, f"p{number}", make_parameter(description, dtype, CPU))
+        initialize(getattr(module, f"p{number}"), seed=0)
+    (bucket,) = build_buckets({0: module}, Mesh(MeshShape(), 0, CPU), max_elements=1000, sharded=True)
+    for member in bucket.members:
+        assert member.parameter.data_ptr() % 16 == bucket.gradient_of(member).data_ptr() % 16 == 0
+        assert (member.parameter == 1.0).all()
+    assert bucket.weights.count_nonzero() == 3 + 64 + 65 + 1, "the rest is zero"
+    assert bucket.num_paddings == len(bucket.weights) - (3 + 64 + 65 + 1)
+
+
 def test_a_description_that_does_not_train_makes_a_frozen_parameter() -> None:
     assert not make_parameter(Description((whole("a", (3,)),), trains=False), torch.float32, CPU).requires_grad
