@@ -10,10 +10,10 @@ from megallm.config.tree import DataConfig
 USUAL_SIZES = {
     "GPT2BPETokenizer": 50257,
     "Llama2Tokenizer": 32000,
-    "BertWordPieceLowerCase": 30522,
-    "BertWordPieceCase": 28996,
+    "BertWordPieceLowerCase": 30522 + 2,
+    "BertWordPieceCase": 28996 + 2,
 }
-"""Of the tokenizers that nearly always come with the same files."""
+"""Of the tokenizers that nearly always come with the same files. [BOS] and [EOS] are appended to BERT's."""
 _JSON, _NUMBERED, _SENTENCEPIECE, _LIST = "tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt"
 
 
@@ -26,6 +26,9 @@ def size_of_tokenizer(data: DataConfig) -> int | None:
     try:
         if path.is_dir():
             return size_in_folder(path) or None
+        if data.vocab_file and path.suffix == ".txt":
+            words = _words(path)
+            return len(words) + sum(name not in words for name in ("[BOS]", "[EOS]"))
         kinds = {".json": _NUMBERED if data.vocab_file else _JSON, ".model": _SENTENCEPIECE, ".txt": _LIST}
         return _size(path, kinds[path.suffix])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
@@ -49,7 +52,7 @@ def _size(path: Path, kind: str) -> int:
 
         return sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size()
     if kind == _LIST:
-        return len(path.read_text(encoding="utf-8").splitlines())
+        return len(_words(path))
     content = json.loads(path.read_bytes())
     if kind == _NUMBERED:
         return max(content.values()) + 1
@@ -58,3 +61,8 @@ def _size(path: Path, kind: str) -> int:
     ids = range(len(vocabulary)) if isinstance(vocabulary, list) else vocabulary.values()
     added = [token["id"] for token in content.get("added_tokens") or []]
     return max([*ids, *added], default=-1) + 1
+
+
+def _words(path: Path) -> list[str]:
+    # Not by all that Python takes for the end of a line: some of it is in vocabularies.
+    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")

@@ -90,7 +90,7 @@ SCRIPTS = {
         --ckpt-format torch_dist --async-save --manual-gc --manual-gc-interval 100 --recompute-activations""",
         70.6,
     ),
-    # examples/bert/train_bert_340m_distributed.sh; its vocabulary is that of BERT
+    # examples/bert/train_bert_340m_distributed.sh
     "bert 340M": (
         128,
         f"""--num-layers 24 --hidden-size 1024 --num-attention-heads 16 --seq-length 512 --max-position-embeddings 512
@@ -98,8 +98,7 @@ SCRIPTS = {
         --clip-grad 1.0 --fp16 --lr 0.0001 --lr-decay-iters 990000 --lr-decay-style linear --min-lr 1.0e-5
         --weight-decay 1e-2 --lr-warmup-fraction .01 --clip-grad 1.0 --tensor-model-parallel-size 8
         --pipeline-model-parallel-size 16 --data-path corpus_text_sentence --vocab-file bert-vocab.txt
-        --split 949,50,1 --log-interval 100 --save-interval 10000 --eval-interval 1000 --eval-iters 10
-        --vocab-size 30522 {_FILES}""",
+        --split 949,50,1 --log-interval 100 --save-interval 10000 --eval-interval 1000 --eval-iters 10 {_FILES}""",
         0.336,
     ),
 }

@@ -118,7 +118,8 @@ def test_files_of_a_tokenizer_tell_the_vocabularys_size(tmp_path: Path) -> None:
     assert size(tokenizer_model=str(tmp_path / "unigram")) == 2
     assert size(vocab_file=str(tmp_path / "vocab.json")) == 5
     assert size(tokenizer_model=str(tmp_path / "folder")) == 3
-    assert size(vocab_file=str(tmp_path / "folder" / "vocab.txt")) == 3
+    # As BERT's tokenizers read it, with [BOS] and [EOS] after it.
+    assert size(vocab_file=str(tmp_path / "folder" / "vocab.txt")) == 5
     for unknown in (
         {},
         {"tokenizer_model": str(tmp_path / "missing.json")},
