@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemWriter, save
 
 from megallm.checkpoint.boxes import WEIGHTS
 from megallm.checkpoint.reading import open_checkpoint
@@ -204,6 +206,26 @@ def test_megatron_and_back(tmp_path: Path, tp: int, pp: int, has_order: bool) ->
     if pp == 1:
         types = theirs["bert.embeddings.token_type_embeddings.weight"]
         assert torch.equal(model["embedding.tokentype_embeddings.weight"], types)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_the_distributed_format_of_megatron_is_read(tmp_path: Path) -> None:
+    """The tensors of one rank, all layers stacked."""
+    folder = bert(tmp_path / "theirs")
+    with open_folder(folder) as weights:
+        write_torch_folder(tmp_path / "one", weights, ParallelConfig())
+    content = torch.load(tmp_path / "one" / "release" / "mp_rank_00" / "model_optim_rng.pt", weights_only=False)
+    layers: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in content["model"].items():
+        layers.setdefault(re.sub(r"layers\.\d+\.", "layers.", name), []).append(tensor)
+    whole = {name: torch.stack(found) if ".layers." in name else found[0] for name, found in layers.items()}
+    place = tmp_path / "megatron" / "iter_0000003"
+    place.mkdir(parents=True)
+    save(whole, storage_writer=FileSystemWriter(place), no_dist=True)
+    torch.save({"args": content["args"], "iteration": 3, "checkpoint_version": 3.0}, place / "common.pt")
+    with open_folder(folder) as before, open_megatron(place) as after:
+        assert after.config.model == before.config.model
+        assert [found.largest for found in compare(before, after)] == [0.0] * len(before.shapes)
 
 
 @pytest.mark.parametrize("name", ["BertForPreTraining", "BertForMaskedLM"])
