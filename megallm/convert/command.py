@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 
 from megallm.checkpoint.load import newest_checkpoint
+from megallm.checkpoint.manifest import MANIFEST
 from megallm.config.tree import ParallelConfig
 from megallm.convert.compare import compare, settings_apart
-from megallm.convert.huggingface import open_folder, write_folder
+from megallm.convert.huggingface import CONFIG, open_folder, write_folder
+from megallm.convert.megatron.distributed import METADATA
 from megallm.convert.megatron.folder import find_iteration, open_megatron, write_torch_folder
 from megallm.convert.model import Weights
 from megallm.convert.native import open_native, write_native
@@ -35,6 +37,17 @@ class Place:
     path: Path
     iteration: int | None = None
     true_vocab_size: int | None = None
+
+    def check_kind(self, flag: str) -> None:
+        """Raises ValueError where the folder plainly holds another format than `flag` says."""
+        patterns = {
+            "hf": (CONFIG,),
+            "megallm": (MANIFEST, f"iter_*/{MANIFEST}"),
+            "megatron": ("mp_rank_*", "*/mp_rank_*", METADATA, f"*/{METADATA}"),
+        }
+        held = [kind for kind, names in patterns.items() if any(any(self.path.glob(name)) for name in names)]
+        if held and self.kind not in held:
+            raise ValueError(f"{self.path} holds a model in the format of {flag} {held[0]}, not of {flag} {self.kind}")
 
     def open(self) -> AbstractContextManager[Weights]:
         """The model, for as long as the block lasts. Raises ValueError for what is wrong with it."""

@@ -38,7 +38,7 @@ def new_folder(final: Path, needed: int, overwrite: bool) -> Iterator[Path]:
         temporary = final.with_name(f"{final.name}.{secrets.token_hex(8)}.tmp")
         temporary.mkdir()
     except OSError as error:
-        raise ValueError(f"{final} cannot be written: {error.strerror}") from None
+        raise ValueError(f"{final} cannot be written: {error.filename or final}: {error.strerror}") from None
     try:
         yield temporary
         flush(temporary)
