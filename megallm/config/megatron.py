@@ -64,7 +64,6 @@ IGNORED = (
     Ignored("--transformer-impl", "there is one implementation"),
     Ignored("--attention-backend", "the fastest kernel that the mask allows is chosen"),
     Ignored("--use-flash-attn", "the fastest kernel that the mask allows is chosen"),
-    Ignored("--manual-gc*", "it changes no result"),
     Ignored("--empty-unused-memory-level", "it changes no result"),
     Ignored("--calculate-per-token-loss", "the loss is always averaged over the tokens of the whole batch"),
     Ignored("--cross-entropy-loss-fusion", "the fastest implementation is chosen"),

@@ -288,6 +288,15 @@ class TrainingConfig:
     skip_train: bool = option(
         False, "--skip-train", "train nothing: evaluate once on the validation data, and on the test data"
     )
+    manual_gc: bool = option(
+        False, "--manual-gc", "no garbage collection by itself within the training, alike on all ranks"
+    )
+    manual_gc_interval: int = option(
+        0, "--manual-gc-interval", "steps between garbage collections with --manual-gc; 0: none between steps"
+    )
+    no_manual_gc_eval: bool = option(
+        False, "--no-manual-gc-eval", "with --manual-gc, no garbage collection before and after an evaluation either"
+    )
     exit_interval: int | None = option(
         None,
         "--exit-interval",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import islice
@@ -252,8 +252,8 @@ def write_folder(
 ) -> None:
     """Writes a model as a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
-    `dtype` None keeps the types that the tensors have. The vocabulary has its true size. `between` is called before
-    each tensor; what it raises ends the writing, and leaves nothing.
+    `dtype` None keeps the types that the tensors have. The vocabulary has its true size. `between` is called between
+    tensors; what it raises ends the writing, and leaves nothing.
 
     Raises:
         ValueError: no known architecture holds the model, naming what each lacks; or the folder cannot be written.
@@ -269,11 +269,14 @@ def write_folder(
     def read(number: int) -> torch.Tensor:
         return gather(stored[number], weights.tensors, declared[number].dtype)
 
+    def advance(num_bytes: int) -> None:
+        progress.advance(num_bytes)
+        between()
+
     with new_folder(final, total, overwrite) as folder:
-        with read_ahead([one.num_bytes for one in declared], read, progress.advance) as tensors:
+        with read_ahead([one.num_bytes for one in declared], read, advance) as tensors:
             for number, shard in enumerate(shards):
-                asked = _asking(between, islice(tensors, len(shard)))
-                write_file(folder / _shard_name(number, len(shards)), shard, asked)
+                write_file(folder / _shard_name(number, len(shards)), shard, islice(tensors, len(shard)))
         if len(shards) > 1:
             places = {
                 one.name: _shard_name(number, len(shards)) for number, shard in enumerate(shards) for one in shard
@@ -283,12 +286,6 @@ def write_folder(
         name = _TORCH_NAMES[max((one.dtype for one in declared), key=lambda kind: kind.itemsize)]
         write_json(folder / CONFIG, entries | tokens | {"dtype": name, "torch_dtype": name})
     progress.finish()
-
-
-def _asking(between: Callable[[], None], tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    for tensor in tensors:
-        between()
-        yield tensor
 
 
 def read_config_if_any(folder: Path) -> dict[str, Any]:

@@ -87,6 +87,7 @@ RANGES = {
     "training.train_samples": _COUNT,
     "training.eval_interval": _COUNT,
     "training.eval_iters": _NATURAL,
+    "training.manual_gc_interval": _NATURAL,
     "training.exit_interval": _COUNT,
     "training.exit_duration_in_mins": _POSITIVE,
     "training.recompute_num_layers": _COUNT,

@@ -19,6 +19,7 @@ from megallm.train.data_order import data_order
 from megallm.train.datasets import Datasets, build_datasets, build_tokenizer_of, with_vocabulary
 from megallm.train.engine import Engine, build_engine, check_schedules
 from megallm.train.evaluation import Evaluation, global_batches, order_of
+from megallm.train.garbage import GarbageCollection
 from megallm.train.hugging_face import check_export
 from megallm.train.instruments import Instruments
 from megallm.train.metrics import Reporter, log_on_rank_zero
@@ -171,7 +172,8 @@ def _train(
         )
         evaluation = Evaluation(engine, datasets, stack)
         stack.enter_context(stopping)
-        pauses = _Pauses(engine, evaluation, reporter, saving, stopping, log, write_sample)
+        garbage = stack.enter_context(GarbageCollection(training))
+        pauses = _Pauses(engine, evaluation, reporter, saving, stopping, garbage, log, write_sample)
         if training.skip_train:
             log("nothing is trained, as --skip-train says")
             wish = pauses.instead_of_training()
@@ -196,6 +198,7 @@ def _train(
             reporter.step(done, progress.consumed_samples, metrics)
             progress.evaluation_due = bool(training.eval_interval and done % training.eval_interval == 0)
             wish = pauses.after_step(is_last=done == last_iteration)
+            garbage.after_step(done)
             stopping.pause()
         if progress.iteration == last_iteration and not (wish.leaves and pauses.is_something_left()):
             wish = pauses.end()
@@ -203,12 +206,12 @@ def _train(
         reporter.flush()
         # Signals stay caught until the last checkpoint is on the disk.
         saving.finish()
-    if wish.leaves:
-        log(f"left after iteration {progress.iteration}: {wish.reason}")
-        return wish.exit_code
     compared = prediction.comparison(reporter) if prediction is not None else None
     if compared:
         log(compared)
+    if wish.leaves:
+        log(f"left after iteration {progress.iteration}: {wish.reason}")
+        return wish.exit_code
     if engine.config.checkpoint.save and not saving.has_saved:
         log(f"nothing was trained and nothing saved: iteration {progress.iteration} is where the run ends")
     return ExitCode.FINISHED
@@ -227,11 +230,12 @@ class _Pauses:
         reporter: Reporter,
         saving: Saving,
         stopping: Stopping,
+        garbage: GarbageCollection,
         log: Callable[[str], None],
         write_sample: WriteSample | None,
     ) -> None:
         self._engine, self._evaluation, self._reporter, self._saving = engine, evaluation, reporter, saving
-        self._stopping, self._log, self._write_sample = stopping, log, write_sample
+        self._stopping, self._garbage, self._log, self._write_sample = stopping, garbage, log, write_sample
 
     def instead_of_training(self) -> Wish:
         """All of a run that trains nothing."""
@@ -285,7 +289,8 @@ class _Pauses:
     def _evaluate_if_due(self, ask: Ask) -> Wish:
         if not self._engine.progress.evaluation_due:
             return NOTHING
-        wish = self._evaluation.run(self._reporter, ask)
+        with self._garbage.evaluation():
+            wish = self._evaluation.run(self._reporter, ask)
         if wish.save:
             why = wish.reason or "a checkpoint is asked for"
             self._log(f"interrupted the evaluation after iteration {self._engine.progress.iteration}: {why}")

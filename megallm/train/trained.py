@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from megallm.checkpoint.load import newest_checkpoint
 from megallm.checkpoint.manifest import read_manifest
 from megallm.config import from_dict
-from megallm.config.tree import CheckpointConfig, Config, LoggingConfig, ParallelConfig
+from megallm.config.tree import CheckpointConfig, Config, LoggingConfig, OptimizerConfig, ParallelConfig
 from megallm.data.tokenizer.base import Tokenizer
+from megallm.plan.rules_data import data_sources
 from megallm.train.datasets import build_tokenizer_of
 from megallm.train.engine import Model, build_model
 from megallm.train.processes import joined_processes
@@ -63,9 +64,13 @@ def trained_model(
 
 
 def _placed(config: Config, placement: Placement) -> Config:
-    """The model and data of `config`; how its run was laid out, how its batch grew and what it wrote is left behind."""
+    """The model and data of `config`; how its run was laid out, how it learned and what it wrote is left behind."""
+    has_data = config.data.mock_data or data_sources(config).flags
     return replace(
         config,
+        # A converted model names neither data nor a learning rate.
+        data=config.data if has_data else replace(config.data, mock_data=True),
+        optimizer=OptimizerConfig(lr=1.0),
         parallel=ParallelConfig(
             tensor_model_parallel_size=placement.tensor_model_parallel_size,
             pipeline_model_parallel_size=placement.pipeline_model_parallel_size,

@@ -49,6 +49,9 @@ class Ended:
     errors: str
 
 
+COMPARED = "measured_memory_bytes"
+
+
 def without(flags: list[str], *names: str) -> list[str]:
     """Flags without those named and their values."""
     kept: list[str] = []
@@ -105,6 +108,11 @@ def succeeded(ended: Ended) -> Ended:
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def series(file: Path) -> list[dict[str, Any]]:
+    """The steps and evaluations of a run, without what compares them with the plan."""
+    return [line for line in read_lines(file) if COMPARED not in line]
 
 
 def training_lines(file: Path) -> list[dict[str, Any]]:

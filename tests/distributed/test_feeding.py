@@ -15,7 +15,7 @@ from megallm.mesh import Mesh, MeshShape
 from megallm.train.datasets import build_datasets
 from megallm.train.loop import _run
 from megallm.train.tasks.gpt import GPTTask
-from tests.distributed.launch import read_lines
+from tests.distributed.launch import series
 from tests.distributed.pool import WorkerPool
 
 BASE = {
@@ -85,7 +85,7 @@ def train(pool: WorkerPool, metrics: Path, settings: dict[str, Any], layout: tup
     world_size, changes = layout
     files = {"logging.metrics_jsonl": str(metrics)}
     pool.run(world_size, _train, settings | changes | files, world_size)
-    return read_lines(metrics)
+    return series(metrics)
 
 
 def assert_same(found: list[Any], wanted: list[Any]) -> None:

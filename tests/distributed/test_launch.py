@@ -15,11 +15,13 @@ import pytest
 
 from megallm.schedule import Kind, Timeline
 from tests.distributed.launch import (
+    COMPARED,
     TINY,
     Ended,
     python,
     read_lines,
     run,
+    series,
     succeeded,
     torchrun,
     training_lines,
@@ -108,7 +110,7 @@ def test_metrics_hold_every_scalar_of_every_step(single: Run) -> None:
     assert [check["iteration"] for check in checks] == [3, 6]
     assert all(check.keys() == {"iteration", "consumed_samples", "valid_lm_loss"} for check in checks)
     # In order: each evaluation follows its step.
-    assert [line["iteration"] for line in read_lines(single.metrics)] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert [line["iteration"] for line in series(single.metrics)] == [1, 2, 3, 3, 4, 5, 6, 6]
 
 
 def test_log_line_has_the_fields_that_scripts_parse(single: Run) -> None:
@@ -155,7 +157,7 @@ def test_timeline_of_one_process(single: Run) -> None:
 def test_two_processes(single: Run, tmp_path: Path) -> None:
     flags = ["--metrics-jsonl", str(tmp_path / "metrics.jsonl"), "--use-distributed-optimizer"]
     ended = succeeded(torchrun(2, "pretrain_gpt.py", *TINY, *flags))
-    assert_same_series(read_lines(tmp_path / "metrics.jsonl"), read_lines(single.metrics))
+    assert_same_series(series(tmp_path / "metrics.jsonl"), series(single.metrics))
     # The first process speaks for all.
     assert len(LOG_LINE.findall(ended.output)) == 3
 
@@ -199,7 +201,7 @@ def test_two_machines(single: Run, tmp_path: Path) -> None:
     )
     for machine in ended:
         succeeded(machine)
-    assert_same_series(read_lines(tmp_path / "metrics.jsonl"), read_lines(single.metrics))
+    assert_same_series(series(tmp_path / "metrics.jsonl"), series(single.metrics))
     assert sorted(len(LOG_LINE.findall(machine.output)) for machine in ended) == [0, 3]
     files = sorted(tmp_path.glob("timeline.rank*.jsonl"))
     assert [file.name for file in files] == ["timeline.rank0.jsonl", "timeline.rank1.jsonl"]
@@ -218,13 +220,19 @@ def test_stopped_and_resumed_under_another_layout(single: Run, tmp_path: Path) -
         torchrun(2, "pretrain_gpt.py", *flags, "--tensor-model-parallel-size", "2", "--exit-interval", "4")
     )
     assert "left after iteration 4" in stopped.output
+    # The second step was watched: who leaves early is told, too, how the plan was.
+    assert "predicted and measured" in stopped.output
     assert [line["iteration"] for line in training_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     load = ["--load", str(tmp_path / "checkpoints")]
     resumed = succeeded(torchrun(2, "pretrain_gpt.py", *flags, *load, "--pipeline-model-parallel-size", "2"))
     assert f"continuing from {tmp_path / 'checkpoints' / 'iter_0000004'}" in resumed.output
     # One file, to which the second run appended, as if there had been one run: steps and evaluations.
-    assert_same_series(read_lines(tmp_path / "metrics.jsonl"), read_lines(single.metrics))
+    assert_same_series(series(tmp_path / "metrics.jsonl"), series(single.metrics))
     assert (tmp_path / "checkpoints" / "iter_0000006").is_dir()
+    compared = [line for line in read_lines(tmp_path / "metrics.jsonl") if COMPARED in line]
+    assert [line["iteration"] for line in compared] == [4, 6]
+    assert compared[1]["predicted_memory_bytes"] == pytest.approx(compared[1][COMPARED], rel=0.2)
+    assert {"predicted_step_seconds", "measured_bubble"} <= compared[1].keys()
 
 
 def test_a_run_that_is_over_says_so(tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ from megallm.convert import command
 from megallm.convert.command import Place, check
 from megallm.convert.huggingface import open_folder, write_folder
 from megallm.convert.native import KEPT, open_native, write_native
+from megallm.generate.choice import SamplingSettings
+from megallm.generate.text import continue_texts
+from megallm.train.trained import Placement, trained_model
 from tests.unit.convert import folders
 from tests.unit.convert.folders import GPT2_CONFIG, HIDDEN, LLAMA_CONFIG, VOCAB
 
@@ -150,6 +153,16 @@ def test_what_goes_with_a_model_is_kept(tmp_path: Path) -> None:
     # Version 4 does not know the class, and wants the list under another name.
     read_by_4 = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "a", "additional_special_tokens": ["b"]}
     assert json.loads((back / "tokenizer_config.json").read_text()) == read_by_4
+
+
+def test_a_converted_model_writes_as_a_trained_one_does(tmp_path: Path) -> None:
+    folder = llama(tmp_path / "theirs", torch.float32)
+    vocabulary = TOKENIZER["model"] | {"vocab": {"a": 0, "b": 1, "<|endoftext|>": 2}}
+    (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER | {"model": vocabulary}))
+    to_ours(folder, tmp_path / "ours")
+    with trained_model(str(tmp_path / "ours"), Placement(device="cpu")) as (model, tokenizer):
+        texts = continue_texts(model, tokenizer, ["ab", "b"], 3, [SamplingSettings(temperature=0.0)] * 2)
+    assert len(texts) == 2
 
 
 def test_a_head_that_repeats_the_embedding_is_left_away(tmp_path: Path) -> None:
