@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -418,6 +419,7 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=[operator.name for operator in OPERATORS], help="some operators")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after so many nothing new is measured")
     parser.add_argument("--compile", action="store_true", help="on the CPU too: the reference compiled by torch")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
@@ -430,18 +432,22 @@ def main() -> None:
     clock = Clock(device)
     copy_rate = clock.copy_rate() if device.type == "cuda" else None
     chosen = [operator for operator in OPERATORS if not arguments.only or operator.name in arguments.only]
-    results = []
-    for threads in arguments.threads if device.type == "cpu" else [1]:
+    all_threads = arguments.threads if device.type == "cpu" else [1]
+    results, left_out, end = [], [], time.monotonic() + arguments.seconds
+    # Shapes last: each operator has been measured once before any is at another size.
+    for threads, shape, dtype, operator in product(all_threads, SHAPES[device.type], reversed(DTYPES), chosen):
+        if time.monotonic() > end:
+            left_out.append(f"{operator.name}, {dtype}, {shape[0]} x {shape[1]}")
+            continue
         torch.set_num_threads(threads)
-        for operator in chosen:
-            for dtype in DTYPES:
-                for shape in SHAPES[device.type]:
-                    for record in measure(operator, shape, dtype, clock, arguments):
-                        results.append(add_ratios(record, copy_rate))
-                        print(table_row(results[-1]), flush=True)
+        for record in measure(operator, shape, dtype, clock, arguments):
+            results.append(add_ratios(record, copy_rate))
+            print(table_row(results[-1]), flush=True)
+    if left_out:
+        print(f"{len(left_out)} measurements were left out for want of time")
     if arguments.output:
         gpu = {"gpu": torch.cuda.get_device_name(), "copy_rate": copy_rate} if device.type == "cuda" else {}
-        write(arguments.output, {**about, **gpu, "results": results})
+        write(arguments.output, {**about, **gpu, "results": results, "left_out": left_out})
 
 
 if __name__ == "__main__":
