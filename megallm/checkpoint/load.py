@@ -39,7 +39,7 @@ def find_checkpoints(root: str, iteration: int | None = None) -> list[Path]:
             broken.append(folder)
     if iteration is not None:
         if iteration not in found:
-            there = f"there are {', '.join(map(str, sorted(found)))}" if found else "there is none"
+            there = f"the iterations there are {', '.join(map(str, sorted(found)))}" if found else "there is none"
             raise ValueError(f"{checkpoint_folder(root, iteration)} is not there, or has no {MANIFEST}: {there}")
         return [found[iteration]]
     if broken and not found:

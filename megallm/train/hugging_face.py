@@ -125,8 +125,7 @@ def export(engine: Engine, hosts: Hosts, checkpoint: Path, ask: Ask) -> tuple[Pa
 
 def check_export(config: Config) -> None:
     """Raises ValueError, before the first step, if no architecture of Hugging Face's holds the model."""
-    if config.checkpoint.save_hf:
-        choose_family(config, None)
+    choose_family(config, None)
 
 
 def _dtype(training: TrainingConfig) -> torch.dtype | None:

@@ -20,7 +20,6 @@ from megallm.train.datasets import Datasets, build_datasets, build_tokenizer_of,
 from megallm.train.engine import Engine, build_engine, check_schedules
 from megallm.train.evaluation import Evaluation, global_batches, order_of
 from megallm.train.garbage import GarbageCollection
-from megallm.train.hugging_face import check_export
 from megallm.train.instruments import Instruments
 from megallm.train.metrics import Reporter, log_on_rank_zero
 from megallm.train.out_of_memory import out_of_memory_explained
@@ -68,7 +67,11 @@ def pretrain_on(
 def _take_outputs(config: Config, stack: ExitStack) -> None:
     """The first rank sees that everything can be written, and has the folder of checkpoints for this job alone."""
     try_outputs(config)
-    check_export(config)
+    if config.checkpoint.save_hf:
+        # Imported where it is needed: most runs start without the converter.
+        from megallm.train.hugging_face import check_export
+
+        check_export(config)
     if config.checkpoint.save:
         stack.enter_context(own_folder(Path(config.checkpoint.save), log_on_rank_zero(0)))
 

@@ -22,7 +22,6 @@ from megallm.optimizer.rates import RateSchedules
 from megallm.train.changes import changes, check_architecture, check_same_model
 from megallm.train.data_order import check_data_order
 from megallm.train.engine import Engine, Model
-from megallm.train.hugging_face import begin_with
 
 # What a run needs to go on besides tensors.
 _COUNTS = ("consumed_samples", "consumed_valid_samples")
@@ -59,6 +58,8 @@ def take_up(engine: Engine, order: dict[str, str] | None = None) -> Loaded | Non
         if loaded is None:
             raise ValueError(f"--pretrained-checkpoint {settings.pretrained_checkpoint} holds no checkpoint")
     if loaded is None and settings.load_hf:
+        from megallm.train.hugging_face import begin_with
+
         notes = begin_with(engine, settings.load_hf)
         loaded = Loaded(Path(settings.load_hf), notes, TakenUp.WEIGHTS)
     if loaded is None and (settings.finetune or settings.exit_on_missing_checkpoint):

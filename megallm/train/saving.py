@@ -23,7 +23,6 @@ from megallm.config.tree import CheckpointConfig
 from megallm.file_lock import LOCK
 from megallm.mesh import Hosts
 from megallm.train.engine import Engine
-from megallm.train.hugging_face import export
 from megallm.train.metrics import Reporter
 from megallm.train.progress import ProgressFile
 from megallm.train.stopping import Ask
@@ -177,6 +176,8 @@ class Saving:
         checkpoint = checkpoint_folder(self._settings.save, self._engine.progress.iteration)
         try:
             self.finish()
+            from megallm.train.hugging_face import export
+
             folder, wish = export(self._engine, self._hosts, checkpoint, ask)
         except ValueError as error:
             if last:

@@ -511,6 +511,7 @@ def test_starting_imports_nothing_large_that_a_run_does_not_need() -> None:
         "torch._dynamo",
         "torch._inductor",
         "torch.distributed.fsdp",
+        "megallm.convert",
         "sympy",
         "tensorboard",
         "wandb",
