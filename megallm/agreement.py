@@ -39,3 +39,16 @@ def on_every_rank(mesh: Mesh | Hosts, function: Callable[[], Result]) -> Result:
         text[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
     world.broadcast(text, first)
     raise ValueError(bytes(text.tolist()).rstrip(b"\0").decode(errors="replace"))
+
+
+def told_by_the_first(mesh: Mesh | Hosts, function: Callable[[], str]) -> str:
+    """The text that `function` gives on the first rank, which alone calls it. Raises ValueError as `on_every_rank`."""
+    world = mesh.world
+    encoded = on_every_rank(mesh, lambda: function().encode() if world.rank == 0 else b"")
+    length = torch.tensor([len(encoded)], dtype=torch.int64, device=mesh.device)
+    world.broadcast(length, 0)
+    text = torch.zeros(int(length.item()), dtype=torch.uint8, device=mesh.device)
+    if world.rank == 0:
+        text.copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
+    world.broadcast(text, 0)
+    return bytes(text.tolist()).decode()

@@ -83,6 +83,12 @@ class Hosts:
         """This process by itself."""
         return Hosts(Group((0,), 0, Transport(None)), torch.device("cpu"))
 
+    @staticmethod
+    def joined(rank: int, world_size: int, device: torch.device) -> Hosts:
+        """All processes that have joined the job, before there is a mesh: through torch's group of all."""
+        transport = Transport(dist.group.WORLD if world_size > 1 else None, name="all processes")
+        return Hosts(Group(tuple(range(world_size)), rank, transport), device)
+
 
 class Mesh:
     """This process's place in the mesh and its groups.

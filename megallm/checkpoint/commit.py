@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from megallm.checkpoint.boxes import LocalBox
-from megallm.checkpoint.manifest import MANIFEST, join_rows, rows_to_json, to_json
+from megallm.checkpoint.manifest import MANIFEST, join_rows, most_bytes, rows_to_json, to_json
 from megallm.checkpoint.shard_file import size_of, write_shard
 from megallm.checkpoint.stream import flush
 from megallm.failpoint import passing
@@ -156,8 +156,15 @@ def commit(
     with passing("checkpoint.rows.remove"):
         for path in lists:
             path.unlink()
+    text = to_json(iteration, token, state, rows)
+    described = sum(file[1] for file in rows["files"])
+    if len(text) > most_bytes(described):
+        raise ValueError(
+            f"its manifest takes {len(text)} bytes, and readers allow {most_bytes(described)} for files of {described} "
+            "bytes: the model has too many small tensors for so many ranks"
+        )
     with passing("checkpoint.manifest.write"):
-        (temporary / MANIFEST).write_bytes(to_json(iteration, token, state, rows))
+        (temporary / MANIFEST).write_bytes(text)
     with passing("checkpoint.manifest.fsync"):
         flush(temporary / MANIFEST)
     with passing("checkpoint.folder.fsync"):

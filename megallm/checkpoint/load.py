@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from megallm.checkpoint.boxes import LocalBox
 from megallm.checkpoint.commit import REPLACED, checkpoint_folder, replaced_number
 from megallm.checkpoint.manifest import MANIFEST, DamagedError, Manifest, SavedFile, read_manifest
 from megallm.checkpoint.reading import SLAB_BYTES, OpenCheckpoint
 from megallm.checkpoint.shard_file import ShardReader
+
+Result = TypeVar("Result")
 
 _FOLDER = re.compile(r"iter_(\d{7,})(" + REPLACED.pattern + ")?")
 
@@ -51,6 +54,28 @@ def find_checkpoints(root: str, iteration: int | None = None) -> list[Path]:
             # No ended save leaves this. Whoever reads it is told that it is damaged, and may choose the one before.
             found[int(match[1])] = folder
     return [found[number] for number in sorted(found, reverse=True)]
+
+
+def newest_sound(
+    folders: Sequence[Path], allow_fallback: bool, look: Callable[[Path], Result]
+) -> tuple[Path, Result, list[str]]:
+    """The newest of some checkpoints, what `look` gives of it, and sentences that its user should read.
+
+    Where `look` raises DamagedError, the one before takes its place if `allow_fallback` says so.
+
+    Raises ValueError where that is not allowed, or DamagedError where there is none before.
+    """
+    notes: list[str] = []
+    for folder, older in zip(folders, [*folders[1:], None], strict=True):
+        try:
+            return folder, look(folder), notes
+        except DamagedError as error:
+            if older is None:
+                raise
+            if not allow_fallback:
+                raise ValueError(f"{error}. --allow-fallback continues from {older.name} instead") from None
+            notes.append(f"{error}. Going back to {older.name}, as --allow-fallback says")
+    raise AssertionError("there is a checkpoint")
 
 
 def newest_checkpoint(root: str, iteration: int | None = None) -> Path:

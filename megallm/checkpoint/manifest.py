@@ -22,8 +22,13 @@ import xxhash
 FORMAT = "megallm checkpoint 1"
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 2**20
+# What the objects of a JSON text take is up to 40 times the text, which is held three times itself while it is checked.
+_MEMORY_OF_TEXT = 48
+# Manifests are a few hundred bytes for each box and 19 for each MiB of it: a hundredth of their files where these are
+# large. So long they may be whatever their files are.
+_ALWAYS_ALLOWED = 4 * 2**20
 # A model of 10^12 parameters over 10,000 ranks stays below it.
-MOST_BYTES = 2**31
+_MOST_BYTES = 2**31
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types of the elements, by their names in safetensors."""
 _FILE_NAME = re.compile(r"rank_\d{5,}\.safetensors")
@@ -167,9 +172,26 @@ def _bytes_of(path: Path) -> bytes:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise DamagedError(f"{path} is no plain file")
-        if status.st_size > MOST_BYTES:
-            raise DamagedError(f"{path} has {status.st_size} bytes: no manifest is that long")
-        return file.read()
+        described = 0
+        for other in path.parent.glob("rank_*.safetensors"):
+            # The first few files mostly show that it may be that long.
+            if status.st_size <= most_bytes(described):
+                break
+            described += other.lstat().st_size
+        if status.st_size > most_bytes(described):
+            raise DamagedError(f"{path} has {status.st_size} bytes: none of files of {described} bytes is that long")
+        text = file.read(status.st_size)
+    if not text.isascii():
+        # As a text of wide characters it would take four times as much.
+        raise DamagedError(f"{path} is not as this version writes it: it holds other characters than ASCII")
+    return text
+
+
+def most_bytes(described: int) -> int:
+    """How long the manifest of files of so many bytes may be. Reading it takes no more memory than the files' size,
+    or 192 MiB where that is more.
+    """
+    return min(max(described // _MEMORY_OF_TEXT, _ALWAYS_ALLOWED), _MOST_BYTES)
 
 
 def _digest_of(content: dict[str, Any]) -> str:

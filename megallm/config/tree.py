@@ -500,7 +500,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Saving and loading."""
+    """Saving and loading. `gives_model`: the model is not what flags say, but what a folder holds."""
 
     save: str | None = option(None, "--save", "folder for checkpoints")
     load: str | None = option(
@@ -581,6 +581,10 @@ class CheckpointConfig:
         "--async-save",
         "copy what is saved to the host's memory and write it in the background while training goes on",
     )
+
+    @property
+    def gives_model(self) -> bool:
+        return self.use_checkpoint_args or self.load_hf is not None
 
 
 @dataclass(frozen=True)

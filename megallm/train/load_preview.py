@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megallm.checkpoint.boxes import WEIGHTS
-from megallm.checkpoint.load import check_files, find_checkpoints
+from megallm.checkpoint.load import check_files, newest_sound
 from megallm.checkpoint.manifest import Manifest, read_manifest
 from megallm.config import data_parallel_size
 from megallm.config.tree import Config
+from megallm.convert.huggingface import open_folder
 from megallm.train.changes import changes, check_architecture, check_same_model
 from megallm.train.datasets import build_tokenizer_of, with_vocabulary
-from megallm.train.resume import TakenUp, check_kinds, check_state, saved_config, wanted_of
+from megallm.train.resume import TakenUp, check_kinds, check_state, origin_of, saved_config
 
 _MOMENTS = {"adam": {"first_moment", "second_moment"}, "sgd": {"momentum"}}
 
@@ -22,19 +25,18 @@ def load_preview(config: Config, world_size: int) -> list[str]:
     Raises ValueError, with the sentence of the run, where it would be refused.
     """
     settings = config.checkpoint
-    taken_up, root = wanted_of(settings), settings.load
-    folders = find_checkpoints(settings.load, settings.ckpt_step) if settings.load else []
-    if not folders and settings.pretrained_checkpoint:
-        taken_up, root = TakenUp.WEIGHTS, settings.pretrained_checkpoint
-        folders = find_checkpoints(settings.pretrained_checkpoint)
+    taken_up, folders = origin_of(settings)
+    root = settings.pretrained_checkpoint or settings.load
+    if not folders and settings.load_hf:
+        with open_folder(Path(settings.load_hf)):
+            return [f"Loading: {TakenUp.WEIGHTS.value} {settings.load_hf}"]
     if not folders:
         missing = settings.finetune or settings.exit_on_missing_checkpoint or settings.pretrained_checkpoint
         if missing:
             raise ValueError(f"{root} holds no checkpoint, and the flags allow no start without one")
         return [f"Loading: {root} holds no checkpoint, the run would start afresh"]
-    folder, config = folders[0], with_vocabulary(config, build_tokenizer_of(config), world_size)
-    manifest = read_manifest(folder)
-    check_files(folder, manifest.files)
+    config = with_vocabulary(config, build_tokenizer_of(config), world_size)
+    folder, manifest, notes = newest_sound(folders, settings.allow_fallback, _read_all_but_tensors)
     kinds = {WEIGHTS} | (_MOMENTS[config.optimizer.optimizer] if taken_up is TakenUp.ALL else set())
     check_kinds(folder, manifest, kinds)
     check_state(folder, manifest, taken_up)
@@ -45,9 +47,16 @@ def load_preview(config: Config, world_size: int) -> list[str]:
     differences = changes(saved, manifest.state.get("saved"), config, world_size)
     return [
         f"Loading: {taken_up.value} {folder}, iteration {manifest.iteration}",
+        *notes,
         _amount(config, manifest, kinds, world_size),
         *(f"changed since it was saved: {change}" for change in differences),
     ]
+
+
+def _read_all_but_tensors(folder: Path) -> Manifest:
+    manifest = read_manifest(folder)
+    check_files(folder, manifest.files)
+    return manifest
 
 
 def _amount(config: Config, manifest: Manifest, kinds: set[str], world_size: int) -> str:

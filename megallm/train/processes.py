@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
 
-from megallm.config import data_parallel_size, resolve
+from megallm.agreement import told_by_the_first
+from megallm.config import data_parallel_size, from_dict, resolve, to_dict
+from megallm.config.report import warn_once
 from megallm.config.tree import Config
 from megallm.device import select_backend, select_device, use_one_thread_per_process
-from megallm.mesh import Mesh, MeshShape, start_processes
+from megallm.mesh import Hosts, Mesh, MeshShape, start_processes
 from megallm.plan.validate import check
+from megallm.train.saved_arguments import with_model_of_files
 from megallm.train.watch import SECONDS_BEFORE_TORCH, watched
 
 
@@ -22,10 +27,12 @@ def joined_processes(config: Config) -> Iterator[tuple[Config, Mesh]]:
     """Checks and resolves a configuration for the processes that torchrun started, or for this one alone, and joins
     them in a mesh.
 
-    Raises ValueError with everything that is wrong, before any process waits for another.
+    Raises ValueError with everything that is wrong, before any process waits for another; where the model is in files,
+    once one process has read them, on all alike.
     """
     parallel = config.parallel
-    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if not config.checkpoint.gives_model:
+        check(config, int(os.environ.get("WORLD_SIZE", "1")))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = select_device(config.training.device, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cpu":
@@ -35,6 +42,9 @@ def joined_processes(config: Config) -> Iterator[tuple[Config, Mesh]]:
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes, seconds=SECONDS_BEFORE_TORCH)
     rank, world_size = start_processes(backend, device, timeout)
     try:
+        if config.checkpoint.gives_model:
+            config = _with_model_of_files(config, Hosts.joined(rank, world_size, device))
+            check(config, world_size)
         shape = MeshShape(
             tp=parallel.tensor_model_parallel_size,
             dp=data_parallel_size(parallel, world_size),
@@ -49,3 +59,14 @@ def joined_processes(config: Config) -> Iterator[tuple[Config, Mesh]]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _with_model_of_files(config: Config, hosts: Hosts) -> Config:
+    """What one machine sees in a folder, another may not, or not yet: the first rank decides."""
+
+    def read() -> str:
+        settled, notes = with_model_of_files(config)
+        warn_once(os.path.basename(sys.argv[0]), notes)
+        return json.dumps(to_dict(settled))
+
+    return from_dict(json.loads(told_by_the_first(hosts, read)))

@@ -40,13 +40,18 @@ def main(program: Program, arguments: list[str] | None = None) -> None:
         description=program.description,
         architecture=program.architecture,
     )
-    if config.checkpoint.use_checkpoint_args:
-        config = _with_saved_model(program.name, config)
-    if config.checkpoint.load_hf:
-        config = _with_hugging_face_model(program.name, config)
     is_first = os.environ.get("RANK", "0") == "0"
+    only_tells = config.plan.print_config or config.plan.dry_run
+    if only_tells and not is_first:
+        return
+    if config.checkpoint.gives_model:
+        if not only_tells:
+            # The processes read the model's folder, and check the rest, once they have joined: one tells the others.
+            _train(program, config, is_first)
+            return
+        config = _with_model_of_files(program.name, config)
     if config.plan.print_config:
-        sys.stdout.write(difference_yaml(replace(config, plan=PlanConfig())) if is_first else "")
+        sys.stdout.write(difference_yaml(replace(config, plan=PlanConfig())))
         return
     world_size = config.plan.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     problems = validate(config, world_size)
@@ -54,11 +59,11 @@ def main(program: Program, arguments: list[str] | None = None) -> None:
         stop(program.name, [str(problem) for problem in problems])
     if not config.plan.dry_run:
         _train(program, config, is_first)
-    elif is_first:
-        from megallm.plan.dry_run import dry_run
+        return
+    from megallm.plan.dry_run import dry_run
 
-        print(dry_run(config, world_size))
-        _print_load_preview(program.name, config, world_size)
+    print(dry_run(config, world_size))
+    _print_load_preview(program.name, config, world_size)
 
 
 def _train(program: Program, config: Config, is_first: bool) -> None:
@@ -83,7 +88,7 @@ def _train(program: Program, config: Config, is_first: bool) -> None:
 
 def _print_load_preview(name: str, config: Config, world_size: int) -> None:
     """What the run would take up, where it is on this machine; a plan without that needs no torch."""
-    folders = config.checkpoint.load, config.checkpoint.pretrained_checkpoint
+    folders = config.checkpoint.load, config.checkpoint.pretrained_checkpoint, config.checkpoint.load_hf
     if config.plan.json or not any(folder and os.path.isdir(folder) for folder in folders):
         return
     from megallm.train.load_preview import load_preview
@@ -94,21 +99,12 @@ def _print_load_preview(name: str, config: Config, world_size: int) -> None:
         fail(name, error)
 
 
-def _with_saved_model(name: str, config: Config) -> Config:
-    from megallm.train.saved_arguments import with_saved_model
+def _with_model_of_files(name: str, config: Config) -> Config:
+    from megallm.train.saved_arguments import with_model_of_files
 
     try:
-        config, notes = with_saved_model(config)
+        config, notes = with_model_of_files(config)
     except ValueError as error:
         fail(name, error)
     warn_once(name, notes)
     return config
-
-
-def _with_hugging_face_model(name: str, config: Config) -> Config:
-    from megallm.train.hugging_face import with_hugging_face_model
-
-    try:
-        return with_hugging_face_model(config)
-    except ValueError as error:
-        fail(name, error)

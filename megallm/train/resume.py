@@ -13,7 +13,7 @@ import torch
 from megallm.agreement import on_every_rank
 from megallm.checkpoint.boxes import WEIGHTS, local_boxes, weight_boxes
 from megallm.checkpoint.commit import TRACKER
-from megallm.checkpoint.load import check_files, find_checkpoints, load_boxes
+from megallm.checkpoint.load import check_files, find_checkpoints, load_boxes, newest_sound
 from megallm.checkpoint.manifest import DamagedError, Manifest, digest, read_manifest
 from megallm.config import from_dict
 from megallm.config.tree import CheckpointConfig, Config
@@ -83,26 +83,31 @@ def load_engine(
     if taken_up is None:
         taken_up, iteration = wanted_of(settings), settings.ckpt_step
     folders = _seen_by_all(engine.mesh, root, iteration)
+    if not folders:
+        return None
     notes = _note_on_tracker(root, folders)
-    for number, folder in enumerate(folders):
-        try:
-            manifest = _read_undamaged(engine, folder, order, taken_up)
-        except DamagedError as error:
-            if number + 1 == len(folders):
-                raise
-            older = folders[number + 1]
-            if not settings.allow_fallback:
-                raise ValueError(f"{error}. --allow-fallback continues from {older.name} instead") from None
-            notes.append(f"{error}. Going back to {older.name}, as --allow-fallback says")
-            continue
-        _publish(engine, manifest, taken_up)
-        saved, made_by = saved_config(folder, manifest), manifest.state.get("saved")
-        differences = changes(saved, made_by, engine.config, engine.mesh.shape.world_size)
-        notes += [f"changed since it was saved: {change}" for change in differences]
-        if _takes_rates(engine, taken_up):
-            notes.append("learning rate and weight decay go on as they were, whatever has changed in their flags")
-        return Loaded(folder, notes, taken_up)
-    return None
+    folder, manifest, told = newest_sound(
+        folders, settings.allow_fallback, lambda folder: _read_undamaged(engine, folder, order, taken_up)
+    )
+    notes += told
+    _publish(engine, manifest, taken_up)
+    saved, made_by = saved_config(folder, manifest), manifest.state.get("saved")
+    differences = changes(saved, made_by, engine.config, engine.mesh.shape.world_size)
+    notes += [f"changed since it was saved: {change}" for change in differences]
+    if _takes_rates(engine, taken_up):
+        notes.append("learning rate and weight decay go on as they were, whatever has changed in their flags")
+    return Loaded(folder, notes, taken_up)
+
+
+def origin_of(settings: CheckpointConfig) -> tuple[TakenUp, list[Path]]:
+    """What of which checkpoints a run takes up, the newest first: of --load, or else of --pretrained-checkpoint.
+
+    None where neither holds any. For this process alone; raises ValueError as `find_checkpoints` does.
+    """
+    folders = find_checkpoints(settings.load, settings.ckpt_step) if settings.load else []
+    if folders or not settings.pretrained_checkpoint:
+        return wanted_of(settings), folders
+    return TakenUp.WEIGHTS, find_checkpoints(settings.pretrained_checkpoint)
 
 
 def saved_config(folder: Path, manifest: Manifest) -> Config:

@@ -1,16 +1,16 @@
-"""The model of a run from its checkpoint instead of from flags: --use-checkpoint-args."""
+"""The model of a run from a folder instead of from flags: --use-checkpoint-args, --load-hf."""
 
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from pathlib import Path
 
-from megallm.checkpoint.load import find_checkpoints
+from megallm.checkpoint.load import newest_sound
 from megallm.checkpoint.manifest import read_manifest
 from megallm.config import Config, difference
 from megallm.config.tree import DataConfig, ModelConfig
 from megallm.train.changes import check_architecture
-from megallm.train.resume import saved_config
+from megallm.train.hugging_face import with_hugging_face_model
+from megallm.train.resume import origin_of, saved_config
 
 _TOKENIZER = tuple(
     field.name
@@ -30,8 +30,12 @@ def with_saved_model(config: Config) -> tuple[Config, list[str]]:
     """
     if not (config.checkpoint.load or config.checkpoint.pretrained_checkpoint):
         return config, []
-    folder = _folder(config)
-    saved = saved_config(folder, read_manifest(folder))
+    _, folders = origin_of(config.checkpoint)
+    if not folders:
+        named = config.checkpoint.load or config.checkpoint.pretrained_checkpoint
+        raise ValueError(f"--use-checkpoint-args: {named} holds no checkpoint")
+    folder, manifest, told = newest_sound(folders, config.checkpoint.allow_fallback, read_manifest)
+    saved = saved_config(folder, manifest)
     check_architecture(folder, saved.model, config.model)
     data = config.data
     if not data.seq_length:
@@ -45,16 +49,17 @@ def with_saved_model(config: Config) -> tuple[Config, list[str]]:
         for path, old, new in difference(config, taken)
         if path.startswith("model.") and old != getattr(defaults, path.removeprefix("model."))
     ]
-    return taken, notes
+    return taken, told + notes
 
 
-def _folder(config: Config) -> Path:
-    settings = config.checkpoint
-    found = find_checkpoints(settings.load, settings.ckpt_step) if settings.load else []
-    if not found and settings.pretrained_checkpoint:
-        found = find_checkpoints(settings.pretrained_checkpoint)
-    if not found:
-        raise ValueError(
-            f"--use-checkpoint-args: {settings.load or settings.pretrained_checkpoint} holds no checkpoint"
-        )
-    return found[0]
+def with_model_of_files(config: Config) -> tuple[Config, list[str]]:
+    """`config` with the model that --use-checkpoint-args or --load-hf takes from a folder, and sentences about it.
+
+    Reads files: in a job of several processes one does so and tells the others.
+    """
+    notes: list[str] = []
+    if config.checkpoint.use_checkpoint_args:
+        config, notes = with_saved_model(config)
+    if config.checkpoint.load_hf:
+        config = with_hugging_face_model(config)
+    return config, notes

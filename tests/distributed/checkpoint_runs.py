@@ -15,7 +15,7 @@ from tests.distributed.parity import GPT, LLAMA, Case, global_batch, make_engine
 from tests.distributed.parity_cases import CLIPPED, DROPOUT, ODD_VOCABULARY, SEVEN_LAYERS
 from tests.distributed.pool import WorkerPool
 
-NUM_BEFORE, NUM_AFTER = 3, 6
+NUM_BEFORE, NUM_AFTER = 3, 3
 BATCH = 8
 # A learning rate that changes from step to step, so that a wrong position is seen in the losses.
 WARMING_UP = {"optimizer.lr_decay_style": "cosine", "optimizer.lr_warmup_iters": 5, "optimizer.lr": 1e-2}

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from pretrain_gpt import main
+
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -74,6 +78,19 @@ def run(command: list[str], timeout: float = 300.0) -> Ended:
 
 def python(script: str, *arguments: str, timeout: float = 300.0) -> Ended:
     return run([sys.executable, script, *arguments], timeout)
+
+
+def program_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> Ended:
+    """The program for GPT in this process, which has loaded everything that it needs."""
+    capsys.readouterr()
+    code: object = 0
+    try:
+        main(list(arguments))
+    except SystemExit as left:
+        code = left.code
+    output, errors = capsys.readouterr()
+    assert isinstance(code, int), f"it ends with {code}"
+    return Ended(code, output, errors)
 
 
 def torchrun(num_processes: int, script: str, *arguments: str, timeout: float = 300.0) -> Ended:

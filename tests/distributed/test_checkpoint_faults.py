@@ -10,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from safetensors.numpy import load_file
 
 from megallm import failpoint
 from megallm.checkpoint import commit, retention
+from megallm.checkpoint import manifest as manifest_module
 from megallm.checkpoint.background import BackgroundSaver
 from megallm.checkpoint.boxes import LocalBox, declared_box
 from megallm.checkpoint.commit import TRACKER
@@ -562,6 +564,53 @@ def test_a_manifest_elsewhere_is_not_followed(clean: tuple[Engine, Path], tmp_pa
         replace_by(path)
         assert MANIFEST in refusal(folder)
         assert MANIFEST in _refusal_of_load(engine, folder)
+
+
+COSTLY = {
+    "lists": ("[", "[],", "[]]"),
+    "objects": ("[", "{},", "{}]"),
+    "entries": ("[", '{"":{}},', "{}]"),
+    "short texts": ("[", '"ab",', '""]'),
+    "numbers": ("[", "999,", "0]"),
+    "names": ("{", lambda number: f'"{number:x}":{{}},', '"z":0}'),
+}
+
+
+@pytest.mark.parametrize("kind", COSTLY)
+def test_a_manifest_takes_no_more_memory_than_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """With everything right but what it says: the longest that is read, and one byte more."""
+    monkeypatch.setattr(manifest_module, "_ALWAYS_ALLOWED", 2**18)
+    begin, item, end = COSTLY[kind]
+    folder = tmp_path / "iter_0000002"
+    folder.mkdir()
+    with open(folder / "rank_00000.safetensors", "wb") as file:
+        file.truncate(2**24)
+    head = f'{{"format":"{manifest_module.FORMAT}","chunk_bytes":1,"digest":"","state":{begin}'
+    most, tail = manifest_module.most_bytes(2**24), f"{end}}}"
+    number, items, length = 0, list[str](), len(head) + len(tail)
+    while length < most - 32:
+        items.append(item if isinstance(item, str) else item(number))
+        length, number = length + len(items[-1]), number + 1
+    text = (head + "".join(items) + tail).ljust(most)
+    (folder / MANIFEST).write_text(text)
+    del items
+    tracemalloc.start()
+    said = refusal(folder)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "its checksum is another" in said
+    assert peak < 2**24, f"{peak / len(text):.1f} bytes for each byte"
+    (folder / MANIFEST).write_text(text + " ")
+    assert f"has {most + 1} bytes: none of files of {2**24} bytes is that long" in refusal(folder)
+
+
+def test_a_save_whose_manifest_nobody_would_read_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest_module, "_ALWAYS_ALLOWED", 100)
+    with pytest.raises(ValueError, match=r"cannot be saved: its manifest takes \d+ bytes, and readers allow"):
+        save_stream(str(tmp_path), 2, SMALL[1:2], [torch.zeros(7, dtype=torch.float64)], {"config": {}})
+    assert not list(tmp_path.iterdir())
 
 
 def test_huge_sizes_take_no_memory(clean: tuple[Engine, Path], tmp_path: Path) -> None:

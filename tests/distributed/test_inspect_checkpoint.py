@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from megallm.checkpoint.save import save_stream
 from megallm.config import from_dict
 from megallm.config.dictionary import read_yaml
 from megallm.train.load_preview import load_preview
+from megallm.train.saved_arguments import with_saved_model
 from megallm.train.saving import save_engine
 from tests.distributed.checkpoint_runs import UNTIED
-from tests.distributed.launch import TINY, python, succeeded
+from tests.distributed.launch import TINY, program_here, succeeded
 from tests.distributed.parity import Case, make_engine
 from tools.inspect_checkpoint import main
 
@@ -184,11 +186,29 @@ def test_a_run_can_be_asked_what_it_would_take_up(root: Path) -> None:
         load_preview(other, 1)
 
 
+def test_a_run_is_told_from_which_checkpoint_a_damaged_one_sends_it_back(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "copy")
+    file = tmp_path / "copy" / "iter_0000002" / "rank_00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    settings = {"checkpoint.load": str(tmp_path / "copy")}
+    config = make_engine(0, Case("", UNTIED | settings)).config
+    with pytest.raises(ValueError, match=r"rank_00000\.safetensors has .*--allow-fallback continues from iter_0000000"):
+        load_preview(config, 1)
+    config = make_engine(0, Case("", UNTIED | settings | {"checkpoint.allow_fallback": True})).config
+    first, going_back, *_ = load_preview(config, 1)
+    assert first.endswith("iter_0000000, iteration 0") and "Going back to iter_0000000" in going_back
+    # The model is taken from the same one: of the damage to tensors only the run itself can know.
+    (file.parent / "manifest.json").unlink()
+    named = replace(config, checkpoint=replace(config.checkpoint, use_checkpoint_args=True))
+    _, notes = with_saved_model(named)
+    assert "Going back to iter_0000000" in notes[0]
+    with pytest.raises(ValueError, match="--allow-fallback continues from iter_0000000"):
+        with_saved_model(replace(named, checkpoint=replace(named.checkpoint, allow_fallback=False)))
+
+
 @pytest.mark.slow
-def test_a_dry_run_tells_of_the_checkpoint(tmp_path: Path) -> None:
+def test_a_dry_run_tells_of_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--load", str(tmp_path), "--dry-run", "--world-size", "2"]
-    assert (
-        "holds no checkpoint, the run would start afresh" in succeeded(python("pretrain_gpt.py", *TINY, *flags)).output
-    )
-    refused = python("pretrain_gpt.py", *TINY, *flags, "--finetune")
+    assert "holds no checkpoint, the run would start afresh" in succeeded(program_here(capsys, *TINY, *flags)).output
+    refused = program_here(capsys, *TINY, *flags, "--finetune")
     assert refused.code == 2 and "holds no checkpoint, and the flags allow no start" in refused.errors

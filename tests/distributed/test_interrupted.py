@@ -26,12 +26,13 @@ from megallm.train.tasks.gpt import GPTTask
 from tests.distributed.launch import TINY, read_lines, training_lines, validation_lines, without
 from tests.distributed.pool import WorkerPool
 
-NUM_STEPS = 24
+NUM_STEPS, BATCH = 12, 4
 # Dropout is on in TINY, and a validation every three steps.
 FLAGS = [
-    *without(TINY, "--fp64", "--train-iters", "--global-batch-size", "--log-interval"),
-    *("--train-iters", str(NUM_STEPS), "--global-batch-size", "8", "--log-interval", "1000"),
-    *("--rampup-batch-size", "4", "4", "60"),
+    *without(TINY, "--fp64", "--train-iters", "--global-batch-size", "--log-interval", "--num-layers", "--hidden-size"),
+    *("--num-layers", "2", "--hidden-size", "16"),
+    *("--train-iters", str(NUM_STEPS), "--global-batch-size", str(BATCH), "--log-interval", "1000"),
+    *("--rampup-batch-size", "2", "2", "20"),
     *("--async-save", "--save-interval", "4", "--save-keep-last", "2"),
 ]
 SERIES = ("lm_loss", "grad_norm", "learning_rate", "global_batch_size", "consumed_samples", "valid_lm_loss")
@@ -68,7 +69,7 @@ def run(rank: int, world_size: int, folder: str, flags: list[str], stop: tuple[i
     )
     mesh = Mesh(shape, rank, torch.device("cpu"), timedelta(seconds=60))
     # A signal that comes before the first step or after the last one is not what is looked at here.
-    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGUSR1)}
     ended = threading.Event()
     if stop is not None and stop[0] == rank:
         metrics = Path(folder) / "metrics.jsonl"
@@ -78,7 +79,8 @@ def run(rank: int, world_size: int, folder: str, flags: list[str], stop: tuple[i
     finally:
         ended.set()
         mesh.close()
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _send(metrics: Path, steps: int, seconds: float, number: int, ended: threading.Event) -> None:
@@ -113,8 +115,8 @@ def digests(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(newest)
     assert manifest.iteration == NUM_STEPS
     state = manifest.state
-    # Who is in a hurry saves before the evaluation, and others after it: two batches of 8.
-    validated = state["consumed_valid_samples"] + 16 * state["evaluation_due"]
+    # Who is in a hurry saves before the evaluation, and others after it: two batches.
+    validated = state["consumed_valid_samples"] + 2 * BATCH * state["evaluation_due"]
     counters = {"validated": validated, "consumed": state["consumed_samples"], "position": state["position"]}
     return counters | {
         name: sorted((box.offset, box.chunks) for box in tensor.boxes) for name, tensor in manifest.tensors.items()
@@ -141,7 +143,7 @@ def test_stopped_by_signals_at_random_points(pool: WorkerPool, tmp_path: Path, l
         folder, chain = tmp_path / f"chain{chain}", chain + 1
         code = ExitCode.UNFINISHED
         while code == ExitCode.UNFINISHED:
-            victim, steps = generator.randrange(layout.world_size), generator.randrange(1, 8)
+            victim, steps = generator.randrange(layout.world_size), generator.randrange(1, 5)
             code = start(pool, layout, folder, (victim, steps, generator.uniform(0, 0.02), signal.SIGTERM))
             num_stops += code == ExitCode.UNFINISHED
         assert series(folder) == whole
@@ -196,7 +198,7 @@ def test_killed_at_random_points(victims: WorkerPool, tmp_path: Path) -> None:
     generator = random.Random(5)
     num_kills = 0
     for _ in range(15):
-        stop = (generator.randrange(2), generator.randrange(4, 14), generator.uniform(0, 0.02), signal.SIGKILL)
+        stop = (generator.randrange(2), generator.randrange(3, 6), generator.uniform(0, 0.02), signal.SIGKILL)
         try:
             assert start(victims, layout, tmp_path / "killed", stop) == ExitCode.FINISHED
             break

@@ -24,6 +24,7 @@ from tests.distributed.launch import (
     ROOT,
     TINY,
     TORCHRUN,
+    program_here,
     python,
     succeeded,
     training_lines,
@@ -115,12 +116,13 @@ def test_a_time_limit_leaves_with_a_checkpoint_and_in_time(tmp_path: Path) -> No
 
 
 def test_in_the_background_a_save_is_told_when_it_is_on_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The first of the saves fails: the run goes on, and the others come.
+    failpoint._armed.cache_clear()
     monkeypatch.setenv(failpoint.VARIABLE, "checkpoint.manifest.fsync.before#1=ENOSPC")
     flags = ["--save", str(tmp_path), "--save-interval", "2", "--async-save"]
-    ended = succeeded(python("pretrain_gpt.py", *TINY, *flags))
+    ended = succeeded(program_here(capsys, *TINY, *flags))
     begun = [int(number) for number in re.findall(r"saving iteration (\d+) in the background", ended.output)]
     written = [int(number) for number in re.findall(r"saved \S+iter_0*(\d+) \(.* on the disk after", ended.output)]
     assert (begun, written) == ([2, 4, 6], [4, 6])
@@ -133,26 +135,27 @@ def test_in_the_background_a_save_is_told_when_it_is_on_the_disk(
 
 @pytest.mark.parametrize("how", [[], ["--async-save"]], ids=["at once", "in the background"])
 def test_a_last_save_that_fails_has_a_code_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: list[str]
 ) -> None:
+    failpoint._armed.cache_clear()
     monkeypatch.setenv(failpoint.VARIABLE, "checkpoint.shard.write.before=ENOSPC")
-    ended = python("pretrain_gpt.py", *TINY, "--save", str(tmp_path), *how)
+    ended = program_here(capsys, *TINY, "--save", str(tmp_path), *how)
     assert ended.code == ExitCode.NOT_SAVED
     assert "Traceback" not in ended.errors and "iter_0000006 cannot be saved" in ended.errors
     assert "No space left on device" in ended.errors
     assert list(tmp_path.iterdir()) == []
 
 
-def test_old_checkpoints_go(tmp_path: Path) -> None:
+def test_old_checkpoints_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--save", str(tmp_path), "--save-interval", "1", "--save-retain-interval", "3", "--async-save"]
-    succeeded(python("pretrain_gpt.py", *TINY, *flags))
+    succeeded(program_here(capsys, *TINY, *flags))
     assert saved_iterations(tmp_path) == [3, 5, 6]
     assert sorted(path.name for path in tmp_path.glob("iter_*")) == [f"iter_{number:07d}" for number in (3, 5, 6)]
 
 
-def test_a_second_job_is_refused(tmp_path: Path) -> None:
+def test_a_second_job_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with own_folder(tmp_path, lambda message: None):
-        ended = python("pretrain_gpt.py", *TINY, "--save", str(tmp_path))
+        ended = program_here(capsys, *TINY, "--save", str(tmp_path))
     assert ended.code == ExitCode.MISTAKE
     assert f"{tmp_path} is in use by another job, process {os.getpid()} on" in ended.errors
     assert "iteration" not in ended.output
