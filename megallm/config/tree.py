@@ -500,7 +500,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Saving and loading. `gives_model`: the model is not what flags say, but what a folder holds."""
+    """Saving and loading."""
 
     save: str | None = option(None, "--save", "folder for checkpoints")
     load: str | None = option(
@@ -584,6 +584,7 @@ class CheckpointConfig:
 
     @property
     def gives_model(self) -> bool:
+        """Whether the model is what a folder holds, not what flags say."""
         return self.use_checkpoint_args or self.load_hf is not None
 
 
