@@ -12,7 +12,7 @@ from megallm.train.engine import build_engine
 from megallm.train.step import train_step
 from megallm.train.tasks.gpt import GPTTask
 from tests.distributed.parity import GPT, LLAMA, Case, global_batch, micro_batches
-from tests.distributed.parity_cases import DROPOUT
+from tests.distributed.parity_cases import DROPOUT, IN_CHUNKS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -33,7 +33,9 @@ def losses(case: Case, device: str, num_steps: int = 5, **settings: bool) -> lis
     return found
 
 
-@pytest.mark.parametrize("features", [LLAMA, GPT | DROPOUT], ids=["llama", "gpt with dropout"])
+@pytest.mark.parametrize(
+    "features", [LLAMA, GPT | DROPOUT, LLAMA | IN_CHUNKS], ids=["llama", "gpt with dropout", "loss in chunks"]
+)
 def test_losses_equal_those_of_the_cpu(features):
     case = Case("one GPU", features, mask="ragged")
     assert losses(case, "cuda") == pytest.approx(losses(case, "cpu"), rel=1e-10)
@@ -47,9 +49,10 @@ def test_sixteen_bits_train(precision, features):
     assert found[-1] < found[0]
 
 
+@pytest.mark.parametrize("features", [LLAMA, LLAMA | IN_CHUNKS], ids=["", "loss in chunks"])
 @pytest.mark.parametrize("precision", ["fp64", "bf16", "fp16"])
-def test_a_step_waits_for_nothing(precision):
-    settings = Case("one GPU", LLAMA).settings() | {"training.fp64": False, f"training.{precision}": True}
+def test_a_step_waits_for_nothing(precision, features):
+    settings = Case("one GPU", features).settings() | {"training.fp64": False, f"training.{precision}": True}
     config = resolve(build(settings), 1)
     assert config.model.vocab_size
     engine = build_engine(config, GPTTask(config.model.vocab_size), Mesh(MeshShape(), 0, torch.device("cuda")))
