@@ -174,7 +174,7 @@ def _count(
     ("architecture", "number"),
     [
         pytest.param(architecture, n, marks=() if n < 2 else pytest.mark.slow, id=f"{architecture}, configuration {n}")
-        for architecture, numbers in (("gpt", range(40)), ("bert", range(5)))
+        for architecture, numbers in (("gpt", range(40)), ("bert", range(6)))
         for n in numbers
     ],
 )
