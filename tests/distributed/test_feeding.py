@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -192,3 +193,26 @@ def test_what_deals_the_data_anew_is_refused_unless_allowed(pool: WorkerPool, tm
     allowed = {"checkpoint.allow_data_change": True}
     lines = train(pool, tmp_path / "metrics", sharded | load | allowed, ALONE)
     assert [line["iteration"] for line in lines if "lm_loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def _collections(rank: int, settings: dict[str, Any]) -> list[int]:
+    """The generations that are collected within a run."""
+    found: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            found.append(info["generation"])
+
+    gc.callbacks.append(note)
+    try:
+        _train(rank, settings, 1)
+    finally:
+        gc.callbacks.remove(note)
+    return found
+
+
+def test_garbage_is_collected_at_set_times_only(pool: WorkerPool) -> None:
+    # At the beginning, after step 3, around the evaluation after step 4, after step 6, around that after step 8.
+    steps = BASE | {"training.train_iters": 8, "training.manual_gc": True, "training.manual_gc_interval": 3}
+    (found,) = pool.run(1, _collections, steps)
+    assert "2220220" in "".join(map(str, found))
