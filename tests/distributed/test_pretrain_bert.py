@@ -98,6 +98,7 @@ def run_both(rank: int, folder: str) -> dict[str, str]:
     return said
 
 
+@pytest.mark.slow
 def test_each_program_has_its_own_checkpoints(pool: WorkerPool, tmp_path: Path) -> None:
     (said,) = pool.run(1, run_both, str(tmp_path))
     assert "holds a bert, and this program trains a gpt: give it to pretrain_bert.py" in said.pop("gpt from bert")

@@ -228,6 +228,7 @@ def test_the_distributed_format_of_megatron_is_read(tmp_path: Path) -> None:
         assert [found.largest for found in compare(before, after)] == [0.0] * len(before.shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["BertForPreTraining", "BertForMaskedLM"])
 def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     transformers = pytest.importorskip("transformers")
