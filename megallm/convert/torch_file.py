@@ -143,7 +143,8 @@ def write_torch_file(
     Raises OSError where it cannot be written.
     """
     places = {one.name: _reference(number, one) for number, one in enumerate(declared)}
-    with open(path, "xb", buffering=0) as file, Flushing(file.fileno()) as flushing:
+    # With a buffer: the archive does not look whether the system took all that it was given.
+    with open(path, "xb") as file, Flushing(file.fileno()) as flushing:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             archive.writestr("archive/data.pkl", write_pickle(content(places)))
             archive.writestr("archive/byteorder", "little")
@@ -157,6 +158,7 @@ def write_torch_file(
                 del tensor
             assert next(left, None) is None, f"{path} has fewer tensors than were declared"
             archive.writestr("archive/version", "3\n")
+        file.flush()
         flushing.finish()
 
 
