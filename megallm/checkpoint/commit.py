@@ -58,7 +58,7 @@ def begin(temporary: Path, needed: int) -> tuple[str, ...]:
     notes = _remove_leftovers(root)
     free = shutil.disk_usage(root).free
     if needed > free:
-        sentences = [f"it takes {needed / 1e9:.3f} GB, and {root} has {free / 1e9:.3f} GB free", *notes]
+        sentences = [f"it takes {needed:,} bytes, and {root} has {free:,} free", *notes]
         raise ValueError("; ".join(sentences))
     with passing("checkpoint.folder.create"):
         temporary.mkdir()
@@ -129,8 +129,7 @@ def write_rank(
     except OSError as error:
         free = shutil.disk_usage(temporary).free
         raise ValueError(
-            f"{path} could not be written: {error.strerror}; it takes {size_of(boxes) / 1e9:.3f} GB, and "
-            f"{free / 1e9:.3f} GB are free"
+            f"{path} could not be written: {error.strerror}; it takes {size_of(boxes):,} bytes, and {free:,} are free"
         ) from None
 
 
