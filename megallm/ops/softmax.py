@@ -49,6 +49,11 @@ def scaled_masked_softmax(
                 f"The attention {name} must broadcast to the shape of the scores, but the scores are "
                 f"{tuple(scores.shape)} and the {name} {tuple(beside.shape)}."
             )
+    if dropout is not None and dropout.rows.shape != scores.shape[:-1]:
+        raise ValueError(
+            f"Dropout needs a number for each row, but the scores are {tuple(scores.shape)} and the numbers "
+            f"{tuple(dropout.rows.shape)}."
+        )
     if NATIVE.serves("softmax", scores, implementation):
         return _ScaledMaskedSoftmax.apply(scores, mask, bias, scale, causal, dropout)
     return scaled_masked_softmax_reference(scores, mask, scale, causal, bias=bias, dropout=dropout)

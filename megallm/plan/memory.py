@@ -32,7 +32,7 @@ BYTES_MORE_OF_BERT = 8 + 8
 
 def state_bytes(layout: Layout, rank: int) -> dict[str, int]:
     """Weights, gradients, master weights and moments of a process on a pipeline rank. Padding of buckets is left out:
-    up to 63 elements of each tensor, and none where sizes are multiples of 64.
+    up to 63 elements of each tensor and of each rank's part of a bucket, none where sizes are multiples of 64.
 
     With 16-bit weights master weights are float32. With the distributed optimizer master weights and moments are
     divided among the ranks over which a parameter's gradient is reduced.

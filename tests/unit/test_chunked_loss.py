@@ -88,28 +88,45 @@ def test_a_sink_gets_the_part_of_every_chunk() -> None:
     torch.testing.assert_close(total, wanted, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_nothing_is_computed_for_what_needs_no_gradient(frozen: str) -> None:
+class _Products(TorchDispatchMode):
+    """The number of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("frozen", "of_a_chunk"), [("none", 3), ("hidden", 2), ("weight", 2)])
+def test_nothing_is_computed_for_what_needs_no_gradient(frozen: str, of_a_chunk: int) -> None:
     hidden, weight, _, targets, grad = inputs(torch.float64)
-    {"hidden": hidden, "weight": weight}[frozen].requires_grad_(False)
-    chunked_cross_entropy(hidden, weight, targets, CrossEntropy(VOCABULARY), context(), 8).backward(grad)
+    hidden.requires_grad_(frozen != "hidden")
+    weight.requires_grad_(frozen != "weight")
+    losses = chunked_cross_entropy(hidden, weight, targets, CrossEntropy(VOCABULARY), context(), 7)
+    with _Products() as products:
+        losses.backward(grad)
+    assert products.number == 3 * of_a_chunk, "of each chunk the logits, and a gradient for each factor that wants one"
     assert (hidden.grad is None) == (frozen == "hidden")
     assert (weight.grad is None) == (frozen == "weight")
 
 
 def test_parts_of_a_16_bit_gradient_are_summed_in_32_bits() -> None:
-    hidden, weight, _, targets, grad = inputs(torch.bfloat16)
-    loss = CrossEntropy(VOCABULARY)
-    exact = [it.detach().double().requires_grad_() for it in (hidden, weight)]
-    (wanted,) = torch.autograd.grad(
-        whole(exact[0], nn.Parameter(exact[1]), targets, loss, context()), exact[0], grad.double()
-    )
-    losses = chunked_cross_entropy(hidden, weight, targets, loss, context(torch.bfloat16), 1)
-    found, in_parts = torch.autograd.grad(losses, [hidden, weight], grad)
-    at_once = torch.autograd.grad(whole(hidden, weight, targets, loss, context(torch.bfloat16)), weight, grad)[0]
-    assert losses.dtype == torch.float32 and found.dtype == in_parts.dtype == torch.bfloat16
-    torch.testing.assert_close(found.double(), wanted, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(in_parts, at_once, rtol=2e-2, atol=2e-2)
+    """Every token adds 1 to most gradients. In bfloat16 such a sum would stay at 256."""
+    tokens, words = 300, 4
+    hidden = torch.ones(tokens, 1, 8, dtype=torch.bfloat16, requires_grad=True)
+    weight = nn.Parameter(torch.zeros(words, 8, dtype=torch.bfloat16))
+    bias = nn.Parameter(torch.zeros(words, dtype=torch.bfloat16))
+    targets, grad = torch.zeros(tokens, 1, dtype=torch.int64), torch.full((tokens, 1), float(words))
+    layout = context(torch.bfloat16)
+    losses = chunked_cross_entropy(hidden, weight, targets, CrossEntropy(words), layout, 1, bias)
+    found = torch.autograd.grad(losses, [hidden, weight, bias], grad)
+    assert losses.dtype == torch.float32 and {it.dtype for it in found} == {torch.bfloat16}
+    wanted = tokens * torch.tensor([1.0 - words, 1.0, 1.0, 1.0])
+    assert torch.equal(found[2].float(), wanted)
+    assert torch.equal(found[1].float(), wanted.unsqueeze(1).expand(words, 8))
 
 
 class _Largest(TorchDispatchMode):

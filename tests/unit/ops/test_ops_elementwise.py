@@ -109,6 +109,10 @@ def test_softmax_refuses_what_does_not_fit():
         ops.scaled_masked_softmax(scores, None, 1.0, False, bias=torch.zeros(2, 2).double())
     with pytest.raises(ValueError, match="2 to 4 dims"):
         ops.scaled_masked_softmax(torch.zeros(2), None, 1.0, False)
+    # As many as there are rows, in another order of dims.
+    dropout = ops.Dropout(0.5, stream_key(1, "x"), torch.tensor(0), torch.arange(24).view(3, 2, 4))
+    with pytest.raises(ValueError, match="number for each row"):
+        ops.scaled_masked_softmax(torch.zeros(2, 3, 4, 4), None, 1.0, True, dropout=dropout)
 
 
 def test_softmax_counts_minus_infinity_as_masked():
