@@ -87,41 +87,74 @@ MEGALLM_INLINE void forward_row(const ForwardRows<Scalar, Accumulator>& rows, in
   }
 }
 
-// `partial` holds sums of the weight's gradient, then of the bias's, that this row is added to.
-template <bool kCentred, bool kGradSum, typename Scalar, typename Accumulator>
-MEGALLM_INLINE void backward_row(const BackwardRows<Scalar, Accumulator>& rows, int64_t row,
-                                 Accumulator* __restrict__ partial) {
+// What the elements of a row's gradient need of the whole row.
+template <typename Accumulator>
+struct RowMeans {
+  Accumulator mean;
+  Accumulator reciprocal;
+  Accumulator product;  // of the gradient and the normalised row
+  Accumulator grad;     // when centred
+};
+
+template <bool kCentred, typename Scalar, typename Accumulator>
+MEGALLM_INLINE RowMeans<Accumulator> row_means(const BackwardRows<Scalar, Accumulator>& rows, int64_t row) {
   const Scalar* grad_output = rows.grad_output + row * rows.grad_output_stride;
   const Scalar* x = rows.sum + row * rows.sum_stride;
-  const Scalar* grad_sum = kGradSum ? rows.grad_sum + row * rows.grad_sum_stride : nullptr;
   const Accumulator* weight = rows.weight;
-  Scalar* __restrict__ grad_input = rows.grad_input + row * rows.width;
-  const int64_t width = rows.width;
-  const Accumulator mean = kCentred ? rows.mean[row] : Accumulator(0);
-  const Accumulator reciprocal = rows.reciprocal[row];
-  const Accumulator products = simd::sum_over_row<Accumulator>(width, [&](int64_t i) __attribute__((always_inline)) {
-    return widen(grad_output[i]) * weight[i] * (widen(x[i]) - mean);
-  });
-  const Accumulator mean_product = products * reciprocal / static_cast<Accumulator>(width);
-  Accumulator mean_grad = 0;
+  const Accumulator width = static_cast<Accumulator>(rows.width);
+  RowMeans<Accumulator> means{kCentred ? rows.mean[row] : Accumulator(0), rows.reciprocal[row], 0, 0};
+  const Accumulator mean = means.mean;
   if constexpr (kCentred) {
-    mean_grad =
-        simd::sum_over_row<Accumulator>(
-            width, [&](int64_t i) __attribute__((always_inline)) { return widen(grad_output[i]) * weight[i]; }) /
-        static_cast<Accumulator>(width);
+    simd::products_over_row<Accumulator>(
+        rows.width, [&](int64_t i) __attribute__((always_inline)) { return widen(grad_output[i]) * weight[i]; },
+        [&](int64_t i) __attribute__((always_inline)) { return widen(x[i]) - mean; }, means.product, means.grad);
+    means.grad /= width;
+  } else {
+    means.product = simd::sum_over_row<Accumulator>(rows.width, [&](int64_t i) __attribute__((always_inline)) {
+      return widen(grad_output[i]) * weight[i] * widen(x[i]);
+    });
+  }
+  means.product *= means.reciprocal / width;
+  return means;
+}
+
+// Rows that are gone through side by side, so that the sums over rows are read and written once for all of them.
+constexpr int kRowsAtOnce = 2;
+
+// `partial` holds sums of the weight's gradient, then of the bias's, that the rows from `first` on are added to in
+// their order.
+template <bool kCentred, bool kGradSum, int kRows, typename Scalar, typename Accumulator>
+MEGALLM_INLINE void backward_rows(const BackwardRows<Scalar, Accumulator>& rows, int64_t first,
+                                  Accumulator* __restrict__ partial) {
+  const int64_t width = rows.width;
+  const Accumulator* weight = rows.weight;
+  const Scalar* grad_output = rows.grad_output + first * rows.grad_output_stride;
+  const Scalar* x = rows.sum + first * rows.sum_stride;
+  const Scalar* grad_sum = kGradSum ? rows.grad_sum + first * rows.grad_sum_stride : nullptr;
+  Scalar* __restrict__ grad_input = rows.grad_input + first * width;
+  RowMeans<Accumulator> means[kRows];
+  for (int k = 0; k < kRows; ++k) {
+    means[k] = row_means<kCentred>(rows, first + k);
   }
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) {
-    const Accumulator normalised = (widen(x[i]) - mean) * reciprocal;
-    const Accumulator grad = widen(grad_output[i]);
-    Accumulator result = reciprocal * (grad * weight[i] - mean_grad - normalised * mean_product);
-    if constexpr (kGradSum) {
-      result += widen(grad_sum[i]);
+    Accumulator weight_sum = partial[i];
+    Accumulator bias_sum = kCentred ? partial[width + i] : Accumulator(0);
+#pragma GCC unroll 4
+    for (int k = 0; k < kRows; ++k) {
+      const Accumulator normalised = (widen(x[k * rows.sum_stride + i]) - means[k].mean) * means[k].reciprocal;
+      const Accumulator grad = widen(grad_output[k * rows.grad_output_stride + i]);
+      Accumulator result = means[k].reciprocal * (grad * weight[i] - means[k].grad - normalised * means[k].product);
+      if constexpr (kGradSum) {
+        result += widen(grad_sum[k * rows.grad_sum_stride + i]);
+      }
+      narrow(result, grad_input[k * width + i]);
+      weight_sum += grad * normalised;
+      bias_sum += grad;
     }
-    narrow(result, grad_input[i]);
-    partial[i] += grad * normalised;
+    partial[i] = weight_sum;
     if constexpr (kCentred) {
-      partial[width + i] += grad;
+      partial[width + i] = bias_sum;
     }
   }
 }
@@ -133,15 +166,15 @@ MEGALLM_INLINE void forward_range(const ForwardRows<Scalar, Accumulator>& rows, 
   }
 }
 
-template <bool kCentred, typename Scalar, typename Accumulator>
+template <bool kCentred, bool kGradSum, typename Scalar, typename Accumulator>
 MEGALLM_INLINE void backward_range(const BackwardRows<Scalar, Accumulator>& rows, int64_t begin, int64_t end,
                                    Accumulator* partial) {
-  for (int64_t row = begin; row < end; ++row) {
-    if (rows.grad_sum != nullptr) {
-      backward_row<kCentred, true>(rows, row, partial);
-    } else {
-      backward_row<kCentred, false>(rows, row, partial);
-    }
+  int64_t row = begin;
+  for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) {
+    backward_rows<kCentred, kGradSum, kRowsAtOnce>(rows, row, partial);
+  }
+  for (; row < end; ++row) {
+    backward_rows<kCentred, kGradSum, 1>(rows, row, partial);
   }
 }
 
@@ -152,7 +185,8 @@ MEGALLM_INLINE void backward_range(const BackwardRows<Scalar, Accumulator>& rows
   }                                                                                                                   \
   MEGALLM_CLONES void name##_backward_rows(const BackwardRows<Scalar, Accumulator>& rows, int64_t begin, int64_t end, \
                                            Accumulator* partial) {                                                    \
-    backward_range<kCentred>(rows, begin, end, partial);                                                              \
+    rows.grad_sum == nullptr ? backward_range<kCentred, false>(rows, begin, end, partial)                             \
+                             : backward_range<kCentred, true>(rows, begin, end, partial);                             \
   }
 
 MEGALLM_NORM_ROWS(float, float, centred, true)

@@ -84,4 +84,35 @@ MEGALLM_INLINE Accumulator sum_over_row(int64_t width, const Term& term) {
   return static_cast<Accumulator>(total);
 }
 
+// Two such sums in one pass: of the products of the terms left(i) and right(i), and of left(i).
+template <typename Accumulator, typename Left, typename Right>
+MEGALLM_INLINE void products_over_row(int64_t width, const Left& left, const Right& right, Accumulator& products,
+                                      Accumulator& sum) {
+  double total_products = 0;
+  double total = 0;
+  for (int64_t block = 0; block < width; block += kSumBlock) {
+    const int64_t stop = block + kSumBlock < width ? block + kSumBlock : width;
+    Accumulator product_lanes[kLanes] = {};
+    Accumulator lanes[kLanes] = {};
+    int64_t start = block;
+    for (; start + kLanes <= stop; start += kLanes) {
+#pragma omp simd
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const Accumulator value = left(start + lane);
+        product_lanes[lane] += value * right(start + lane);
+        lanes[lane] += value;
+      }
+    }
+    for (int64_t i = start; i < stop; ++i) {
+      const Accumulator value = left(i);
+      product_lanes[i - start] += value * right(i);
+      lanes[i - start] += value;
+    }
+    total_products += sum_lanes(product_lanes);
+    total += sum_lanes(lanes);
+  }
+  products = static_cast<Accumulator>(total_products);
+  sum = static_cast<Accumulator>(total);
+}
+
 }  // namespace megallm::simd

@@ -52,7 +52,7 @@ MEGALLM_INLINE Accumulator sigmoid(Accumulator x) {
 // sigmoid(x), and 1 - sigmoid(x) to full relative accuracy.
 template <typename Accumulator>
 MEGALLM_INLINE Accumulator sigmoid_and_rest(Accumulator x, Accumulator& rest) {
-  const Accumulator small = exponential(x < Accumulator(0) ? x : -x);
+  const Accumulator small = exponential(-std::fabs(x));
   const Accumulator large_share = Accumulator(1) / (Accumulator(1) + small);
   const Accumulator small_share = small * large_share;
   rest = x < Accumulator(0) ? large_share : small_share;
@@ -68,7 +68,7 @@ MEGALLM_INLINE Accumulator bell(Accumulator x) {
 // The normal distribution function, given bell(x). The tail is bell(x) times a polynomial in 1 / (1 + |x| / 4), fitted
 // to 1.5e-8 of it.
 MEGALLM_INLINE float normal_distribution(float x, float bell) {
-  const float t = 1.0f / (1.0f + 0.25f * (x < 0.0f ? -x : x));
+  const float t = 1.0f / (1.0f + 0.25f * std::fabs(x));
   float p = 3.394674599e-2f;
   p = p * t - 1.961774396e-1f;
   p = p * t + 3.950016841e-1f;
