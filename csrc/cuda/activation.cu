@@ -1,12 +1,16 @@
 // Activations on CUDA devices.
 
 #include "include/activation.h"
+
+#include <type_traits>
+
 #include "include/column_sums.cuh"
 #include "include/strips.cuh"
 
 namespace megallm::activation {
 namespace {
 
+using cuda::AccumulatorOf;
 using cuda::load;
 using cuda::narrow;
 using cuda::store;
@@ -78,6 +82,43 @@ __device__ __forceinline__ void load_bias(const Scalar* bias, int column, A (&re
   }
 }
 
+// x of some columns of a row, or gate and up.
+template <bool kGated, int kSize, typename Scalar>
+struct Input {
+  Vector<Scalar, kSize> x;
+  Vector<Scalar, kGated ? kSize : 1> up;
+
+  __device__ __forceinline__ void load(const Arguments<Scalar>& arguments, int64_t row, int column) {
+    const Scalar* from = arguments.x + row * arguments.x_stride + column;
+    x = cuda::load<kSize>(from);
+    if constexpr (kGated) {
+      up = cuda::load<kSize>(from + arguments.width);
+    }
+  }
+};
+
+template <Kind kKind>
+using Constant = std::integral_constant<Kind, kKind>;
+
+// Calls `store` with the kind as a constant: one branch for a vector, which all threads take alike.
+template <bool kGated, typename Store>
+__device__ __forceinline__ void with_kind(Kind kind, const Store& store) {
+  if constexpr (kGated) {
+    kind == Kind::kSilu ? store(Constant<Kind::kSilu>()) : store(Constant<Kind::kGeluTanh>());
+  } else {
+    switch (kind) {
+      case Kind::kGelu:
+        return store(Constant<Kind::kGelu>());
+      case Kind::kGeluTanh:
+        return store(Constant<Kind::kGeluTanh>());
+      case Kind::kRelu:
+        return store(Constant<Kind::kRelu>());
+      default:
+        return store(Constant<Kind::kSquaredRelu>());
+    }
+  }
+}
+
 template <bool kGated, int kVectorSize, typename Scalar, typename A>
 struct ForwardWork {
   static constexpr int kSize = kVectorSize;
@@ -88,10 +129,7 @@ struct ForwardWork {
     A bias[kSize];
     A up_bias[kGated ? kSize : 1];
   };
-  struct Loaded {
-    Vector<Scalar, kSize> x;
-    Vector<Scalar, kGated ? kSize : 1> up;
-  };
+  using Loaded = Input<kGated, kSize, Scalar>;
 
   Arguments<Scalar> arguments;
 
@@ -103,33 +141,12 @@ struct ForwardWork {
   }
 
   __device__ __forceinline__ void load(int64_t row, int column, Loaded& loaded) const {
-    const Scalar* x = arguments.x + row * arguments.x_stride + column;
-    loaded.x = cuda::load<kSize>(x);
-    if constexpr (kGated) {
-      loaded.up = cuda::load<kSize>(x + arguments.width);
-    }
+    loaded.load(arguments, row, column);
   }
 
-  // One branch for a vector, which all threads take alike.
   __device__ __forceinline__ void store(int64_t row, int column, const Loaded& loaded, Columns& columns) const {
-    if constexpr (kGated) {
-      if (arguments.kind == Kind::kSilu) {
-        store_as<Kind::kSilu>(row, column, loaded, columns);
-      } else {
-        store_as<Kind::kGeluTanh>(row, column, loaded, columns);
-      }
-    } else {
-      switch (arguments.kind) {
-        case Kind::kGelu:
-          return store_as<Kind::kGelu>(row, column, loaded, columns);
-        case Kind::kGeluTanh:
-          return store_as<Kind::kGeluTanh>(row, column, loaded, columns);
-        case Kind::kRelu:
-          return store_as<Kind::kRelu>(row, column, loaded, columns);
-        default:
-          return store_as<Kind::kSquaredRelu>(row, column, loaded, columns);
-      }
-    }
+    with_kind<kGated>(arguments.kind,
+                      [&](auto kind) { store_as<decltype(kind)::value>(row, column, loaded, columns); });
   }
 
   template <Kind kKind>
@@ -161,8 +178,7 @@ struct BackwardWork {
   };
   struct Loaded {
     Vector<Scalar, kSize> grad_output;
-    Vector<Scalar, kSize> x;
-    Vector<Scalar, kGated ? kSize : 1> up;
+    Input<kGated, kSize, Scalar> input;
   };
 
   Arguments<Scalar> arguments;
@@ -188,33 +204,12 @@ struct BackwardWork {
 
   __device__ __forceinline__ void load(int64_t row, int column, Loaded& loaded) const {
     loaded.grad_output = cuda::load<kSize>(arguments.grad_output + row * arguments.grad_output_stride + column);
-    const Scalar* x = arguments.x + row * arguments.x_stride + column;
-    loaded.x = cuda::load<kSize>(x);
-    if constexpr (kGated) {
-      loaded.up = cuda::load<kSize>(x + arguments.width);
-    }
+    loaded.input.load(arguments, row, column);
   }
 
-  // One branch for a vector, which all threads take alike.
   __device__ __forceinline__ void store(int64_t row, int column, const Loaded& loaded, Columns& columns) const {
-    if constexpr (kGated) {
-      if (arguments.kind == Kind::kSilu) {
-        store_as<Kind::kSilu>(row, column, loaded, columns);
-      } else {
-        store_as<Kind::kGeluTanh>(row, column, loaded, columns);
-      }
-    } else {
-      switch (arguments.kind) {
-        case Kind::kGelu:
-          return store_as<Kind::kGelu>(row, column, loaded, columns);
-        case Kind::kGeluTanh:
-          return store_as<Kind::kGeluTanh>(row, column, loaded, columns);
-        case Kind::kRelu:
-          return store_as<Kind::kRelu>(row, column, loaded, columns);
-        default:
-          return store_as<Kind::kSquaredRelu>(row, column, loaded, columns);
-      }
-    }
+    with_kind<kGated>(arguments.kind,
+                      [&](auto kind) { store_as<decltype(kind)::value>(row, column, loaded, columns); });
   }
 
   template <Kind kKind>
@@ -223,7 +218,7 @@ struct BackwardWork {
     Vector<Scalar, kGated ? kSize : 1> grad_up;
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      A x = widen(loaded.x.values[i]);
+      A x = widen(loaded.input.x.values[i]);
       if constexpr (kBias) {
         x += columns.bias[i];
       }
@@ -232,7 +227,7 @@ struct BackwardWork {
       const A grad = widen(loaded.grad_output.values[i]);
       A result = grad * slope;
       if constexpr (kGated) {
-        A up = widen(loaded.up.values[i]);
+        A up = widen(loaded.input.up.values[i]);
         if constexpr (kBias) {
           up += columns.up_bias[i];
           columns.sums[kSize + i] += grad * value;
@@ -251,15 +246,6 @@ struct BackwardWork {
       cuda::store<kSize>(target + arguments.width, grad_up);
     }
   }
-};
-
-template <typename Scalar>
-struct AccumulatorOf {
-  using type = float;
-};
-template <>
-struct AccumulatorOf<double> {
-  using type = double;
 };
 
 // Which kinds there are on CUDA: those that models use, which keeps the library small.
@@ -349,26 +335,12 @@ void run_backward(const Backward& call) {
   }
 }
 
-template <typename Run>
-void dispatch(ScalarType type, const Run& run) {
-  switch (type) {
-    case ScalarType::Float:
-      return run(float());
-    case ScalarType::Double:
-      return run(double());
-    case ScalarType::BFloat16:
-      return run(__nv_bfloat16());
-    default:
-      return run(__half());
-  }
-}
-
 Tensor forward(const Tensor& x, const std::optional<Tensor>& bias, std::string name, bool gated) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Forward call = prepare_forward(x, bias, name, gated);
   check_kind(call.kind, gated);
   if (call.y.numel() > 0) {
-    dispatch(x.scalar_type(), [&](auto scalar) {
+    cuda::dispatch(x, [&](auto scalar) {
       using Scalar = decltype(scalar);
       gated ? run_forward<true, Scalar>(call) : run_forward<false, Scalar>(call);
     });
@@ -382,7 +354,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& x, 
   Backward call = prepare_backward(grad_output, x, bias, name, gated);
   check_kind(call.kind, gated);
   if (x.numel() > 0) {
-    dispatch(x.scalar_type(), [&](auto scalar) {
+    cuda::dispatch(x, [&](auto scalar) {
       using Scalar = decltype(scalar);
       gated ? run_backward<true, Scalar>(call) : run_backward<false, Scalar>(call);
     });

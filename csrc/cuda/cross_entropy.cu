@@ -12,8 +12,11 @@
 namespace megallm::cross_entropy {
 namespace {
 
+using cuda::AccumulatorOf;
+using cuda::exponential;
 using cuda::kWarp;
 using cuda::load;
+using cuda::minus_infinity;
 using cuda::narrow;
 using cuda::store;
 using cuda::Vector;
@@ -21,32 +24,6 @@ using cuda::widen;
 
 constexpr int kMaxThreads = 512;
 constexpr int kMaxWarps = kMaxThreads / kWarp;
-
-template <typename Scalar>
-struct AccumulatorOf {
-  using type = float;
-};
-template <>
-struct AccumulatorOf<double> {
-  using type = double;
-};
-
-// 16-bit logits are so coarse that the fast exponential adds nothing to their error; their rate needs it.
-template <typename Scalar>
-__device__ __forceinline__ float exponential(float x) {
-  if constexpr (sizeof(Scalar) == 2) {
-    return __expf(x);
-  } else {
-    return expf(x);
-  }
-}
-template <typename Scalar>
-__device__ __forceinline__ double exponential(double x) {
-  return exp(x);
-}
-
-__device__ __forceinline__ float minus_infinity(float) { return -INFINITY; }
-__device__ __forceinline__ double minus_infinity(double) { return -static_cast<double>(INFINITY); }
 
 // The largest of some values, the sum of exp(value - largest), and the sum of the values.
 template <typename Accumulator>
@@ -289,26 +266,11 @@ void run_gradient(const Gradient& call, int64_t vocab_size, double smoothing, do
   cuda::check(cudaGetLastError(), "cross_entropy_backward_");
 }
 
-// Calls `run` with a value of the element type.
-template <typename Run>
-void dispatch(const Tensor& logits, const Run& run) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return run(float());
-    case ScalarType::Double:
-      return run(double());
-    case ScalarType::BFloat16:
-      return run(__nv_bfloat16());
-    default:
-      return run(__half());
-  }
-}
-
 std::tuple<Tensor, Tensor> statistics(const Tensor& logits, const Tensor& targets, int64_t first, int64_t vocab_size) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const Statistics call = prepare_statistics(logits, targets, first, vocab_size);
   if (call.logits.count > 0) {
-    dispatch(logits, [&](auto scalar) { run_statistics<decltype(scalar)>(call); });
+    cuda::dispatch(logits, [&](auto scalar) { run_statistics<decltype(scalar)>(call); });
   }
   return {call.largest, call.sums};
 }
@@ -319,8 +281,9 @@ void backward(const Tensor& logits, const Tensor& targets, const Tensor& largest
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const Gradient call = prepare_gradient(logits, targets, largest, sums, grad_losses, first, vocab_size);
   if (call.rows > 0 && call.width > 0) {
-    dispatch(logits,
-             [&](auto scalar) { run_gradient<decltype(scalar)>(call, vocab_size, smoothing, z_loss, ignore_index); });
+    cuda::dispatch(logits, [&](auto scalar) {
+      run_gradient<decltype(scalar)>(call, vocab_size, smoothing, z_loss, ignore_index);
+    });
   }
 }
 

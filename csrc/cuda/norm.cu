@@ -6,10 +6,9 @@
 #include "include/norm.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "include/column_sums.cuh"
-#include "include/cuda_support.cuh"
+#include "include/groups.cuh"
 
 namespace megallm::norm {
 namespace {
@@ -21,9 +20,6 @@ using cuda::store;
 using cuda::Vector;
 using cuda::widen;
 
-// With more threads the backward pass would have too few registers for its sums of the parameters' gradients.
-constexpr int kMaxThreads = 512;
-constexpr int kWarpsPerBlockOfShortRows = 4;
 // Fewer rows than this per partial sum of the parameters' gradients, and writing the partial sums would cost more than
 // it helps.
 constexpr int64_t kMinRowsPerPartial = 16;
@@ -68,35 +64,6 @@ struct BackwardArguments {
   Scalar* grad_input;
   Accumulator* partials;  // [groups, 1 or 2, width]
 };
-
-// The threads that share a row: a warp or a block.
-struct Group {
-  int index;
-  int count;
-  int lane;
-  int size;
-  bool is_block;
-};
-
-__device__ __forceinline__ Group this_group(bool row_per_block) {
-  const int block = blockIdx.x;
-  const int blocks = gridDim.x;
-  const int thread = threadIdx.x;
-  const int threads = blockDim.x;
-  if (row_per_block) {
-    return Group{block, blocks, thread, threads, true};
-  }
-  return Group{block * (threads / kWarp) + thread / kWarp, blocks * (threads / kWarp), thread % kWarp, kWarp, false};
-}
-
-// `turn` counts the sums: consecutive ones alternate between two halves of the scratch memory.
-template <typename Accumulator>
-__device__ __forceinline__ Accumulator sum_over_group(Accumulator value, const Group& group, Accumulator* scratch,
-                                                      int& turn) {
-  const int half = turn++ & 1;
-  return group.is_block ? cuda::sum_over_block(value, scratch + half * (kMaxThreads / kWarp))
-                        : cuda::sum_over_warp(value);
-}
 
 // A parameter at `column`, or `otherwise` where there is none.
 template <int kSize, typename Parameter, typename Accumulator>
@@ -177,11 +144,11 @@ __device__ __forceinline__ void write_normalised(const ForwardArguments<Scalar, 
 }
 
 template <bool kCentred, int kSize, typename Scalar, typename Parameter, typename Accumulator>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(cuda::kMaxGroupThreads)
     forward_kernel(const ForwardArguments<Scalar, Parameter, Accumulator> arguments, bool row_per_block) {
   constexpr int kCached = kCachedVectors<kCentred>;
-  __shared__ Accumulator scratch[2 * kMaxThreads / kWarp];
-  const Group group = this_group(row_per_block);
+  __shared__ Accumulator scratch[2 * cuda::kMaxGroupThreads / kWarp];
+  const cuda::Group group = cuda::this_group(row_per_block);
   const int width = arguments.width;
   const int step = group.size * kSize;
   const int first = group.lane * kSize;
@@ -218,7 +185,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     }
     Accumulator mean = 0;
     if constexpr (kCentred) {
-      mean = sum_over_group(sum, group, scratch, turn) * arguments.reciprocal_width;
+      mean = cuda::sum_over_group(sum, group, scratch, turn) * arguments.reciprocal_width;
       cuda::forget_conversions(cached);
 #pragma unroll 1
       for (int column = first + kCached * step; column < width; column += step) {
@@ -231,7 +198,7 @@ __global__ void __launch_bounds__(kMaxThreads)
         squares += sum_of_squares<kSize, Scalar, Accumulator>(cached[k], mean);
       }
     }
-    const Accumulator variance = sum_over_group(squares, group, scratch, turn) * arguments.reciprocal_width;
+    const Accumulator variance = cuda::sum_over_group(squares, group, scratch, turn) * arguments.reciprocal_width;
     const Accumulator reciprocal = rsqrt(variance + arguments.epsilon);
     if (group.lane == 0) {
       arguments.reciprocal[row] = reciprocal;
@@ -322,11 +289,11 @@ __device__ __forceinline__ void write_gradient(const BackwardArguments<Scalar, P
 // As many groups as the device holds at once, each with its own partial sums of the parameters' gradients: in registers
 // for the cached part of a row, in its row of the workspace (which starts at zero) for the rest.
 template <bool kCentred, int kSize, typename Scalar, typename Parameter, typename Accumulator>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(cuda::kMaxGroupThreads, 1)
     backward_kernel(const BackwardArguments<Scalar, Parameter, Accumulator> arguments, bool row_per_block) {
   constexpr int kCached = kCachedVectors<kCentred>;
-  __shared__ Accumulator scratch[2 * kMaxThreads / kWarp];
-  const Group group = this_group(row_per_block);
+  __shared__ Accumulator scratch[2 * cuda::kMaxGroupThreads / kWarp];
+  const cuda::Group group = cuda::this_group(row_per_block);
   const int width = arguments.width;
   const int step = group.size * kSize;
   const int first = group.lane * kSize;
@@ -363,9 +330,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
                                    column, sums);
     }
     means.products =
-        sum_over_group(sums.products, group, scratch, turn) * means.reciprocal * arguments.reciprocal_width;
+        cuda::sum_over_group(sums.products, group, scratch, turn) * means.reciprocal * arguments.reciprocal_width;
     means.grads =
-        kCentred ? sum_over_group(sums.grads, group, scratch, turn) * arguments.reciprocal_width : Accumulator(0);
+        kCentred ? cuda::sum_over_group(sums.grads, group, scratch, turn) * arguments.reciprocal_width : Accumulator(0);
     cuda::forget_conversions(cached_x);
     cuda::forget_conversions(cached_grad);
 #pragma unroll
@@ -401,30 +368,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
 }
 
-// Threads per block, and whether a block works on one row.
-struct Shape {
-  int threads;
-  bool row_per_block;
-  int64_t groups_per_block() const { return row_per_block ? 1 : threads / kWarp; }
-};
-
-Shape choose_shape(int64_t width, int vector_size, int cached) {
-  const int64_t vectors = (width + vector_size - 1) / vector_size;
-  const int64_t warps = (vectors + kWarp * cached - 1) / (kWarp * cached);
-  if (warps <= 1) {
-    return Shape{kWarpsPerBlockOfShortRows * kWarp, false};
-  }
-  return Shape{static_cast<int>(std::min<int64_t>(warps * kWarp, kMaxThreads)), true};
-}
-
 template <bool kCentred, int kSize, typename Scalar, typename Parameter, typename Accumulator>
 void launch_forward(const ForwardArguments<Scalar, Parameter, Accumulator>& arguments, cudaStream_t stream) {
-  const Shape shape = choose_shape(arguments.width, kSize, kCachedVectors<kCentred>);
-  const int64_t blocks = (arguments.rows + shape.groups_per_block() - 1) / shape.groups_per_block();
-  // Groups are counted in 32 bits; each takes further rows in its turn.
-  const int64_t grid = std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max() / shape.groups_per_block());
+  const cuda::GroupShape shape = cuda::choose_group_shape(arguments.width, kSize, kCachedVectors<kCentred>);
   forward_kernel<kCentred, kSize>
-      <<<static_cast<unsigned>(grid), shape.threads, 0, stream>>>(arguments, shape.row_per_block);
+      <<<cuda::grid_for_groups(arguments.rows, shape), shape.threads, 0, stream>>>(arguments, shape.row_per_block);
   cuda::check(cudaGetLastError(), "norm_forward");
 }
 
@@ -461,7 +409,7 @@ void run_forward(const Forward& call, double epsilon) {
 
 // Groups that work on all rows together: what fits on the device at once, but no more than pays for its partial sums.
 template <typename Kernel>
-int64_t persistent_blocks(Kernel kernel, const Shape& shape, int64_t rows) {
+int64_t persistent_blocks(Kernel kernel, const cuda::GroupShape& shape, int64_t rows) {
   int device = 0;
   int processors = 0;
   int blocks_per_processor = 0;
@@ -481,7 +429,7 @@ void launch_backward(BackwardArguments<Scalar, Parameter, Accumulator> arguments
                      cudaStream_t stream) {
   constexpr int kCached = kCachedVectors<kCentred>;
   const auto kernel = backward_kernel<kCentred, kSize, Scalar, Parameter, Accumulator>;
-  const Shape shape = choose_shape(arguments.width, kSize, kCached);
+  const cuda::GroupShape shape = cuda::choose_group_shape(arguments.width, kSize, kCached);
   const int64_t blocks = persistent_blocks(kernel, shape, arguments.rows);
   const int64_t groups = blocks * shape.groups_per_block();
   const int64_t sizes[] = {groups, grad_parameters.numel()};

@@ -11,6 +11,7 @@
 namespace megallm::rotary {
 namespace {
 
+using cuda::AccumulatorOf;
 using cuda::load;
 using cuda::narrow;
 using cuda::store;
@@ -19,15 +20,6 @@ using cuda::widen;
 
 constexpr int kThreads = 256;
 constexpr int kMaxItems = 4;
-
-template <typename Scalar>
-struct AccumulatorOf {
-  using type = float;
-};
-template <>
-struct AccumulatorOf<double> {
-  using type = double;
-};
 
 struct Strides {
   int64_t sequence;
@@ -259,16 +251,7 @@ void rotary(const std::vector<Tensor>& inputs, const std::vector<Tensor>& output
   if (call.sequence * call.batch == 0) {
     return;
   }
-  switch (inputs[0].scalar_type()) {
-    case ScalarType::Float:
-      return run<float>(call, interleaved, inverse);
-    case ScalarType::Double:
-      return run<double>(call, interleaved, inverse);
-    case ScalarType::BFloat16:
-      return run<__nv_bfloat16>(call, interleaved, inverse);
-    default:
-      return run<__half>(call, interleaved, inverse);
-  }
+  cuda::dispatch(inputs[0], [&](auto scalar) { run<decltype(scalar)>(call, interleaved, inverse); });
 }
 
 }  // namespace

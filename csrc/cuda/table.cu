@@ -8,6 +8,7 @@
 namespace megallm::table {
 namespace {
 
+using cuda::AccumulatorOf;
 using cuda::load;
 using cuda::narrow;
 using cuda::store;
@@ -15,15 +16,8 @@ using cuda::Vector;
 using cuda::widen;
 
 constexpr int kThreads = 256;
-
-template <typename Scalar>
-struct AccumulatorOf {
-  using type = float;
-};
-template <>
-struct AccumulatorOf<double> {
-  using type = double;
-};
+// Places in the order that one block adds up at most.
+constexpr int64_t kPlaces = 128;
 
 template <typename Scalar>
 struct AdditionArguments {
@@ -71,9 +65,14 @@ struct GradientArguments {
   const int64_t* order;  // sorts the rows, equal ones in their order
   int64_t count;
   int width;
+  typename AccumulatorOf<Scalar>::type* partials;  // [multiples of kPlaces, width], or null where there are none
+
+  __device__ __forceinline__ int64_t entry_at(int64_t place) const { return rows[order[place]]; }
 };
 
-// The block of the first of equal rows adds all of them, in their order; the others have nothing to do.
+// Adds up a run of equal rows, in their order: the block of its first place what lies before the next multiple of
+// kPlaces, into the target, and the block of every such multiple what lies behind it, into its row of `partials`. So a
+// row that all tokens use is the work of many blocks, and the order of additions is the same each time.
 template <int kSize, typename Scalar>
 __global__ void __launch_bounds__(kThreads) embedding_gradient_kernel(const GradientArguments<Scalar> arguments) {
   using Accumulator = typename AccumulatorOf<Scalar>::type;
@@ -82,17 +81,23 @@ __global__ void __launch_bounds__(kThreads) embedding_gradient_kernel(const Grad
     return;
   }
   for (int64_t start = blockIdx.x; start < arguments.count; start += gridDim.x) {
-    const int64_t entry = arguments.rows[arguments.order[start]];
-    if (entry < 0 || (start > 0 && arguments.rows[arguments.order[start - 1]] == entry)) {
+    const int64_t entry = arguments.entry_at(start);
+    const bool goes_on = start > 0 && arguments.entry_at(start - 1) == entry;
+    if (entry < 0 || (goes_on && start % kPlaces != 0)) {
       continue;
     }
     if (entry >= arguments.entries) {
       __trap();
     }
-    Accumulator* target = arguments.target + entry * arguments.width + column;
-    Vector<Accumulator, kSize> sum = load<kSize>(target);
+    Accumulator* target = goes_on ? arguments.partials + start / kPlaces * arguments.width + column
+                                  : arguments.target + entry * arguments.width + column;
+    Vector<Accumulator, kSize> sum = {};
+    if (!goes_on) {
+      sum = load<kSize>(target);
+    }
+    const int64_t stop = min(arguments.count, (start / kPlaces + 1) * kPlaces);
 #pragma unroll 2
-    for (int64_t place = start; place < arguments.count; ++place) {
+    for (int64_t place = start; place < stop; ++place) {
       const int64_t index = arguments.order[place];
       if (arguments.rows[index] != entry) {
         break;
@@ -101,6 +106,41 @@ __global__ void __launch_bounds__(kThreads) embedding_gradient_kernel(const Grad
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         sum.values[i] += widen(added.values[i]);
+      }
+    }
+    store<kSize>(target, sum);
+  }
+}
+
+// Adds the partial sums of a run that goes on over a multiple of kPlaces, one after the other: the block of the first
+// of them does.
+template <int kSize, typename Scalar>
+__global__ void __launch_bounds__(kThreads) add_partials_kernel(const GradientArguments<Scalar> arguments) {
+  using Accumulator = typename AccumulatorOf<Scalar>::type;
+  const int column = (static_cast<int>(blockIdx.y) * kThreads + static_cast<int>(threadIdx.x)) * kSize;
+  if (column >= arguments.width) {
+    return;
+  }
+  for (int64_t first = (static_cast<int64_t>(blockIdx.x) + 1) * kPlaces; first < arguments.count;
+       first += static_cast<int64_t>(gridDim.x) * kPlaces) {
+    const int64_t entry = arguments.entry_at(first);
+    const bool goes_on = arguments.entry_at(first - 1) == entry;
+    const bool went_on_before = first > kPlaces && arguments.entry_at(first - kPlaces - 1) == entry;
+    if (entry < 0 || !goes_on || went_on_before) {
+      continue;
+    }
+    Accumulator* target = arguments.target + entry * arguments.width + column;
+    Vector<Accumulator, kSize> sum = load<kSize>(target);
+#pragma unroll 2
+    for (int64_t start = first; start < arguments.count; start += kPlaces) {
+      if (arguments.entry_at(start) != entry) {
+        break;
+      }
+      const Vector<Accumulator, kSize> added =
+          load<kSize>(arguments.partials + start / kPlaces * arguments.width + column);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        sum.values[i] += added.values[i];
       }
     }
     store<kSize>(target, sum);
@@ -138,6 +178,11 @@ void launch_gradient(const GradientArguments<Scalar>& arguments, cudaStream_t st
   const unsigned columns = static_cast<unsigned>((arguments.width + kColumns - 1) / kColumns);
   embedding_gradient_kernel<kSize><<<dim3(grid_for(arguments.count), columns), kThreads, 0, stream>>>(arguments);
   cuda::check(cudaGetLastError(), "embedding_gradient_");
+  if (arguments.partials != nullptr) {
+    const unsigned multiples = grid_for((arguments.count - 1) / kPlaces);
+    add_partials_kernel<kSize><<<dim3(multiples, columns), kThreads, 0, stream>>>(arguments);
+    cuda::check(cudaGetLastError(), "embedding_gradient_");
+  }
 }
 
 template <typename Scalar>
@@ -145,14 +190,21 @@ void run_gradient(const Gradient& call, const Tensor& order) {
   using Accumulator = typename AccumulatorOf<Scalar>::type;
   constexpr int kSize = 16 / sizeof(Scalar);
   const Rows& gradient = call.gradient;
-  const GradientArguments<Scalar> arguments{static_cast<Accumulator*>(call.target.mutable_data_ptr()),
-                                            call.target.size(0),
-                                            gradient.data<Scalar>(),
-                                            gradient.stride,
-                                            static_cast<const int64_t*>(call.rows.const_data_ptr()),
-                                            static_cast<const int64_t*>(order.const_data_ptr()),
-                                            gradient.count,
-                                            static_cast<int>(gradient.width)};
+  std::optional<Tensor> workspace;
+  if (gradient.count > kPlaces) {
+    const int64_t sizes[] = {(gradient.count + kPlaces - 1) / kPlaces, gradient.width};
+    workspace = torch::stable::new_empty(call.target, torch::headeronly::IntHeaderOnlyArrayRef(sizes, 2));
+  }
+  const GradientArguments<Scalar> arguments{
+      static_cast<Accumulator*>(call.target.mutable_data_ptr()),
+      call.target.size(0),
+      gradient.data<Scalar>(),
+      gradient.stride,
+      static_cast<const int64_t*>(call.rows.const_data_ptr()),
+      static_cast<const int64_t*>(order.const_data_ptr()),
+      gradient.count,
+      static_cast<int>(gradient.width),
+      workspace ? static_cast<Accumulator*>(workspace->mutable_data_ptr()) : nullptr};
   const cudaStream_t stream = cuda::current_stream(gradient.tensor);
   const bool vectors = gradient.width % kSize == 0 &&
                        cuda::aligned(arguments.gradient, gradient.stride, gradient.count, sizeof(Scalar)) &&
@@ -165,23 +217,9 @@ void run_gradient(const Gradient& call, const Tensor& order) {
 }
 
 void check_width(const Rows& rows) {
-  // Columns are counted in 32 bits, in blocks of the grid's second dimension.
-  STD_TORCH_CHECK(rows.width < (int64_t{1} << 24), "rows of a table must be shorter than 2^24");
-}
-
-// Calls `run` with a value of the element type.
-template <typename Run>
-void dispatch(const Tensor& tensor, const Run& run) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return run(float());
-    case ScalarType::Double:
-      return run(double());
-    case ScalarType::BFloat16:
-      return run(__nv_bfloat16());
-    default:
-      return run(__half());
-  }
+  // Columns are counted in blocks of the grid's second dimension.
+  constexpr int64_t kMaxWidth = int64_t{65535} * kThreads;
+  STD_TORCH_CHECK(rows.width <= kMaxWidth, "rows of a table may have ", kMaxWidth, " columns at most");
 }
 
 Tensor add_rows(const Tensor& x, const Tensor& table, const Tensor& rows) {
@@ -189,7 +227,7 @@ Tensor add_rows(const Tensor& x, const Tensor& table, const Tensor& rows) {
   const Addition call = prepare_addition(x, table, rows);
   check_width(call.x);
   if (call.x.count > 0 && call.x.width > 0) {
-    dispatch(x, [&](auto scalar) { run_addition<decltype(scalar)>(call); });
+    cuda::dispatch(x, [&](auto scalar) { run_addition<decltype(scalar)>(call); });
   }
   return call.y;
 }
@@ -204,7 +242,7 @@ void embedding_gradient(const Tensor& target, const Tensor& gradient, const Tens
                       order->device() == target.device(),
                   "embedding_gradient: on a GPU the order that sorts the rows must be given");
   if (call.gradient.count > 0 && call.gradient.width > 0) {
-    dispatch(gradient, [&](auto scalar) { run_gradient<decltype(scalar)>(call, *order); });
+    cuda::dispatch(gradient, [&](auto scalar) { run_gradient<decltype(scalar)>(call, *order); });
   }
 }
 

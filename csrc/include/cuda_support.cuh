@@ -39,6 +39,48 @@ __device__ __forceinline__ void narrow(double value, double& result) { result = 
 __device__ __forceinline__ void narrow(float value, __nv_bfloat16& result) { result = __float2bfloat16_rn(value); }
 __device__ __forceinline__ void narrow(float value, __half& result) { result = __float2half_rn(value); }
 
+// What sums of a type are carried in.
+template <typename Scalar>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+
+// 16-bit values are so coarse that the fast exponential adds nothing to their error; their rate needs it.
+template <typename Scalar>
+__device__ __forceinline__ float exponential(float x) {
+  if constexpr (sizeof(Scalar) == 2) {
+    return __expf(x);
+  } else {
+    return expf(x);
+  }
+}
+template <typename Scalar>
+__device__ __forceinline__ double exponential(double x) {
+  return exp(x);
+}
+
+__device__ __forceinline__ float minus_infinity(float) { return -INFINITY; }
+__device__ __forceinline__ double minus_infinity(double) { return -static_cast<double>(INFINITY); }
+
+// Calls `run` with a value of the element type.
+template <typename Run>
+void dispatch(const Tensor& tensor, const Run& run) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return run(float());
+    case ScalarType::Double:
+      return run(double());
+    case ScalarType::BFloat16:
+      return run(__nv_bfloat16());
+    default:
+      return run(__half());
+  }
+}
+
 // Loaded and stored as a whole, in accesses of up to 16 bytes.
 template <typename Scalar, int kCount>
 struct alignas(sizeof(Scalar) * kCount < 16 ? sizeof(Scalar) * kCount : 16) Vector {
@@ -88,6 +130,17 @@ __device__ __forceinline__ Accumulator sum_over_warp(Accumulator value) {
   return value;
 }
 
+// A comparison with a NaN is false: it is not the largest of anything.
+template <typename Accumulator>
+__device__ __forceinline__ Accumulator largest_over_warp(Accumulator value) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    const Accumulator other = __shfl_xor_sync(0xffffffffu, value, distance);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
 // Sum over all threads of a block, in an order fixed by the block's size. `scratch` holds one value per warp; two
 // consecutive calls must not be given the same memory, since a slow thread may still be reading it.
 template <typename Accumulator>
@@ -102,6 +155,21 @@ __device__ __forceinline__ Accumulator sum_over_block(Accumulator value, Accumul
     total += scratch[warp];
   }
   return total;
+}
+
+// The largest over all threads of a block; `scratch` as for the sum.
+template <typename Accumulator>
+__device__ __forceinline__ Accumulator largest_over_block(Accumulator value, Accumulator* scratch) {
+  value = largest_over_warp(value);
+  if (threadIdx.x % kWarp == 0) {
+    scratch[threadIdx.x / kWarp] = value;
+  }
+  __syncthreads();
+  Accumulator largest = scratch[0];
+  for (int warp = 1; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) {
+    largest = scratch[warp] > largest ? scratch[warp] : largest;
+  }
+  return largest;
 }
 
 }  // namespace megallm::cuda

@@ -14,7 +14,7 @@ struct Addition {
   Tensor y;      // like x, contiguous
 };
 
-// target[rows[i]] += gradient[i] for every i, in the order of i. Rows below 0 are left out.
+// target[rows[i]] += gradient[i] for every i, in an order that depends on the rows alone. Rows below 0 are left out.
 struct Gradient {
   Tensor target;  // [entries, width], contiguous, float32 or float64
   Rows gradient;  // 16-bit or like the target

@@ -16,7 +16,7 @@ def accumulate_rows(target: Tensor, gradient: Tensor, rows: Tensor, implementati
 
     target [entries, width], contiguous, float32 or float64; gradient [..., width] of its dtype or, for float32,
     bfloat16 or float16; rows int64 [...], where a number below 0 is left out. However often a row occurs, it is summed
-    in the target's dtype. The native operator adds in the order of the rows on every device, so that two runs give the
+    in the target's dtype. The native operator adds in a fixed order on every device, so that two runs give the
     same bits; it makes no table of its own.
     """
     sixteen = target.dtype == torch.float32 and gradient.dtype in (torch.bfloat16, torch.float16)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megallm.ops.embedding import accumulate_rows
 from megallm.ops.library import NATIVE
 from megallm.ops.norm import rms_norm
 from tests.unit.ops import accuracy
@@ -60,6 +61,20 @@ def test_on_a_device_that_is_not_current(case: Case):
         pytest.skip("one GPU")
     with torch.cuda.device(0):
         accuracy.check_accuracy(case, (8, 256), case.dtypes[0], "cuda:1")
+
+
+def test_a_row_of_a_table_that_nearly_all_tokens_use():
+    """Many blocks share its sum: an entry of few tokens before it, runs that end and begin at any place."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(-1, 4, (5003,), generator=generator).clamp(max=2).cuda()
+    gradient = torch.randn(5003, 40, generator=generator).cuda()
+    tables = [torch.ones(5, 40, device="cuda") for _ in range(3)]
+    exact = torch.ones(5, 40, dtype=torch.float64, device="cuda")
+    for table, implementation in zip(tables, ("native", "native", "reference"), strict=True):
+        accumulate_rows(table, gradient, rows, implementation)
+    accumulate_rows(exact, gradient.double(), rows, "reference")
+    assert torch.equal(tables[0], tables[1])
+    accuracy.assert_not_worse("table", tables[0], tables[2], exact)
 
 
 @pytest.mark.slow
