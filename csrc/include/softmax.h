@@ -54,9 +54,10 @@ struct Backward {
   Tensor grad_scores;  // like grad_output, contiguous
 };
 
-// Keys that the query of a row sees.
+// Keys that the query of a row sees. Rows are counted in 32 bits, in which a GPU divides faster.
 MEGALLM_HOST_DEVICE inline int64_t visible_keys(int64_t row, int64_t queries, int64_t keys, bool causal) {
-  const int64_t visible = causal ? row % queries + keys - queries + 1 : keys;
+  const int64_t query = static_cast<uint32_t>(row) % static_cast<uint32_t>(queries);
+  const int64_t visible = causal ? query + keys - queries + 1 : keys;
   return visible < 0 ? 0 : visible;
 }
 
