@@ -118,43 +118,29 @@ MEGALLM_INLINE RowMeans<Accumulator> row_means(const BackwardRows<Scalar, Accumu
   return means;
 }
 
-// Rows that are gone through side by side, so that the sums over rows are read and written once for all of them.
-constexpr int kRowsAtOnce = 2;
-
-// `partial` holds sums of the weight's gradient, then of the bias's, that the rows from `first` on are added to in
-// their order.
-template <bool kCentred, bool kGradSum, int kRows, typename Scalar, typename Accumulator>
-MEGALLM_INLINE void backward_rows(const BackwardRows<Scalar, Accumulator>& rows, int64_t first,
-                                  Accumulator* __restrict__ partial) {
-  const int64_t width = rows.width;
+// `partial` holds sums of the weight's gradient, then of the bias's, that this row is added to.
+template <bool kCentred, bool kGradSum, typename Scalar, typename Accumulator>
+MEGALLM_INLINE void backward_row(const BackwardRows<Scalar, Accumulator>& rows, int64_t row,
+                                 Accumulator* __restrict__ partial) {
+  const Scalar* grad_output = rows.grad_output + row * rows.grad_output_stride;
+  const Scalar* x = rows.sum + row * rows.sum_stride;
+  const Scalar* grad_sum = kGradSum ? rows.grad_sum + row * rows.grad_sum_stride : nullptr;
   const Accumulator* weight = rows.weight;
-  const Scalar* grad_output = rows.grad_output + first * rows.grad_output_stride;
-  const Scalar* x = rows.sum + first * rows.sum_stride;
-  const Scalar* grad_sum = kGradSum ? rows.grad_sum + first * rows.grad_sum_stride : nullptr;
-  Scalar* __restrict__ grad_input = rows.grad_input + first * width;
-  RowMeans<Accumulator> means[kRows];
-  for (int k = 0; k < kRows; ++k) {
-    means[k] = row_means<kCentred>(rows, first + k);
-  }
+  Scalar* __restrict__ grad_input = rows.grad_input + row * rows.width;
+  const int64_t width = rows.width;
+  const RowMeans<Accumulator> means = row_means<kCentred>(rows, row);
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) {
-    Accumulator weight_sum = partial[i];
-    Accumulator bias_sum = kCentred ? partial[width + i] : Accumulator(0);
-#pragma GCC unroll 4
-    for (int k = 0; k < kRows; ++k) {
-      const Accumulator normalised = (widen(x[k * rows.sum_stride + i]) - means[k].mean) * means[k].reciprocal;
-      const Accumulator grad = widen(grad_output[k * rows.grad_output_stride + i]);
-      Accumulator result = means[k].reciprocal * (grad * weight[i] - means[k].grad - normalised * means[k].product);
-      if constexpr (kGradSum) {
-        result += widen(grad_sum[k * rows.grad_sum_stride + i]);
-      }
-      narrow(result, grad_input[k * width + i]);
-      weight_sum += grad * normalised;
-      bias_sum += grad;
+    const Accumulator normalised = (widen(x[i]) - means.mean) * means.reciprocal;
+    const Accumulator grad = widen(grad_output[i]);
+    Accumulator result = means.reciprocal * (grad * weight[i] - means.grad - normalised * means.product);
+    if constexpr (kGradSum) {
+      result += widen(grad_sum[i]);
     }
-    partial[i] = weight_sum;
+    narrow(result, grad_input[i]);
+    partial[i] += grad * normalised;
     if constexpr (kCentred) {
-      partial[width + i] = bias_sum;
+      partial[width + i] += grad;
     }
   }
 }
@@ -169,12 +155,8 @@ MEGALLM_INLINE void forward_range(const ForwardRows<Scalar, Accumulator>& rows, 
 template <bool kCentred, bool kGradSum, typename Scalar, typename Accumulator>
 MEGALLM_INLINE void backward_range(const BackwardRows<Scalar, Accumulator>& rows, int64_t begin, int64_t end,
                                    Accumulator* partial) {
-  int64_t row = begin;
-  for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) {
-    backward_rows<kCentred, kGradSum, kRowsAtOnce>(rows, row, partial);
-  }
-  for (; row < end; ++row) {
-    backward_rows<kCentred, kGradSum, 1>(rows, row, partial);
+  for (int64_t row = begin; row < end; ++row) {
+    backward_row<kCentred, kGradSum>(rows, row, partial);
   }
 }
 
