@@ -139,7 +139,8 @@ def test_tensorboard_holds_the_same_scalars(single: Run) -> None:
     wanted = [(line["iteration"], line["lm_loss"]) for line in training_lines(single.metrics)]
     assert [(event.step, pytest.approx(event.value, rel=1e-6)) for event in events.Scalars("lm_loss")] == wanted
     assert [event.step for event in events.Scalars("valid_lm_loss")] == [3, 6]
-    assert set(events.Tags()["scalars"]) == FIELDS - {"iteration", "consumed_samples"} | {"valid_lm_loss"}
+    compared = {f"{kind}_{name}" for kind in ("predicted", "measured") for name in ("step_seconds", "memory_bytes")}
+    assert set(events.Tags()["scalars"]) == FIELDS - {"iteration", "consumed_samples"} | {"valid_lm_loss"} | compared
 
 
 def test_timeline_of_one_process(single: Run) -> None:
