@@ -259,25 +259,31 @@ class _Pauses:
         wish = self._stopping.after_step(done, saving.seconds, ahead)
         if not wish.save:
             hurry = self._evaluate_if_due(self._ask)
-            # At the end --exit-interval asks for nothing more.
-            wish = hurry if hurry.save or is_last else wish
-        saves = saving.after_step(now=wish.save, last=is_last or wish.leaves, ask=self._ask_to_leave)
+            if hurry.leaves or is_last:
+                # At the end --exit-interval asks for nothing more.
+                wish = hurry
+            elif hurry.save:
+                # Where --exit-interval lets the run leave, it still does.
+                wish = wish._replace(save=True)
+        saved = saving.after_step(now=wish.save, last=is_last or wish.leaves, ask=self._ask_to_leave)
+        if saved is not None and saved.leaves and not wish.leaves:
+            wish = saved
         if not wish.leaves:
             wish = self._evaluate_if_due(self._ask_to_leave)
         if wish.leaves:
             return wish
         writes = self._write_sample_if_wanted()
-        if saves or evaluates or writes:
+        if saved is not None or evaluates or writes:
             # What has come in meanwhile is not kept waiting for another step.
-            wish = self._ask_to_leave() if saves else self._ask()
+            wish = self._ask() if saved is None else self._ask_to_leave()
             if wish.save:
                 saving.after_step(now=True, last=wish.leaves, ask=self._ask_to_leave)
         return wish
 
     def end(self) -> Wish:
         """After the last step, also where an earlier run has taken it and left before this."""
-        self._saving.export_if_missing(self._ask_to_leave)
-        return self._evaluation.run_test(self._reporter, self._ask_to_leave)
+        wish = self._saving.export_if_missing(self._ask_to_leave)
+        return wish if wish.leaves else self._evaluation.run_test(self._reporter, self._ask_to_leave)
 
     def is_something_left(self) -> bool:
         """Whether a run that has taken its last step has something else to do."""

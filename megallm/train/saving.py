@@ -25,7 +25,7 @@ from megallm.mesh import Hosts
 from megallm.train.engine import Engine
 from megallm.train.metrics import Reporter
 from megallm.train.progress import ProgressFile
-from megallm.train.stopping import Ask
+from megallm.train.stopping import NOTHING, Ask, Wish
 
 # A slow disk is no reason to end the job.
 _LONGEST_SAVE = timedelta(days=1)
@@ -78,12 +78,12 @@ class Saving:
         if self._background is not None:
             self._background.close()
 
-    def after_step(self, *, now: bool, last: bool, ask: Ask) -> bool:
+    def after_step(self, *, now: bool, last: bool, ask: Ask) -> Wish | None:
         """Saves where an interval, or `now`, says so; always after the `last` step before the run ends or leaves.
 
         Called by all ranks with the same arguments; does nothing a second time after the same step. `ask` is asked
-        while a checkpoint is written for Hugging Face, too, which ends where the run is to leave. Returns whether
-        anything was done.
+        while a checkpoint is written for Hugging Face, too, which ends where the run is to leave. Returns the wish that
+        has ended this, or none; None where nothing was done.
 
         Raises:
             SaveError: nothing can be written, and there will be no other chance. Else that is logged only.
@@ -93,14 +93,13 @@ class Saving:
         exports = self._exports_after(done, last) and not (now and last)
         is_wanted = now or last or exports or self._saves_after(done)
         if not self._settings.save or not is_wanted or self._last_saved == done:
-            return False
+            return None
         self._reporter.flush()
         resume = self._reporter.pause()
         self._save(last)
-        if exports and self._last_saved == done:
-            self._export(last, ask)
+        wish = self._export(last, ask) if exports and self._last_saved == done else NOTHING
         resume()
-        return True
+        return wish
 
     def expected_seconds(self, iteration: int) -> float:
         """How long `after_step` may take after a step that is not the last."""
@@ -121,10 +120,12 @@ class Saving:
         self._hosts.world.all_reduce(missing, "max")
         return bool(missing.item())
 
-    def export_if_missing(self, ask: Ask) -> None:
-        """Does what a run in a hurry has left undone. Raises SaveError where that fails."""
-        if self.lacks_export():
-            self._export(True, ask)
+    def export_if_missing(self, ask: Ask) -> Wish:
+        """Does what a run in a hurry has left undone; gives the wish that has ended this, or none.
+
+        Raises SaveError where that fails.
+        """
+        return self._export(True, ask) if self.lacks_export() else NOTHING
 
     def _saves_after(self, iteration: int) -> bool:
         intervals = (self._settings.save_interval, self._settings.non_persistent_save_interval)
@@ -139,6 +140,8 @@ class Saving:
         if self._background is not None:
             outcome = self._background.wait()
             if isinstance(outcome, ValueError):
+                # Whoever is to leave after the same step tries again.
+                self._last_saved = -1
                 raise SaveError(str(outcome))
 
     @property
@@ -169,8 +172,8 @@ class Saving:
                 raise SaveError(str(error)) from None
             self._written(error, time.perf_counter() - begin)
 
-    def _export(self, last: bool, ask: Ask) -> None:
-        """Writes the checkpoint of this step for Hugging Face, too."""
+    def _export(self, last: bool, ask: Ask) -> Wish:
+        """Writes the checkpoint of this step for Hugging Face, too; gives the wish that has ended this, or none."""
         assert self._settings.save is not None, "there is a folder"
         begin = time.perf_counter()
         checkpoint = checkpoint_folder(self._settings.save, self._engine.progress.iteration)
@@ -183,13 +186,14 @@ class Saving:
             if last:
                 raise SaveError(str(error)) from None
             self._log(f"{error}; training goes on")
-            return
+            return NOTHING
         seconds = time.perf_counter() - begin
         self._export_seconds = max(self._export_seconds, seconds)
         if wish.leaves:
             self._log(f"did not write {folder} for Hugging Face to its end: {wish.reason}")
         else:
             self._log(f"wrote {folder} for Hugging Face in {seconds:.2f} s")
+        return wish
 
     def _written(self, outcome: Saved | ValueError, seconds: float) -> None:
         """Logs how a save went; with background saving, called by its thread once that is known."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pkgutil
 import shutil
 import signal
 import time
@@ -27,7 +29,7 @@ from megallm.train.saving import Saving
 from megallm.train.stopping import NOTHING, ExitCode, Wish
 from megallm.train.tasks.gpt import GPTTask
 from megallm.train.watch import watched
-from tests.distributed.launch import TINY
+from tests.distributed.launch import TINY, without
 from tests.distributed.parity import LLAMA, Case, make_engine
 from tests.distributed.pool import WorkerPool
 
@@ -133,6 +135,68 @@ def test_an_export_ends_where_the_run_is_to_leave(pool: WorkerPool, tmp_path: Pa
         assert f"did not write {tmp_path}/hf/iter_0000004 for Hugging Face to its end: SIGTERM" in told[0]
         assert f"wrote {tmp_path}/hf/iter_0000004 for Hugging Face" in told[1] and len(told) == 2
     assert (tmp_path / "hf" / "iter_0000004" / "config.json").exists()
+
+
+def test_a_save_in_the_background_that_failed_is_tried_again_by_who_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The export after it has already heard of the failure."""
+    settings = {"checkpoint.async_save": True, "checkpoint.save_hf_interval": 2, "training.fp64": False}
+    engine = engine_that_saves(0, str(tmp_path), **settings, **{"checkpoint.save_hf": str(tmp_path / "hf")})
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    lines: list[str] = []
+    with saving_of(engine, lines) as saving:
+        engine.progress.iteration = 2
+        with monkeypatch.context() as patch:
+            patch.setattr(save, "write_rank", fail)
+            saving.after_step(now=False, last=False, ask=lambda: NOTHING)
+        assert not find_checkpoints(str(tmp_path)) and "No space left on device" in lines[-1]
+        saving.after_step(now=True, last=True, ask=lambda: NOTHING)
+        saving.finish()
+    (folder,) = find_checkpoints(str(tmp_path))
+    list(verify(folder))
+
+
+def run_and_be_told(rank: int, flags: list[str], place: str, number: int) -> ExitCode:
+    """A run that gets a signal whenever it comes to a function."""
+    function = pkgutil.resolve_name(place)
+
+    def with_signal(*arguments: Any, **settings: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return function(*arguments, **settings)
+
+    config = resolve(parse_arguments([*without(TINY, "--fp64"), *flags], prog="test", description=""), 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hugging_face, "_SECONDS_BETWEEN_QUESTIONS", 0.0)
+        patch.setattr(place, with_signal)
+        mesh = Mesh(MeshShape(), rank, torch.device("cpu"))
+        return pretrain_on(mesh, config, GPTTask.from_config, time.monotonic())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interval", ["2", "6"])
+def test_who_is_terminated_in_an_export_leaves(pool: WorkerPool, tmp_path: Path, interval: str) -> None:
+    flags = ["--save", str(tmp_path), "--save-hf", str(tmp_path / "hf"), "--save-hf-interval", interval]
+    place = "megallm.train.hugging_face.write_folder"
+    assert pool.run(1, run_and_be_told, flags, place, signal.SIGTERM) == [ExitCode.UNFINISHED]
+    assert [folder.name for folder in find_checkpoints(str(tmp_path))] == [f"iter_000000{interval}"]
+    assert not list((tmp_path / "hf").iterdir())
+    # What is left undone at the end is begun, and interrupted, by the run that goes on.
+    flags += ["--load", str(tmp_path)]
+    if interval == "6":
+        assert pool.run(1, run_and_be_told, flags, place, signal.SIGTERM) == [ExitCode.UNFINISHED]
+        assert not list((tmp_path / "hf").iterdir())
+
+
+@pytest.mark.slow
+def test_a_save_that_is_asked_for_in_an_evaluation_keeps_nobody_from_leaving(pool: WorkerPool, tmp_path: Path) -> None:
+    flags = ["--save", str(tmp_path), "--exit-interval", "3"]
+    place = "megallm.train.evaluation.evaluate_step"
+    assert pool.run(1, run_and_be_told, flags, place, signal.SIGUSR1) == [ExitCode.FINISHED]
+    assert [folder.name for folder in find_checkpoints(str(tmp_path))] == ["iter_0000003"]
 
 
 def run_terminated_at_the_end(rank: int, root: str) -> ExitCode:
