@@ -41,7 +41,8 @@ def new_folder(final: Path, needed: int, overwrite: bool) -> Iterator[Path]:
         raise ValueError(f"{final} cannot be written: {error.filename or final}: {error.strerror}") from None
     try:
         yield temporary
-        flush(temporary)
+        for path in (*temporary.rglob("*"), temporary):
+            flush(path)
         _replace(temporary, final)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
