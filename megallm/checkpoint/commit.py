@@ -29,7 +29,7 @@ from megallm.checkpoint.stream import flush
 from megallm.failpoint import passing
 
 TRACKER = "latest_checkpointed_iteration.txt"
-REPLACED = re.compile(r"\.replaced(\d*)")
+REPLACED = re.compile(r"\.replaced(\d*)\Z")
 """What the name of a checkpoint that steps aside ends with."""
 _TEMPORARY = re.compile(r"iter_\d{7,}\.[0-9a-f]{16}\.tmp")
 

@@ -370,13 +370,20 @@ def load_small(folder: Path) -> None:
 
 
 def flips(folder: Path, count: int, seed: int) -> Iterator[tuple[str, int]]:
-    """Gives (file, bit) for so many bits of each file of a checkpoint, each flipped while it is given."""
+    """Gives (file, bit) for so many bits of each file of a checkpoint, each flipped while it is given.
+
+    Of the file of tensors as many are in the header, and in each box, which are of very different sizes.
+    """
     chance = random.Random(seed)
-    for name in ("rank_00000.safetensors", MANIFEST):
+    manifest = read_manifest(folder)
+    boxes = [box for tensor in manifest.tensors.values() for box in tensor.boxes]
+    ranges = [(0, manifest.files[0].data_begin), *((box.begin, box.begin + box.num_bytes) for box in boxes)]
+    for name, places in (("rank_00000.safetensors", ranges), (MANIFEST, [(0, (folder / MANIFEST).stat().st_size)])):
         path = folder / name
         original = path.read_bytes()
-        for _ in range(count):
-            bit = chance.randrange(8 * len(original))
+        for number in range(count):
+            begin, end = places[number % len(places)]
+            bit = chance.randrange(8 * begin, 8 * end)
             for byte in (original[bit // 8] ^ 1 << bit % 8, original[bit // 8]):
                 with open(path, "r+b") as file:
                     file.seek(bit // 8)
