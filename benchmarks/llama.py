@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -62,10 +63,11 @@ def size_for(device: torch.device) -> str:
 def known_gpu(device: torch.device) -> Gpu | None:
     """What is stated of this GPU; None for any other device, whose peak is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    if "PCIe" in name or "NVL" in name:
+    if "PCIE" in name.upper() or "NVL" in name:
         return None  # slower than their namesakes
-    # "NVIDIA A100-SXM4-80GB"
-    found = [gpu for gpu in GPUS.values() if all(word in name for word in gpu.name.split("-"))]
+    # "NVIDIA A100-SXM4-80GB", whose words must be all of the name's: a GB200 is no B200.
+    words = set(re.split(r"[ -]", name.removesuffix("GB")))
+    found = [gpu for gpu in GPUS.values() if words >= set(gpu.name.split("-"))]
     return found[0] if found else None
 
 
