@@ -99,9 +99,11 @@ def write_native(
         return tensor
 
     with read_ahead([box.tensor.nbytes for box in boxes], read, progress.advance) as tensors:
-        folder = save_stream(str(root), weights.iteration, boxes, tensors, {"config": to_dict(config)}).folder
+        saved = save_stream(str(root), weights.iteration, boxes, tensors, {"config": to_dict(config)})
     progress.finish()
-    return folder
+    for note in saved.notes:
+        log(note)
+    return saved.folder
 
 
 def _keep(origin: Path, root: Path) -> None:

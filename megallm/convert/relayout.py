@@ -60,17 +60,19 @@ def relayout(
         token = secrets.token_hex(8)
         temporary = temporary_folder(final, token)
         try:
-            begin(temporary, sum(size_of(boxes) for boxes in ranks))
+            notes = begin(temporary, sum(size_of(boxes) for boxes in ranks))
             with read_ahead(sizes, lambda number: _read(checkpoint, in_order[number]), progress.advance) as tensors:
                 for rank, boxes in enumerate(ranks):
                     write_rank(temporary, boxes, rank, islice(tensors, len(boxes)))
-            commit(temporary, final, manifest.iteration, token, state, len(ranks))
+            notes += commit(temporary, final, manifest.iteration, token, state, len(ranks))
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, OSError):
                 raise ValueError(f"{final} cannot be written: {error.strerror}") from None
             raise
         progress.finish()
+        for note in notes:
+            log(note)
         return final
 
 

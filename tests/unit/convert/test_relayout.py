@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megallm.checkpoint import commit
 from megallm.checkpoint.boxes import WEIGHTS, declared_box
 from megallm.checkpoint.load import verify
 from megallm.checkpoint.reading import open_checkpoint
@@ -15,6 +16,7 @@ from megallm.config import to_dict
 from megallm.config.tree import ParallelConfig
 from megallm.convert.command import Output, Place, convert, report_comparison
 from megallm.convert.huggingface import open_folder
+from megallm.convert.native import write_native
 from megallm.convert.relayout import relayout
 from megallm.file_lock import own_folder
 from tests.unit.convert import folders
@@ -70,6 +72,22 @@ def test_weights_are_cast_and_moments_are_not(tmp_path: Path, checkpoint: Path) 
         for name, tensor in before.tensors(WEIGHTS):
             assert torch.equal(after.read(WEIGHTS, name), tensor.to(torch.bfloat16))
             assert after.read("first_moment", name).dtype == torch.float32
+
+
+def test_what_an_earlier_save_has_left_for_good_is_told(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(commit, "remove_folder", refuse)
+    root, lines = tmp_path / "new", list[str]()
+    left = root / "iter_0000001.00000000000000aa.tmp"
+    left.mkdir(parents=True)
+    relayout(checkpoint, root, LAYOUT, log=lines.append)
+    with open_folder(tmp_path / "theirs") as weights:
+        write_native(root, weights, log=lines.append)
+    assert lines.count(f"{left}, left by an earlier save, cannot be removed: Permission denied") == 2
 
 
 def test_a_layout_that_does_not_fit_is_refused(tmp_path: Path, checkpoint: Path) -> None:
