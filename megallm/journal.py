@@ -5,6 +5,7 @@ Kept for every message of the engine, so it costs a few microseconds each and lo
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 _CALLERS = 3
+_PACKAGE = os.path.join(os.path.dirname(__file__), "")
 
 
 class CommunicationError(RuntimeError):
@@ -120,7 +122,8 @@ def _callers() -> tuple[tuple[CodeType, int], ...]:
 
 
 def _short(path: str) -> str:
-    """A path from the package's name on, or its last two parts."""
-    parts = path.replace("\\", "/").split("/")
-    begin = parts.index("megallm") if "megallm" in parts else max(0, len(parts) - 2)
-    return "/".join(parts[begin:])
+    """A path from the package's folder on, or its last two parts."""
+    # The folder around the package may have its name, too.
+    if path.startswith(_PACKAGE):
+        return "megallm/" + path[len(_PACKAGE) :].replace("\\", "/")
+    return "/".join(path.replace("\\", "/").split("/")[-2:])

@@ -9,7 +9,6 @@ from megallm.checkpoint.manifest import read_manifest
 from megallm.config import Config, difference
 from megallm.config.tree import DataConfig, ModelConfig
 from megallm.train.changes import check_architecture
-from megallm.train.hugging_face import with_hugging_face_model
 from megallm.train.resume import origin_of, saved_config
 
 _TOKENIZER = tuple(
@@ -61,5 +60,8 @@ def with_model_of_files(config: Config) -> tuple[Config, list[str]]:
     if config.checkpoint.use_checkpoint_args:
         config, notes = with_saved_model(config)
     if config.checkpoint.load_hf:
+        # Imported here: no other run needs the converter.
+        from megallm.train.hugging_face import with_hugging_face_model
+
         config = with_hugging_face_model(config)
     return config, notes

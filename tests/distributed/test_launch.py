@@ -16,6 +16,7 @@ import pytest
 from megallm.schedule import Kind, Timeline
 from tests.distributed.launch import (
     COMPARED,
+    ROOT,
     TINY,
     Ended,
     python,
@@ -309,7 +310,7 @@ def assert_one_clear_answer_of_two(ended: Ended, wanted: str) -> None:
     assert ended.code != 0
     assert len(re.findall(wanted, ended.errors)) == 1, ended.errors
     assert re.search(r"exitcode +: 2 ", ended.errors), ended.errors
-    assert "/megallm/" not in ended.errors
+    assert f"{ROOT}/megallm/" not in ended.errors
     assert 'pretrain_gpt.py", line' not in ended.errors
 
 
