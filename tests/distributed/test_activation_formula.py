@@ -169,6 +169,7 @@ def _count(
     return Counted(kept, HeldParameters(sum(p.numel() for p in stage.parameters()) - over_both, over_both))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not NATIVE.in_use, reason="the formula is that of the native operators")
 @pytest.mark.parametrize(
     ("architecture", "number"),

@@ -241,6 +241,7 @@ def _cases() -> Iterator[Any]:
                 yield pytest.param(name, dtype, layout, id=label, marks=() if is_quick else pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype", "layout"), list(_cases()))
 def test_same_weights_give_the_same_numbers(
     pool: WorkerPool,

@@ -116,6 +116,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_refused_by_all_ranks_alike(
     pool: WorkerPool, saved_runs: SavedRuns, tmp_path: Path, damage: str

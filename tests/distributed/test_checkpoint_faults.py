@@ -393,6 +393,7 @@ def flips(folder: Path, count: int, seed: int) -> Iterator[tuple[str, int]]:
         assert path.read_bytes() == original
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_refused_by_name(small: Path, tmp_path: Path) -> None:
     folder = tmp_path / small.name
     shutil.copytree(small, folder)
@@ -404,6 +405,7 @@ def test_every_flipped_bit_is_refused_by_name(small: Path, tmp_path: Path) -> No
         assert name in str(caught.value), f"bit {bit} of {name}"
 
 
+@pytest.mark.slow
 def test_no_clean_load_is_refused(small: Path) -> None:
     for _ in range(2000):
         load_small(small)

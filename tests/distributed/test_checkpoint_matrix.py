@@ -126,6 +126,7 @@ def test_the_matrix_varies_every_dimension() -> None:
             assert any(before != after for before, after in changes), f"{name} never changes on the way"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "target"), pairs())
 def test_another_layout_goes_on(pool: WorkerPool, saved_runs: SavedRuns, source: Case, target: Case) -> None:
     root, wanted = saved_runs.of(source)
@@ -276,6 +277,7 @@ def _allowed(box: LocalBox, manifest: Manifest) -> int:
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel does not count what a process reads")
 @pytest.mark.parametrize(
     ("source", "target", "most"),

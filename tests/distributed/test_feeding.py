@@ -119,6 +119,7 @@ def test_batches_grow_as_they_are_told_to(alone: dict[str, list[Any]]) -> None:
     assert [line["global_batch_size"] for line in stairs] == [8, 8, 8, 12, 12, 12, 12, 4, 4, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
@@ -134,6 +135,7 @@ def test_growing_batches_in_every_layout(
     assert_same(train(pool, tmp_path / "metrics", settings, LAYOUTS[layout]), alone[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "stop", "after"),
     [
@@ -152,6 +154,7 @@ def test_resumed_in_the_middle_of_the_ramp(
     assert_same(train(pool, tmp_path / "metrics", RAMP | load, after), alone["ramp"])
 
 
+@pytest.mark.slow
 def test_a_ramp_is_resumed_where_its_early_batches_no_longer_divide(
     pool: WorkerPool, alone: dict[str, list[Any]], tmp_path: Path
 ) -> None:
@@ -173,6 +176,7 @@ def test_a_length_in_samples_holds_where_the_batch_is_changed_on_the_way(pool: W
     assert [line["consumed_samples"] for line in lines] == [4, 8, 12, 16, 20, 28, 36, 44]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["dp2", "dp4, read ahead", "dp2, two a micro-batch", "tp2, dp2"])
 def test_cyclic_order_in_every_layout(
     pool: WorkerPool, alone: dict[str, list[Any]], tmp_path: Path, layout: str
@@ -180,6 +184,7 @@ def test_cyclic_order_in_every_layout(
     assert_same(train(pool, tmp_path / "metrics", CYCLIC, LAYOUTS[layout]), alone["cyclic"])
 
 
+@pytest.mark.slow
 def test_what_deals_the_data_anew_is_refused_unless_allowed(pool: WorkerPool, tmp_path: Path) -> None:
     sharded = CYCLIC | {"data.data_sharding": True}
     save = {"checkpoint.save": str(tmp_path / "checkpoints"), "training.exit_interval": 3}

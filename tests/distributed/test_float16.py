@@ -109,6 +109,7 @@ def test_the_scale_goes_down_until_gradients_fit_and_up_again(alone: Log) -> Non
     assert trained[-1] < 0.9 * trained[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
@@ -127,6 +128,7 @@ def test_layouts_take_the_same_steps(pool: WorkerPool, alone: Log, case: Case) -
         assert log.losses == pytest.approx(alone.losses, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_with_attention_dropout_too(pool: WorkerPool) -> None:
     one, two = (
         pool.run(case.world_size, train, case, 12)
@@ -179,6 +181,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(pool: WorkerPool, tmp_path: Path, aft
         assert log.state == want.state
 
 
+@pytest.mark.slow
 def test_another_layout_goes_on_with_the_same_scale(pool: WorkerPool, alone: Log, tmp_path: Path) -> None:
     pool.run(2, train, Case("", MODEL, dp=2, layout=LAYOUT | SHARDED), 6, (), None, (str(tmp_path), 6))
     for log in pool.run(2, train, Case("", MODEL, tp=2, layout=LAYOUT), NUM_STEPS, (), str(tmp_path)):
@@ -254,6 +257,7 @@ EXACT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)
 def test_a_scale_leaves_no_trace(pool: WorkerPool, case: Case) -> None:
     assert leaves_no_trace(pool, case, 2.0**20)

@@ -80,6 +80,7 @@ def write(rank: int, case: Case) -> Written:
     return Written(worst, texts, loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name in SLOW else ()) for case in CASES]
 )

@@ -237,6 +237,7 @@ def test_stopped_and_resumed_under_another_layout(single: Run, tmp_path: Path) -
     assert {"predicted_step_seconds", "measured_bubble"} <= compared[1].keys()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_over_says_so(tmp_path: Path) -> None:
     flags = [*without(TINY, "--eval-interval", "--eval-iters"), "--save", str(tmp_path / "checkpoints")]
     succeeded(python("pretrain_gpt.py", *flags))
@@ -300,6 +301,7 @@ def checkpoint_of_another_model(tmp_path_factory: pytest.TempPathFactory) -> str
     return folder
 
 
+@pytest.mark.slow
 def test_another_model_in_one_process(checkpoint_of_another_model: str) -> None:
     ended = python("pretrain_gpt.py", *TINY, "--load", checkpoint_of_another_model, timeout=60.0)
     assert_one_clear_answer(ended, "saved from another model: num_layers is 2 there and 4 here")
@@ -523,6 +525,7 @@ def test_starting_imports_nothing_large_that_a_run_does_not_need() -> None:
     assert succeeded(run([sys.executable, "-c", code])).output.split() == []
 
 
+@pytest.mark.slow
 def test_data_that_would_end_too_early_is_refused_before_the_first_step(tmp_path: Path) -> None:
     flags = [*without(TINY, "--eval-interval", "--eval-iters"), "--save", str(tmp_path), "--exit-interval", "3"]
     succeeded(python("pretrain_gpt.py", *flags))
@@ -532,6 +535,7 @@ def test_data_that_would_end_too_early_is_refused_before_the_first_step(tmp_path
     assert "changed since it was saved: training.global_batch_size: 4 -> 2" in again.output
 
 
+@pytest.mark.slow
 def test_a_place_that_cannot_be_written_to_is_told_before_the_first_step(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for flag, place, wanted in (

@@ -238,6 +238,7 @@ def runs(pool: WorkerPool) -> Runs:
     return Runs(pool)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeded", SEEDED, ids=lambda seeded: seeded.bug.__name__)
 def test_bug_is_caught(runs: Runs, seeded: Seeded) -> None:
     harmless = () if seeded.harmless is None else (seeded.harmless,)

@@ -29,6 +29,7 @@ def dropped() -> weakref.ReferenceType[Node]:
     return weakref.ref(Node())
 
 
+@pytest.mark.slow
 def test_every_so_many_steps_and_around_evaluations() -> None:
     with GarbageCollection(TrainingConfig(manual_gc=True, manual_gc_interval=3)) as collection:
         assert not gc.isenabled()

@@ -50,6 +50,7 @@ def _cut(tensor: torch.Tensor, offset: tuple[int, ...], shape: tuple[int, ...]) 
     return tensor[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("box", [normal_box, uniform_box])
 @given(case=boxes())
 @settings(deadline=None, max_examples=300)

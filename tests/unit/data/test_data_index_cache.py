@@ -202,6 +202,7 @@ def test_a_damaged_entry_is_built_again(tmp_path, damage):
     assert_clean(folder, "key", "other")
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_changed_byte_is_noticed(tmp_path, data):
@@ -567,6 +568,7 @@ def race(number, path, begin, inside, problems):
         time.sleep(0.001)
 
 
+@pytest.mark.slow
 def test_many_that_find_an_abandoned_lock_take_it_over_one_by_one(tmp_path):
     for trial in range(10):
         folder = tmp_path / str(trial)

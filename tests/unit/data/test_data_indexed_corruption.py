@@ -163,6 +163,7 @@ def test_the_dataset_they_are_made_from_is_sound(tmp_path):
     assert IndexedDataset(tmp_path / "x").document_indices.tolist() == DOCUMENTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mmap", "chunk"), [(True, 3), (False, 1 << 20)])
 def test_every_case_is_refused_by_name(tmp_path, monkeypatch, mmap, chunk):
     """Whether the index is checked in one piece, or in chunks of which faults lie on the borders."""

@@ -88,6 +88,7 @@ def mixed_input(tmp_path):
     return [tmp_path / name for name in ("a.jsonl", "b.jsonl.gz", "c.json")], records
 
 
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_workers(tool, mixed_input, tokenizer_json, tmp_path, monkeypatch):
     monkeypatch.setattr(pieces, "PIECE_BYTES", 2000)
     paths, records = mixed_input

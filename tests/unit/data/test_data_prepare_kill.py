@@ -178,6 +178,7 @@ def killed_at(moment, settings):
     return os.WIFSIGNALED(status)
 
 
+@pytest.mark.slow
 def test_killed_before_and_after_each_rename_and_removal(tmp_path):
     """Of a job that replaces an output of two keys: started again, the new output is there and nothing else."""
     (tmp_path / "in.jsonl").write_text('{"a": "1 2", "b": "3"}\n{"a": "4", "b": "5 6"}\n')

@@ -1,6 +1,7 @@
 """Whole runs' data over random documents, splits, blends, epochs and padding: equal to a slow reference throughout."""
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from slow_gpt import blended_samples, item, samples, split_bounds
@@ -73,6 +74,7 @@ def check(run, dataset, wanted):
                 assert not run["options"]["reset_attention_mask"]
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, suppress_health_check=SLOW)
 @given(runs())
 def test_every_sample_of_every_split(tmp_path_factory, run):

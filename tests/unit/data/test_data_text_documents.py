@@ -321,6 +321,7 @@ def blocks_of(size):
 BLOCK = st.sampled_from([1, 2, 3, 5, 8, 13, 2**20])
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.lists(FILE, min_size=1, max_size=3), st.sampled_from([7, 1000]), BLOCK)
 def test_any_files_are_gone_on_with_from_any_place(files, limit, block):
@@ -351,6 +352,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.dictionaries(st.text('k"\\]', max_size=3), JSON, min_size=1, max_size=3), max_size=4), BLOCK)
 def test_json_of_any_shape_is_parted_as_a_parser_does(records, block):

@@ -8,6 +8,7 @@ import pytest
 from small_data import TOOLS, load_tool
 
 
+@pytest.mark.slow
 def test_collect_text(tool, tmp_path):
     command = ["--max-megabytes", "0.3"]
     assert tool("collect_text", "--output", tmp_path / "a.jsonl", *command)[0] == 0

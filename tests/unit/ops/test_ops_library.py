@@ -88,6 +88,7 @@ def test_an_unknown_choice_is_refused():
         load("fast")
 
 
+@pytest.mark.slow
 def test_info_in_both_forms():
     printed = subprocess.run(
         [sys.executable, "-m", "megallm.info", "--json"], capture_output=True, text=True, check=True, timeout=300

@@ -103,6 +103,7 @@ def run_python(code: str, **environment: str) -> "subprocess.CompletedProcess[st
     )
 
 
+@pytest.mark.slow
 def test_reference_by_choice_is_silent():
     result = run_python(USE, MEGALLM_OPS="reference")
     assert result.returncode == 0, result.stderr
@@ -110,6 +111,7 @@ def test_reference_by_choice_is_silent():
     assert "Native operators" not in result.stderr
 
 
+@pytest.mark.slow
 def test_without_the_extension_everything_works_and_says_so_once():
     result = run_python(HIDE_EXTENSION + USE)
     assert result.returncode == 0, result.stderr
@@ -118,6 +120,7 @@ def test_without_the_extension_everything_works_and_says_so_once():
     assert "Native operators" not in run_python(HIDE_EXTENSION + USE, LOCAL_RANK="3").stderr
 
 
+@pytest.mark.slow
 def test_native_by_choice_fails_without_the_extension():
     result = run_python(HIDE_EXTENSION + USE, MEGALLM_OPS="native")
     assert result.returncode != 0

@@ -135,6 +135,7 @@ def shapes(all_micro_batches):
 THINNED = (1, 2, 3, 5, 8, 9, 13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["1f1b", "gpipe", "interleaved"])
 def test_thinned_grid_is_correct(name):
     for shape in shapes(THINNED):
@@ -148,6 +149,7 @@ def test_evaluation_grid_is_correct(all_micro_batches):
         check(*shape, forward_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("all_micro_batches", [(2, 5), pytest.param((1, 7, 16), marks=pytest.mark.slow)])
 def test_frozen_grid_is_correct(all_micro_batches):
     for name, num_ranks, num_virtual, num_micro_batches in shapes(all_micro_batches):
