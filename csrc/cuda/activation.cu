@@ -284,7 +284,7 @@ void run_forward(const Forward& call) {
                                     call.kind,
                                     static_cast<Scalar*>(call.y.mutable_data_ptr())};
   // float64 is for checks: it has narrow accesses only.
-  constexpr int kSize = sizeof(Scalar) == 8 ? 1 : 16 / sizeof(Scalar);
+  constexpr int kSize = cuda::kVector<Scalar>;
   const cudaStream_t stream = cuda::current_stream(call.x.tensor);
   if (can_use_vectors(arguments, call.x.count, kSize, false)) {
     launch_forward<kGated, kSize>(arguments, call.x.count, stream);
@@ -323,7 +323,7 @@ void run_backward(const Backward& call) {
                                     static_cast<int>(call.x.width / (kGated ? 2 : 1)),
                                     call.kind,
                                     static_cast<Scalar*>(call.grad_input.mutable_data_ptr())};
-  constexpr int kSize = sizeof(Scalar) == 8 ? 1 : 16 / sizeof(Scalar);
+  constexpr int kSize = cuda::kVector<Scalar>;
   const cudaStream_t stream = cuda::current_stream(call.x.tensor);
   const bool vectors = can_use_vectors(arguments, call.x.count, kSize, kGated);
   if (call.bias) {

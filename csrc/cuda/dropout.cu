@@ -150,13 +150,9 @@ void launch_forward(const Forward& call, const Scalar* bias, const Scalar* resid
   cuda::launch_strips(work, strips, x.count, x.width, stream, "dropout_add");
 }
 
-// float64 is for checks: it has narrow accesses only.
-template <typename Scalar>
-constexpr int kVector = sizeof(Scalar) == 8 ? 1 : 16 / sizeof(Scalar);
-
 template <typename Scalar>
 void run_forward(const Forward& call) {
-  constexpr int kSize = kVector<Scalar>;
+  constexpr int kSize = cuda::kVector<Scalar>;
   const Rows& x = call.x;
   const auto aligned = [&](const void* data, int64_t stride) {
     return cuda::aligned(data, stride, x.count, sizeof(Scalar));
@@ -197,7 +193,7 @@ void launch_backward(const Backward& call, cudaStream_t stream) {
 
 template <typename Scalar>
 void run_backward(const Backward& call) {
-  constexpr int kSize = kVector<Scalar>;
+  constexpr int kSize = cuda::kVector<Scalar>;
   const Rows& grad = call.grad_output;
   const bool vectors = grad.width % kSize == 0 &&
                        cuda::aligned(grad.data<Scalar>(), grad.stride, grad.count, sizeof(Scalar)) &&

@@ -395,7 +395,7 @@ void run_forward(const Forward& call, double epsilon) {
       static_cast<Accumulator*>(call.mean.mutable_data_ptr()),
       static_cast<Accumulator*>(call.reciprocal.mutable_data_ptr())};
   // float64 is for checks: it has narrow accesses only.
-  constexpr int kSize = sizeof(Scalar) == 8 ? 1 : 16 / sizeof(Scalar);
+  constexpr int kSize = cuda::kVector<Scalar>;
   const cudaStream_t stream = cuda::current_stream(x.tensor);
   const auto aligned = [&](const void* data, int64_t stride) {
     return cuda::aligned(data, stride, x.count, sizeof(Scalar));
@@ -466,7 +466,7 @@ void run_backward(const Backward& call) {
       Accumulator(1) / static_cast<Accumulator>(width),
       static_cast<Scalar*>(call.grad_input.mutable_data_ptr()),
       nullptr};
-  constexpr int kSize = sizeof(Scalar) == 8 ? 1 : 16 / sizeof(Scalar);
+  constexpr int kSize = cuda::kVector<Scalar>;
   const auto aligned = [&](const void* data, int64_t stride) {
     return cuda::aligned(data, stride, rows, sizeof(Scalar));
   };

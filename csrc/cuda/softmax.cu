@@ -320,22 +320,22 @@ bool vectors_of(const Beside& beside, int64_t element_size, int vector_size) {
   return std::all_of(beside.strides, beside.strides + 3, [&](int64_t stride) { return stride % vector_size == 0; });
 }
 
-// float64 is for checks: it has narrow accesses only.
-template <typename Scalar>
-constexpr int kVector = sizeof(Scalar) == 8 ? 1 : 16 / sizeof(Scalar);
-
-template <bool kDropped, int kSize, typename Scalar, typename Accumulator>
-void launch_forward(const ForwardArguments<Scalar, Accumulator>& arguments, cudaStream_t stream) {
-  const cuda::GroupShape shape = cuda::choose_group_shape(arguments.width, kSize, kCachedVectors<kDropped>);
-  forward_kernel<kDropped, kSize>
-      <<<cuda::grid_for_groups(arguments.rows, shape), shape.threads, 0, stream>>>(arguments, shape.row_per_block);
-  cuda::check(cudaGetLastError(), "softmax_forward");
+// Calls `launch` with whether there is dropout, and with the elements of an access, as constants of the compiler.
+template <int kSize, typename Launch>
+void with_constants(bool dropped, bool vectors, const Launch& launch) {
+  constexpr std::integral_constant<int, kSize> wide;
+  constexpr std::integral_constant<int, 1> narrow;
+  if (dropped) {
+    vectors ? launch(std::true_type(), wide) : launch(std::true_type(), narrow);
+  } else {
+    vectors ? launch(std::false_type(), wide) : launch(std::false_type(), narrow);
+  }
 }
 
 template <typename Scalar>
 void run_forward(const Forward& call) {
   using Accumulator = typename AccumulatorOf<Scalar>::type;
-  constexpr int kSize = kVector<Scalar>;
+  constexpr int kSize = cuda::kVector<Scalar>;
   const Rows& scores = call.scores;
   const ForwardArguments<Scalar, Accumulator> arguments{
       scores.data<Scalar>(),
@@ -355,25 +355,18 @@ void run_forward(const Forward& call) {
                        cuda::aligned(arguments.probabilities, 0, 1, 1) && cuda::aligned(arguments.y, 0, 1, 1) &&
                        vectors_of(call.mask, 1, kSize) && vectors_of(call.bias, sizeof(Scalar), kSize);
   const cudaStream_t stream = cuda::current_stream(scores.tensor);
-  if (call.dropout) {
-    vectors ? launch_forward<true, kSize>(arguments, stream) : launch_forward<true, 1>(arguments, stream);
-  } else {
-    vectors ? launch_forward<false, kSize>(arguments, stream) : launch_forward<false, 1>(arguments, stream);
-  }
-}
-
-template <bool kDropped, int kSize, typename Scalar, typename Accumulator>
-void launch_backward(const BackwardArguments<Scalar, Accumulator>& arguments, cudaStream_t stream) {
-  const cuda::GroupShape shape = cuda::choose_group_shape(arguments.width, kSize, kCachedVectors<kDropped>);
-  backward_kernel<kDropped, kSize>
-      <<<cuda::grid_for_groups(arguments.rows, shape), shape.threads, 0, stream>>>(arguments, shape.row_per_block);
-  cuda::check(cudaGetLastError(), "softmax_backward");
+  with_constants<kSize>(call.dropout.has_value(), vectors, [&](auto dropped, auto size) {
+    const cuda::GroupShape shape = cuda::choose_group_shape(arguments.width, size, kCachedVectors<dropped>);
+    forward_kernel<dropped, size>
+        <<<cuda::grid_for_groups(arguments.rows, shape), shape.threads, 0, stream>>>(arguments, shape.row_per_block);
+  });
+  cuda::check(cudaGetLastError(), "softmax_forward");
 }
 
 template <typename Scalar>
 void run_backward(const Backward& call) {
   using Accumulator = typename AccumulatorOf<Scalar>::type;
-  constexpr int kSize = kVector<Scalar>;
+  constexpr int kSize = cuda::kVector<Scalar>;
   const Rows& grad = call.grad_output;
   const BackwardArguments<Scalar, Accumulator> arguments{
       grad.data<Scalar>(),
@@ -390,11 +383,12 @@ void run_backward(const Backward& call) {
                        cuda::aligned(arguments.grad_output, grad.stride, grad.count, sizeof(Scalar)) &&
                        cuda::aligned(arguments.probabilities, 0, 1, 1) && cuda::aligned(arguments.grad_scores, 0, 1, 1);
   const cudaStream_t stream = cuda::current_stream(grad.tensor);
-  if (call.dropout) {
-    vectors ? launch_backward<true, kSize>(arguments, stream) : launch_backward<true, 1>(arguments, stream);
-  } else {
-    vectors ? launch_backward<false, kSize>(arguments, stream) : launch_backward<false, 1>(arguments, stream);
-  }
+  with_constants<kSize>(call.dropout.has_value(), vectors, [&](auto dropped, auto size) {
+    const cuda::GroupShape shape = cuda::choose_group_shape(arguments.width, size, kCachedVectors<dropped>);
+    backward_kernel<dropped, size>
+        <<<cuda::grid_for_groups(arguments.rows, shape), shape.threads, 0, stream>>>(arguments, shape.row_per_block);
+  });
+  cuda::check(cudaGetLastError(), "softmax_backward");
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& scores, const std::optional<Tensor>& mask,

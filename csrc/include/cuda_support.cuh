@@ -49,6 +49,10 @@ struct AccumulatorOf<double> {
   using type = double;
 };
 
+// Elements of an access of 16 bytes. float64 is for checks: it has narrow accesses only.
+template <typename Scalar>
+constexpr int kVector = sizeof(Scalar) == 8 ? 1 : 16 / sizeof(Scalar);
+
 // 16-bit values are so coarse that the fast exponential adds nothing to their error; their rate needs it.
 template <typename Scalar>
 __device__ __forceinline__ float exponential(float x) {
