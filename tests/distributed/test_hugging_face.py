@@ -1,4 +1,4 @@
-"""A Hugging Face model goes on training over eight processes, and what they save is the same model for transformers."""
+"""Hugging Face models go on training over eight processes, and what they save is the same model for transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megallm.config import resolve
 from megallm.config.dictionary import build
 from megallm.config.tree import Config
 from megallm.convert.native import open_native
-from megallm.convert.verify import judge, our_logits
+from megallm.convert.verify import judge, our_logits, their_logits
 from megallm.mesh import Hosts, Mesh, MeshShape
 from megallm.train.engine import build_engine
 from megallm.train.hugging_face import begin_with, check_export, export, with_hugging_face_model
@@ -30,45 +30,58 @@ TOKENS = torch.arange(17) * 7 % VOCAB_SIZE
 SHAPE = MeshShape(tp=2, pp=2, dp=2)
 
 
-def run_on(rank: int, name: str, folder: Path, root: Path) -> None:
-    """Two steps from the model in `folder`; leaves a checkpoint and a Hugging Face folder under `root`."""
-    settings = MODELS[name].settings | {
-        "parallel.tensor_model_parallel_size": SHAPE.tp,
-        "parallel.pipeline_model_parallel_size": SHAPE.pp,
-        "parallel.use_distributed_optimizer": True,
-        "training.micro_batch_size": 1,
-        "training.global_batch_size": 8,
-        "training.train_iters": 2,
-        "training.fp64": True,
-        "optimizer.lr": 1e-3,
-        "checkpoint.save_hf": str(root / "hf"),
-    }
-    config = resolve(build(settings), SHAPE.world_size)
-    check_export(config)
-    engine = build_engine(config, GPTTask(VOCAB_SIZE), Mesh(SHAPE, rank, torch.device("cpu")))
-    begin_with(engine, str(folder))
-    for step in range(2):
-        train_step(engine, micro_batches(engine, global_batch(step, 8, SEQUENCE_LENGTH, VOCAB_SIZE, "full")))
-    saved = save_engine(engine, str(root))
-    hosts = Hosts(engine.mesh.world, engine.mesh.device)
-    assert export(engine, hosts, saved.folder, lambda: NOTHING) == (root / "hf" / "iter_0000002", NOTHING)
+def run_on(rank: int, root: Path) -> None:
+    """A step from every model in `root / NAME / "theirs"`; leaves beside it a checkpoint and a Hugging Face folder."""
+    mesh = Mesh(SHAPE, rank, torch.device("cpu"))
+    hosts = Hosts(mesh.world, mesh.device)
+    for name, model in MODELS.items():
+        place = root / name
+        settings = model.settings | {
+            "parallel.tensor_model_parallel_size": SHAPE.tp,
+            "parallel.pipeline_model_parallel_size": SHAPE.pp,
+            "parallel.use_distributed_optimizer": True,
+            "training.micro_batch_size": 2,
+            "training.global_batch_size": 8,
+            "training.train_iters": 1,
+            "training.fp64": True,
+            "optimizer.lr": 1e-2,
+            "checkpoint.save_hf": str(place / "hf"),
+        }
+        config = resolve(build(settings), SHAPE.world_size)
+        check_export(config)
+        engine = build_engine(config, GPTTask(VOCAB_SIZE), mesh)
+        begin_with(engine, str(place / "theirs"))
+        train_step(engine, micro_batches(engine, global_batch(0, 8, SEQUENCE_LENGTH, VOCAB_SIZE, "full")))
+        saved = save_engine(engine, str(place))
+        assert export(engine, hosts, saved.folder, lambda: NOTHING) == (place / "hf" / "iter_0000001", NOTHING)
+
+
+@pytest.fixture(scope="module")
+def trained(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `run_on` leaves of every family."""
+    pytest.importorskip("transformers")
+    root = tmp_path_factory.mktemp("families")
+    for name in MODELS:
+        build_model(name, torch.float64).save_pretrained(root / name / "theirs")
+    pool.run(SHAPE.world_size, run_on, root)
+    return root
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama tied", "gpt-neox"])
-def test_what_eight_processes_trained_is_the_same_for_transformers(pool: WorkerPool, tmp_path: Path, name: str) -> None:
-    pytest.importorskip("transformers")
+@pytest.mark.parametrize("name", MODELS)
+def test_what_eight_processes_trained_is_the_same_for_transformers(trained: Path, name: str) -> None:
+    folder = trained / name / "hf" / "iter_0000001"
     model = build_model(name, torch.float64)
-    model.save_pretrained(tmp_path / "theirs")
     before = model(input_ids=TOKENS.unsqueeze(0), use_cache=False).logits[0].detach()
-    pool.run(SHAPE.world_size, run_on, name, tmp_path / "theirs", tmp_path)
-    trained = load_file(tmp_path / "hf" / "iter_0000002" / "model.safetensors")
-    in_memory = {key.replace("embed_out.", "lm_head."): tensor for key, tensor in trained.items()}
+    tensors = load_file(folder / "model.safetensors")
+    in_memory = {key.replace("embed_out.", "lm_head."): tensor for key, tensor in tensors.items()}
     assert not model.load_state_dict(in_memory, strict=False).unexpected_keys
     after = model(input_ids=TOKENS.unsqueeze(0), use_cache=False).logits[0].detach()
-    assert judge(before, after, TOKENS).share > 1e-3, "the model is meant to have moved"
-    with open_native(checkpoint_folder(tmp_path, 2)) as weights:
+    assert judge(before, after, TOKENS).share > 1e-2, "the model is meant to have moved"
+    with open_native(checkpoint_folder(trained / name, 1)) as weights:
         assert judge(after, our_logits(weights, TOKENS, torch.float64), TOKENS).share < 1e-10
+        # In float32 transformers computes with its own norms and angles.
+        assert judge(their_logits(folder, TOKENS), our_logits(weights, TOKENS), TOKENS).share < 1e-5
 
 
 def test_the_model_comes_from_the_folder(tmp_path: Path) -> None:
