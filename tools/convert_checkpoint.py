@@ -65,7 +65,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def check_flags(arguments: argparse.Namespace) -> None:
     """Raises ValueError for a number that cannot be, and for flags that would have no effect on this conversion."""
     writes = None if arguments.compare else arguments.target
-    cuts = writes == "megatron" or writes == arguments.source == "megallm"
+    cuts = writes in ("megatron", "megallm")
     formats = (arguments.source, arguments.target)
     belongs = {
         "max_shard_size": (writes == "hf", "for a folder of Hugging Face's that is written: --to hf"),
@@ -74,9 +74,9 @@ def check_flags(arguments: argparse.Namespace) -> None:
         "weights_only": (writes == arguments.source == "megallm", "from megallm to megallm"),
         "ckpt_step": (arguments.source != "hf", "where a folder holds several checkpoints: not with --from hf"),
         "verify_text": (arguments.verify, "for --verify"),
-        "target_tensor_parallel_size": (cuts, "for --to megatron, or from megallm to megallm"),
-        "target_pipeline_parallel_size": (cuts, "for --to megatron, or from megallm to megallm"),
-        "target_num_virtual_stages_per_pipeline_rank": (cuts, "for --to megatron, or from megallm to megallm"),
+        "target_tensor_parallel_size": (cuts, "for --to megatron and --to megallm"),
+        "target_pipeline_parallel_size": (cuts, "for --to megatron and --to megallm"),
+        "target_num_virtual_stages_per_pipeline_rank": (cuts, "for --to megatron and --to megallm"),
         "overwrite": (bool(writes), "for --save"),
         "verify": (bool(writes), "for --save"),
         "dtype": (bool(writes), "for --save"),

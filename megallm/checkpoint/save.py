@@ -6,6 +6,7 @@ import secrets
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,8 @@ def save_checkpoint(
     state: dict[str, Any],
     mesh: Mesh | Hosts,
     retention: Retention = _KEEP_ALL,
-    tensors: Iterable[torch.Tensor] | None = None,
 ) -> Saved:
-    """Writes a checkpoint of the boxes that this rank saves: of their tensors, or of `tensors` in their stead.
+    """Writes a checkpoint of the boxes that this rank saves.
 
     Called by all ranks; returns when it is committed and on the disk, and older ones that `retention` gives up are
     gone.
@@ -57,7 +57,7 @@ def save_checkpoint(
     notes: tuple[str, ...] = ()
     try:
         notes += on_every_rank(mesh, lambda: begin(temporary, needed) if world.rank == 0 else ())
-        on_every_rank(mesh, lambda: write_rank(temporary, boxes, world.rank, tensors))
+        on_every_rank(mesh, lambda: write_rank(temporary, boxes, world.rank))
         notes += on_every_rank(
             mesh, lambda: commit(temporary, final, iteration, token, state, world.size) if world.rank == 0 else ()
         )
@@ -72,17 +72,36 @@ def save_checkpoint(
 
 
 def save_stream(
-    root: str, iteration: int, boxes: Sequence[LocalBox], tensors: Iterable[torch.Tensor], state: dict[str, Any]
+    root: str,
+    iteration: int,
+    files: Sequence[Sequence[LocalBox]],
+    tensors: Iterable[torch.Tensor],
+    state: dict[str, Any],
 ) -> Saved:
     """Writes a checkpoint in this process alone, of tensors that are made one after another while it is written.
 
-    `boxes`, made by `declared_box`, say what will come, in the order in which it comes: each is a whole tensor or a
-    part of one, and together they are all of each. `state` needs the configuration under `config`; without moments
-    of the optimizer nothing else is needed, and a run starts from the weights.
+    `files`, of boxes made by `declared_box`, say what will come, in the order in which it comes: each box is a whole
+    tensor or a part of one, and together they are all of each. `state` needs the configuration under `config`; without
+    moments of the optimizer nothing else is needed, and a run starts from the weights.
 
     Raises ValueError if it cannot be written, or if `tensors` raises one. Nothing is left then.
     """
-    return save_checkpoint(root, iteration, boxes, state, Hosts.alone(), tensors=tensors)
+    final, token = checkpoint_folder(root, iteration), secrets.token_hex(8)
+    temporary = temporary_folder(final, token)
+    needed = sum(size_of(boxes) for boxes in files)
+    in_order = iter(tensors)
+    try:
+        notes = begin(temporary, needed)
+        for number, boxes in enumerate(files):
+            write_rank(temporary, boxes, number, islice(in_order, len(boxes)))
+        notes += commit(temporary, final, iteration, token, state, len(files))
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, ValueError | OSError):
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"the checkpoint {final} cannot be saved: {reason}") from None
+        raise
+    return Saved(final, iteration, needed, notes)
 
 
 def _same_token(mesh: Mesh | Hosts) -> str:

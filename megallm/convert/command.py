@@ -129,7 +129,9 @@ def _convert(source: Place, target: Place, output: Output) -> Place:
                 log=log_line,
             )
             return target
-        folder = write_native(target.path, weights, output.dtype, overwrite=output.overwrite, log=log_line)
+        folder = write_native(
+            target.path, weights, output.dtype, parallel=output.parallel, overwrite=output.overwrite, log=log_line
+        )
         return replace(target, path=folder)
 
 

@@ -1,7 +1,8 @@
-"""What a model of ours is made of, without making it: names and shapes of its logical tensors."""
+"""What a model of ours is made of, without making it: its logical tensors, and which of them a rank of a layout has."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,8 @@ from megallm.config.tree import Config, DataConfig, ModelConfig, TrainingConfig
 from megallm.convert.stored import LogicalTensors
 from megallm.layers.context import LayoutContext
 from megallm.model.architecture import build_stage
-from megallm.parameter import Description, description_of
+from megallm.parameter import Description, Piece, description_of
+from megallm.plan.split import stage_layers
 from megallm.plan.validate import validate
 
 
@@ -86,6 +88,28 @@ def positionless(config: Config) -> Config:
     if config.model.position_embedding_type == "learned_absolute":
         return config
     return replace(config, model=replace(config.model, position_embedding_type="none"))
+
+
+def rank_pieces(config: Config) -> Iterator[list[Piece]]:
+    """What each rank of a layout saves of a model, tensor ranks fastest. Takes no memory."""
+    parallel = config.parallel
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    config = replace(config_of(config.model, config.data), parallel=parallel)
+    stages = stage_layers(config)
+    for pipeline_rank in range(pipeline):
+        for tensor_rank in range(tensor):
+            context = rank_context(torch.float32, torch.device("meta"), Rank(tensor_rank, tensor))
+            pieces: dict[str, Piece] = {}
+            for number in range(pipeline_rank, len(stages), pipeline):
+                is_last = number == len(stages) - 1
+                stage = build_stage(
+                    positionless(config), stages[number], context, is_first=number == 0, is_last=is_last
+                )
+                for parameter in stage.parameters():
+                    description = description_of(parameter)
+                    if description.counts and ("tp" not in description.replicated_over or tensor_rank == 0):
+                        pieces |= {piece.name: piece for piece in description.pieces if piece.shape[0]}
+            yield list(pieces.values())
 
 
 def check_layout(config: Config) -> None:

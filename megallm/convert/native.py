@@ -15,14 +15,15 @@ from megallm.checkpoint.manifest import DTYPES
 from megallm.checkpoint.reading import OpenCheckpoint, open_checkpoint
 from megallm.checkpoint.save import save_stream
 from megallm.config import from_dict, to_dict
-from megallm.config.tree import Config
+from megallm.config.tree import Config, ParallelConfig
 from megallm.convert.ahead import read_ahead
-from megallm.convert.model import Weights, config_of, logical_shapes
+from megallm.convert.model import Weights, check_layout, config_of, logical_shapes, rank_pieces
 from megallm.convert.output import Progress, check_absent, new_folder, where_now
 from megallm.convert.tokenizer_files import keep_companions, tokenizer_settings
 
 KEPT = "huggingface"
 """The folder, beside checkpoints that were converted, with their tokenizer."""
+_ONE_RANK = ParallelConfig()
 
 
 class _NativeTensors:
@@ -71,25 +72,34 @@ def write_native(
     weights: Weights,
     dtype: torch.dtype | None = None,
     *,
+    parallel: ParallelConfig = _ONE_RANK,
     overwrite: bool = False,
     log: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Writes weights as a checkpoint under `root`, of their iteration, without optimizer; returns its folder.
 
     The tokenizer of a Hugging Face model is kept beside it, and the checkpoint's configuration names it there. `dtype`
-    None keeps the types that the tensors have.
+    None keeps the types that the tensors have. There is a file for each tensor and pipeline rank of `parallel`.
 
-    Raises ValueError if the checkpoint is there already and `overwrite` does not allow to replace it, or cannot be
-    written.
+    Raises ValueError if the checkpoint is there already and `overwrite` does not allow to replace it, if the layout
+    does not fit the model, or it cannot be written.
     """
     final = checkpoint_folder(root, weights.iteration)
     check_absent(final, overwrite)
-    config = weights.config
+    config = replace(weights.config, parallel=parallel)
+    check_layout(config)
     if weights.origin is not None:
         _keep(weights.origin, root)
         config = replace(config, data=replace(config.data, **tokenizer_settings(root / KEPT)))
     types = {name: dtype or weights.tensors.dtypes[name] for name in weights.shapes}
-    boxes = [declared_box(WEIGHTS, name, types[name], shape) for name, shape in weights.shapes.items()]
+    files = [
+        [
+            declared_box(WEIGHTS, piece.name, types[piece.name], piece.global_shape, piece.offset, piece.shape)
+            for piece in pieces
+        ]
+        for pieces in rank_pieces(config)
+    ]
+    boxes = [box for file in files for box in file]
     progress = Progress(sum(box.tensor.nbytes for box in boxes), log)
 
     def read(number: int) -> torch.Tensor:
@@ -99,7 +109,7 @@ def write_native(
         return tensor
 
     with read_ahead([box.tensor.nbytes for box in boxes], read, progress.advance) as tensors:
-        saved = save_stream(str(root), weights.iteration, boxes, tensors, {"config": to_dict(config)})
+        saved = save_stream(str(root), weights.iteration, files, tensors, {"config": to_dict(config)})
     progress.finish()
     for note in saved.notes:
         log(note)

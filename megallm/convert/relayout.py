@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import torch
 
 from megallm.checkpoint.boxes import WEIGHTS, LocalBox, declared_box
-from megallm.checkpoint.commit import begin, checkpoint_folder, commit, temporary_folder, write_rank
+from megallm.checkpoint.commit import checkpoint_folder
 from megallm.checkpoint.manifest import DTYPES
 from megallm.checkpoint.reading import OpenCheckpoint, open_checkpoint
-from megallm.checkpoint.shard_file import size_of
+from megallm.checkpoint.save import save_stream
 from megallm.config import from_dict, to_dict
-from megallm.config.tree import Config, ParallelConfig
+from megallm.config.tree import ParallelConfig
 from megallm.convert.ahead import read_ahead
-from megallm.convert.model import Rank, check_layout, config_of, positionless, rank_context
+from megallm.convert.model import check_layout, rank_pieces
 from megallm.convert.output import Progress, check_absent
-from megallm.model.architecture import build_stage
-from megallm.parameter import Piece, description_of
-from megallm.plan.split import stage_layers
+from megallm.parameter import Piece
 
 
 def relayout(
@@ -48,54 +43,20 @@ def relayout(
         manifest = checkpoint.manifest
         final = checkpoint_folder(root, manifest.iteration)
         check_absent(final, overwrite)
-        saved = from_dict(manifest.state["config"])
-        config = replace(saved, parallel=parallel)
+        config = replace(from_dict(manifest.state["config"]), parallel=parallel)
         check_layout(config)
         kinds = [WEIGHTS] if weights_only else list(dict.fromkeys(name.split("/")[0] for name in manifest.tensors))
-        ranks = [_declare(checkpoint, pieces, kinds, dtype) for pieces in _pieces(config)]
+        ranks = [_declare(checkpoint, pieces, kinds, dtype) for pieces in rank_pieces(config)]
         state = {"config": to_dict(config)} if weights_only else manifest.state | {"config": to_dict(config)}
         in_order = [box for boxes in ranks for box in boxes]
         sizes = [box.tensor.nbytes for box in in_order]
         progress = Progress(sum(sizes), log)
-        token = secrets.token_hex(8)
-        temporary = temporary_folder(final, token)
-        try:
-            notes = begin(temporary, sum(size_of(boxes) for boxes in ranks))
-            with read_ahead(sizes, lambda number: _read(checkpoint, in_order[number]), progress.advance) as tensors:
-                for rank, boxes in enumerate(ranks):
-                    write_rank(temporary, boxes, rank, islice(tensors, len(boxes)))
-            notes += commit(temporary, final, manifest.iteration, token, state, len(ranks))
-        except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise ValueError(f"{final} cannot be written: {error.strerror}") from None
-            raise
+        with read_ahead(sizes, lambda number: _read(checkpoint, in_order[number]), progress.advance) as tensors:
+            saved = save_stream(str(root), manifest.iteration, ranks, tensors, state)
         progress.finish()
-        for note in notes:
+        for note in saved.notes:
             log(note)
-        return final
-
-
-def _pieces(config: Config) -> Iterator[list[Piece]]:
-    """What each rank of a layout saves, tensor ranks fastest."""
-    parallel = config.parallel
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    config = replace(config_of(config.model, config.data), parallel=parallel)
-    stages = stage_layers(config)
-    for pipeline_rank in range(pipeline):
-        for tensor_rank in range(tensor):
-            context = rank_context(torch.float32, torch.device("meta"), Rank(tensor_rank, tensor))
-            pieces: dict[str, Piece] = {}
-            for number in range(pipeline_rank, len(stages), pipeline):
-                is_last = number == len(stages) - 1
-                stage = build_stage(
-                    positionless(config), stages[number], context, is_first=number == 0, is_last=is_last
-                )
-                for parameter in stage.parameters():
-                    description = description_of(parameter)
-                    if description.counts and ("tp" not in description.replicated_over or tensor_rank == 0):
-                        pieces |= {piece.name: piece for piece in description.pieces if piece.shape[0]}
-            yield list(pieces.values())
+        return saved.folder
 
 
 def _declare(

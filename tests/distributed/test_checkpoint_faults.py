@@ -347,7 +347,7 @@ SMALL = [
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = (torch.rand(box.tensor.shape, dtype=torch.float64).to(box.tensor.dtype) for box in SMALL)
-    return save_stream(str(tmp_path_factory.mktemp("small")), 2, SMALL, tensors, {"config": {}}).folder
+    return save_stream(str(tmp_path_factory.mktemp("small")), 2, [SMALL], tensors, {"config": {}}).folder
 
 
 def load_small(folder: Path) -> None:
@@ -616,7 +616,7 @@ def test_a_manifest_takes_no_more_memory_than_it_may(
 def test_a_save_whose_manifest_nobody_would_read_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest_module, "_ALWAYS_ALLOWED", 100)
     with pytest.raises(ValueError, match=r"cannot be saved: its manifest takes \d+ bytes, and readers allow"):
-        save_stream(str(tmp_path), 2, SMALL[1:2], [torch.zeros(7, dtype=torch.float64)], {"config": {}})
+        save_stream(str(tmp_path), 2, [SMALL[1:2]], [torch.zeros(7, dtype=torch.float64)], {"config": {}})
     assert not list(tmp_path.iterdir())
 
 

@@ -98,7 +98,7 @@ def test_a_difference_is_told_to_the_element(root: Path, capsys: pytest.CaptureF
 def test_tensors_of_other_names_shapes_and_types_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def write(name: str, tensors: dict[str, torch.Tensor]) -> Path:
         boxes = [declared_box(WEIGHTS, key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()]
-        return save_stream(str(tmp_path / name), 1, boxes, tensors.values(), {"config": {}}).folder
+        return save_stream(str(tmp_path / name), 1, [boxes], tensors.values(), {"config": {}}).folder
 
     ones = torch.ones(4)
     one = write("one", {"same": ones * math.nan, "gone": ones, "shape": ones, "type": ones, "nan": ones})
@@ -124,7 +124,7 @@ def test_zeros_of_two_signs_and_two_nans_are_different_bits(tmp_path: Path) -> N
     folders = []
     for name, values in (("one", bits[[0, 2]]), ("two", bits[[1, 3]]), ("three", bits[[0, 2]])):
         boxes = [declared_box(WEIGHTS, "a", torch.float32, (2,))]
-        stream = save_stream(str(tmp_path / name), 1, boxes, [values.view(torch.float32)], {"config": {}})
+        stream = save_stream(str(tmp_path / name), 1, [boxes], [values.view(torch.float32)], {"config": {}})
         folders.append(stream.folder)
     one, two, three = (open_checkpoint(folder) for folder in folders)
     with one, two, three:

@@ -34,7 +34,7 @@ def write(root: Path) -> Path:
         declared_box(WEIGHTS, "matrix", torch.float32, (4, 6), (2, 0), (2, 3)),
     ]
     tensors = (MATRIX[:2], VECTOR, MATRIX[2:, 3:], HALF, MATRIX[2:, :3])
-    return save_stream(str(root), 7, boxes, iter(tensors), {"config": {}}).folder
+    return save_stream(str(root), 7, [boxes], iter(tensors), {"config": {}}).folder
 
 
 def test_a_stream_of_tensors_comes_back_whole(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_parts_of_chunks_of_large_tensors_are_read(tmp_path: Path) -> None:
         declared_box(WEIGHTS, "large", torch.float32, large.shape, (0, 0), (1000, 2**10)),
         declared_box(WEIGHTS, "large", torch.float32, large.shape, (1000, 0), (2072, 2**10)),
     ]
-    folder = save_stream(str(tmp_path), 1, boxes, (large[:1000], large[1000:]), {"config": {}}).folder
+    folder = save_stream(str(tmp_path), 1, [boxes], (large[:1000], large[1000:]), {"config": {}}).folder
     with open_checkpoint(folder) as checkpoint:
         assert torch.equal(checkpoint.read(WEIGHTS, "large"), large)
         for first, last in ((0, 256), (1, 3000), (999, 1001), (700, 1000), (1256, 1768), (1257, 1300), (2800, 3072)):
@@ -117,7 +117,7 @@ def test_a_stream_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
 
     boxes = [declared_box(WEIGHTS, name, torch.float64, (5,)) for name in ("one", "two")]
     with pytest.raises(ValueError, match=r"iter_0000007 cannot be saved: the source is damaged"):
-        save_stream(str(tmp_path), 7, boxes, tensors(), {"config": {}})
+        save_stream(str(tmp_path), 7, [boxes], tensors(), {"config": {}})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -125,7 +125,7 @@ def test_another_tensor_than_was_declared_is_a_defect(tmp_path: Path) -> None:
     boxes = [declared_box(WEIGHTS, "vector", torch.float64, (5,))]
     for tensor in (VECTOR[:4], VECTOR.float()):
         with pytest.raises(AssertionError, match="was declared as"):
-            save_stream(str(tmp_path), 7, boxes, [tensor], {"config": {}})
+            save_stream(str(tmp_path), 7, [boxes], [tensor], {"config": {}})
 
 
 def test_not_all_files_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_the_whole_is_never_in_memory(tmp_path: Path) -> None:
     boxes = [declared_box(WEIGHTS, f"tensor{number}", torch.float32, (4, 2**20)) for number in range(64)]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tensors = (torch.full((4, 2**20), float(number)) for number in range(64))
-    folder = save_stream(str(tmp_path), 1, boxes, tensors, {"config": {}}).folder
+    folder = save_stream(str(tmp_path), 1, [boxes], tensors, {"config": {}}).folder
     with open_checkpoint(folder) as checkpoint:
         for number, (_, tensor) in enumerate(checkpoint.tensors()):
             assert tensor[3, -1] == number

@@ -10,7 +10,8 @@ from tests.unit.convert import folders
 from tools import convert_checkpoint
 
 MISTAKES = [
-    ("hf", "megallm", ["--target-tensor-parallel-size", "2"], r"only for --to megatron, or from megallm to megallm"),
+    ("hf", "hf", ["--target-tensor-parallel-size", "2"], r"only for --to megatron and --to megallm; leave it out"),
+    ("hf", "megallm", ["--target-tensor-parallel-size", "3"], r"4 heads cannot be cut over 3 tensor ranks"),
     ("hf", "megatron", ["--target-pipeline-parallel-size", "0"], r"size 0 is not positive; give at least 1"),
     ("hf", "hf", ["--max-shard-size", "0"], r"--max-shard-size 0 is not positive; give a size in GB"),
     ("hf", "megallm", ["--max-shard-size", "1"], r"--max-shard-size has a meaning only .*: --to hf; leave it out"),

@@ -15,8 +15,9 @@ from megallm.checkpoint.save import save_stream
 from megallm.config import to_dict
 from megallm.config.tree import ParallelConfig
 from megallm.convert.command import Output, Place, convert, report_comparison
+from megallm.convert.compare import compare
 from megallm.convert.huggingface import open_folder
-from megallm.convert.native import write_native
+from megallm.convert.native import open_native, write_native
 from megallm.convert.relayout import relayout
 from megallm.file_lock import own_folder
 from tests.unit.convert import folders
@@ -41,7 +42,7 @@ def checkpoint(tmp_path: Path) -> Path:
             return tensor * kinds[kind]
 
         state = {"config": to_dict(weights.config), "consumed_samples": 5}
-        return save_stream(str(tmp_path / "ours"), 7, boxes, (values(b.kind, b.name) for b in boxes), state).folder
+        return save_stream(str(tmp_path / "ours"), 7, [boxes], (values(b.kind, b.name) for b in boxes), state).folder
 
 
 @pytest.mark.parametrize("is_whole", [True, False])
@@ -64,6 +65,25 @@ def test_files_for_another_layout_hold_the_same(tmp_path: Path, checkpoint: Path
         assert [(box.file, box.offset) for box in boxes] == [(2, (0, 0)), (3, (4, 0))]
         assert {box.file for box in after.saved(WEIGHTS, "embedding.word.weight").boxes} == {0, 1}
         assert ("consumed_samples" in after.manifest.state) == is_whole
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 2), (4, 1)])
+def test_a_foreign_model_comes_in_files_for_a_layout(tmp_path: Path, tp: int, pp: int) -> None:
+    """At four tensor ranks each of the two groups of queries is cut."""
+    parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    tensors = folders.make_tensors(folders.llama_shapes())
+    with open_folder(folders.write(tmp_path / "theirs", folders.LLAMA_CONFIG, tensors)) as weights:
+        folder = write_native(tmp_path / "ours", weights, parallel=parallel)
+        in_two_steps = relayout(write_native(tmp_path / "one", weights), tmp_path / "two", parallel)
+        with open_native(folder) as again:
+            assert not any(found.largest for found in compare(weights, again))
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(files) == tp * pp
+    assert all((folder / name).read_bytes() == (in_two_steps / name).read_bytes() for name in files)
+    list(verify(folder))
+    with open_checkpoint(folder) as checkpoint, open_checkpoint(in_two_steps) as other:
+        assert checkpoint.manifest.tensors == other.manifest.tensors
+        assert checkpoint.manifest.state == other.manifest.state
 
 
 def test_weights_are_cast_and_moments_are_not(tmp_path: Path, checkpoint: Path) -> None:
