@@ -22,8 +22,8 @@ def find_checkpoints(root: str, iteration: int | None = None) -> list[Path]:
     """The committed checkpoints under `root`, or that of one iteration, the newest first; none if nothing is there.
 
     A folder with a manifest under its final name is committed; whether it is undamaged shows when it is read. `root`
-    may also be a checkpoint's own folder. Raises ValueError where something was saved but is not committed, or the
-    iteration is not there: starting afresh would overwrite it.
+    may also be a checkpoint's own folder. Raises ValueError where something was saved but is not committed, the
+    iteration is not there, or a model in another format is: nobody who names it wants to start afresh.
     """
     top = Path(root)
     if top.exists() and not top.is_dir():
@@ -45,6 +45,8 @@ def find_checkpoints(root: str, iteration: int | None = None) -> list[Path]:
             there = f"the iterations there are {', '.join(map(str, sorted(found)))}" if found else "there is none"
             raise ValueError(f"{checkpoint_folder(root, iteration)} is not there, or has no {MANIFEST}: {there}")
         return [found[iteration]]
+    if not found:
+        _refuse_other_formats([top, top / "release", *broken])
     if broken and not found:
         raise ValueError(f"{broken[-1]} has no {MANIFEST}: it is damaged. Give another folder to start afresh")
     for folder in broken:
@@ -54,6 +56,20 @@ def find_checkpoints(root: str, iteration: int | None = None) -> list[Path]:
             # No ended save leaves this. Whoever reads it is told that it is damaged, and may choose the one before.
             found[int(match[1])] = folder
     return [found[number] for number in sorted(found, reverse=True)]
+
+
+def _refuse_other_formats(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        if (folder / "config.json").exists() and any([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+            raise ValueError(
+                f"{folder} is a Hugging Face model and no checkpoint: give it to --load-hf, or convert it with "
+                "tools/convert_checkpoint.py --from hf --to megallm"
+            )
+        if (folder / ".metadata").exists() or any(folder.glob("mp_rank_*")):
+            raise ValueError(
+                f"{folder} was saved by Megatron: convert it with tools/convert_checkpoint.py --from megatron "
+                "--to megallm"
+            )
 
 
 def newest_sound(
