@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megallm.config import fail
+from megallm.data.command_line import ToolParser
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,9 +28,7 @@ PROGRAM = "evaluate.py"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__)
     parser.add_argument("--load", required=True, help="folder of checkpoints, or of one checkpoint")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data-path", metavar="PREFIX", help="dataset of .bin and .idx, made with the same tokenizer")

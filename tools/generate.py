@@ -15,14 +15,13 @@ import sys
 from dataclasses import replace
 
 from megallm.config import fail
+from megallm.data.command_line import ToolParser
 
 PROGRAM = "generate.py"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__)
     parser.add_argument("--load", required=True, help="folder of checkpoints, or of one checkpoint")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text to continue")

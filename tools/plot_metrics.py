@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megallm.data.command_line import ToolParser
+
 PROGRAM = "plot_metrics.py"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="metrics as JSON lines")
     parser.add_argument("--labels", nargs="+", help="name of each file in the legend (default: the file's name)")
     parser.add_argument("--output", required=True, help="picture to write: .png, .svg or .pdf")
@@ -25,9 +25,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def read(file: str) -> list[dict[str, Any]]:
-    """The file's records. Raises ValueError naming the line that is no JSON object."""
+    """The file's records. Raises ValueError where it cannot be read, or naming the line that is no JSON object."""
+    try:
+        lines = Path(file).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ValueError(f"{file} cannot be read: {reason}; give a file that --metrics-jsonl wrote") from None
     records = []
-    for number, line in enumerate(Path(file).read_text().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:

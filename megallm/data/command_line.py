@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from megallm.config import fail
 from megallm.data.text.raw import MAX_DOCUMENT_BYTES
 from megallm.data.tokenizer.base import FAST_TOKENIZER, TokenizerSettings
 from megallm.data.tokenizer.build import TOKENIZER_TYPES
@@ -34,15 +35,16 @@ class ToolParser(argparse.ArgumentParser):
         known = [option for action in self._actions for option in action.option_strings]
         for word in sys.argv[1:] if args is None else args:
             flag = word.split("=")[0]
-            if flag.startswith("--") and flag not in known:
+            # As argparse does, what holds a space is taken for a value.
+            if flag.startswith("--") and " " not in word and flag not in known:
                 close = get_close_matches(flag, known, n=1, cutoff=0.5)
                 self.error(f"there is no argument {flag}; " + (f"the nearest is {close[0]}" if close else "see --help"))
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         end = "" if message.endswith("?") else "."
-        print(f"{self.prog}: {message.rstrip('.')}{end}", file=sys.stderr)
-        raise SystemExit(2)
+        # Of several processes one prints.
+        fail(self.prog, ValueError(f"{message.rstrip('.')}{end}"))
 
     def run(self, work: Callable[[], None]) -> None:
         """Do the work of the tool; a mistake of the user's ends it with its sentence."""

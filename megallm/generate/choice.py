@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,8 +24,10 @@ class SamplingSettings:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0.0:
-            raise ValueError(f"--temperature {self.temperature} is negative; 0 takes the most likely token, 1 samples")
+        if not 0.0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"--temperature {self.temperature} is not in [0, inf); 0 takes the most likely token, 1 samples"
+            )
         if self.top_k < 0:
             raise ValueError(f"--top-k {self.top_k} is negative; 0 leaves all tokens in")
         if not 0.0 < self.top_p <= 1.0:
