@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megallm.config import fail
+from megallm.config.report import interrupted
 from megallm.data.command_line import ToolParser
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def main() -> None:
         run(arguments)
     except ValueError as error:
         fail(PROGRAM, error)
+    except KeyboardInterrupt:
+        interrupted(PROGRAM)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ import sys
 from dataclasses import replace
 
 from megallm.config import fail
+from megallm.config.report import interrupted
 from megallm.data.command_line import ToolParser
 
 PROGRAM = "generate.py"
@@ -50,6 +51,8 @@ def main() -> None:
         run(arguments)
     except ValueError as error:
         fail(PROGRAM, error)
+    except KeyboardInterrupt:
+        interrupted(PROGRAM)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +25,14 @@ def stop(prog: str, problems: Sequence[str]) -> NoReturn:
 def fail(prog: str, error: ValueError, code: int = 2) -> NoReturn:
     """Leave because of what a file holds or lacks, with its sentence on the standard error stream."""
     _leave(f"{prog}: {error}", code)
+
+
+def interrupted(prog: str, sentence: str = "") -> NoReturn:
+    """Leave because of Ctrl-C, with `sentence` from the first process of the job and the shell's exit code for it."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{prog}: interrupted" + (f"; {sentence}" if sentence else ""), file=sys.stderr, flush=True)
+    # Other ranks may be gone: leaving in an orderly way would wait for them.
+    os._exit(128 + signal.SIGINT)
 
 
 def _leave(text: str, code: int = 2) -> NoReturn:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megallm.config import Config, PlanConfig, difference_yaml, fail, parse_arguments, stop
-from megallm.config.report import warn_once
+from megallm.config.report import interrupted, warn_once
 from megallm.plan.validate import validate
 
 
@@ -34,20 +34,26 @@ class Program:
 
 def main(program: Program, arguments: list[str] | None = None) -> None:
     """From the command line, by default that of the process, to the training loop."""
+    try:
+        _run(program, sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        interrupted(program.name, "--load continues from the last checkpoint")
+
+
+def _run(program: Program, arguments: list[str]) -> None:
     config = parse_arguments(
-        sys.argv[1:] if arguments is None else arguments,
+        arguments,
         prog=program.name,
         description=program.description,
         architecture=program.architecture,
     )
-    is_first = os.environ.get("RANK", "0") == "0"
     only_tells = config.plan.print_config or config.plan.dry_run
-    if only_tells and not is_first:
+    if only_tells and os.environ.get("RANK", "0") != "0":
         return
     if config.checkpoint.gives_model:
         if not only_tells:
             # The processes read the model's folder, and check the rest, once they have joined: one tells the others.
-            _train(program, config, is_first)
+            _train(program, config)
             return
         config = _with_model_of_files(program.name, config)
     if config.plan.print_config:
@@ -58,7 +64,7 @@ def main(program: Program, arguments: list[str] | None = None) -> None:
     if problems:
         stop(program.name, [str(problem) for problem in problems])
     if not config.plan.dry_run:
-        _train(program, config, is_first)
+        _train(program, config)
         return
     from megallm.plan.dry_run import dry_run
 
@@ -66,7 +72,7 @@ def main(program: Program, arguments: list[str] | None = None) -> None:
     _print_load_preview(program.name, config, world_size)
 
 
-def _train(program: Program, config: Config, is_first: bool) -> None:
+def _train(program: Program, config: Config) -> None:
     from megallm.train.saving import SaveError
     from megallm.train.stopping import ExitCode
 
@@ -76,12 +82,6 @@ def _train(program: Program, config: Config, is_first: bool) -> None:
         fail(program.name, error, ExitCode.NOT_SAVED)
     except ValueError as error:
         fail(program.name, error)
-    except KeyboardInterrupt:
-        if is_first:
-            sentence = "interrupted; --load continues from the last checkpoint"
-            print(f"{program.name}: {sentence}", file=sys.stderr, flush=True)
-        # Other ranks may be gone: leaving in an orderly way would wait for them.
-        os._exit(ExitCode.INTERRUPTED)
     if code:
         sys.exit(code)
 

@@ -1,9 +1,11 @@
-"""Tools that read what a run has left answer a mistake on the command line with one sentence."""
+"""Programs answer a mistake on the command line, and Ctrl-C at any moment, with one sentence."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from megallm.train import program
 from tools import evaluate, generate, plot_metrics
 
 
@@ -37,3 +39,34 @@ def test_metrics_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "numbers").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="numbers cannot be read: it is no text"):
         plot_metrics.read(str(tmp_path / "numbers"))
+
+
+@pytest.mark.parametrize("interrupted", ["parse_arguments", "validate", "_train"])
+def test_ctrl_c_at_any_moment_is_no_traceback(
+    interrupted: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def press(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, interrupted, press)
+    monkeypatch.setattr("os._exit", sys.exit)
+    train = program.Program("pretrain_gpt.py", "", "gpt", lambda config: 0)
+    flags = "--mock-data --tokenizer-type NullTokenizer --vocab-size 8 --num-layers 1 --hidden-size 8 --lr 1"
+    flags += " --num-attention-heads 1 --seq-length 8 --micro-batch-size 1 --train-iters 1"
+    with pytest.raises(SystemExit, match="130"):
+        program.main(train, flags.split())
+    assert capsys.readouterr().err == "pretrain_gpt.py: interrupted; --load continues from the last checkpoint\n"
+
+
+@pytest.mark.parametrize("tool", [evaluate, generate])
+def test_ctrl_c_of_a_tool(tool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def press(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool, "run", press)
+    monkeypatch.setattr("os._exit", sys.exit)
+    source = "--prompt" if tool is generate else "--text"
+    monkeypatch.setattr("sys.argv", [tool.PROGRAM, "--load", "x", source, "y"])
+    with pytest.raises(SystemExit, match="130"):
+        tool.main()
+    assert capsys.readouterr().err == f"{tool.PROGRAM}: interrupted\n"
