@@ -163,8 +163,9 @@ def initialize(parameter: torch.Tensor, seed: int, implementation: str = "auto")
             view.fill_(size)
         elif view.numel():
             box = {"normal": normal_box, "uniform": uniform_box}[distribution]
-            values = box(seed, f"initial/{piece.name}", piece.global_shape, piece.offset, piece.shape, implementation)
-            view.copy_(values * size)
+            name = f"initial/{piece.name}"
+            values = box(seed, name, piece.global_shape, piece.offset, piece.shape, view.device, implementation)
+            view.copy_(values.mul_(size))
 
 
 def boxes_of_range(shape: tuple[int, ...], begin: int, end: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -87,42 +87,47 @@ def normal_box(
     The tensor is read as a matrix whose rows are all dims but the last. Box-Muller on pairs of words, in float64 and
     rounded to float32 once: every layout then gets the same bits.
     """
-    return fill_box(_normal_rows, stream_key(seed, name), global_shape, offset, shape)
+    return _fill_box(_normal_rows, stream_key(seed, name), global_shape, offset, shape)
 
 
 def uniform_box(
     seed: int, name: str, global_shape: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...]
 ) -> torch.Tensor:
     """The box [offset, offset + shape) of a tensor of `global_shape` that is uniform from -1 to 1: float32."""
-    return fill_box(_uniform_rows, stream_key(seed, name), global_shape, offset, shape)
+    return _fill_box(_uniform_rows, stream_key(seed, name), global_shape, offset, shape)
 
 
-def fill_box(
+def rows_of_box(global_shape: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+    """Numbers of the rows of the box [offset, offset + shape): int64 [rows].
+
+    A tensor of `global_shape` is read as a matrix whose rows are all dims but the last.
+    """
+    rows = torch.zeros((), dtype=torch.int64)
+    for size, begin, length in zip(global_shape[:-1], offset[:-1], shape[:-1], strict=True):
+        rows = rows.unsqueeze(-1) * size + torch.arange(begin, begin + length)
+    return rows.reshape(-1)
+
+
+def _fill_box(
     rows_of: Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor],
     key: torch.Tensor,
     global_shape: tuple[int, ...],
     offset: tuple[int, ...],
     shape: tuple[int, ...],
 ) -> torch.Tensor:
-    """The box [offset, offset + shape) of a tensor of `global_shape`, read as a matrix whose rows are all dims but the
-    last: float32.
+    """The box [offset, offset + shape) of a tensor of `global_shape`: float32.
 
     `rows_of` makes its numbers, from (key, numbers of the rows, first column, number of columns).
     """
-    if len(global_shape) == 1:
-        return fill_box(rows_of, key, (1, *global_shape), (0, *offset), (1, *shape)).reshape(shape)
-    if 0 in shape:
-        return torch.empty(shape, dtype=torch.float32)
-    rows = torch.zeros((), dtype=torch.int64)
-    for size, begin, length in zip(global_shape[:-1], offset[:-1], shape[:-1], strict=True):
-        rows = rows.unsqueeze(-1) * size + torch.arange(begin, begin + length)
     result = torch.empty(shape, dtype=torch.float32)
-    flat_rows, flat_result = rows.reshape(-1), result.reshape(-1, shape[-1])
+    if 0 in shape:
+        return result
+    rows, matrix = rows_of_box(global_shape, offset, shape), result.view(-1, shape[-1])
     # A million elements at a time bounds the memory of the int64 intermediates.
-    rows_at_once = max(1, (1 << 20) // max(1, shape[-1]))
-    for begin in range(0, len(flat_rows), rows_at_once):
-        part = flat_rows[begin : begin + rows_at_once]
-        flat_result[begin : begin + rows_at_once] = rows_of(key, part, offset[-1], shape[-1])
+    rows_at_once = max(1, (1 << 20) // shape[-1])
+    for begin in range(0, len(rows), rows_at_once):
+        part = rows[begin : begin + rows_at_once]
+        matrix[begin : begin + rows_at_once] = rows_of(key, part, offset[-1], shape[-1])
     return result
 
 

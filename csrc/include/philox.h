@@ -5,10 +5,11 @@
 
 #include <cstdint>
 
+// For functions that both compilers see and that must be inlined: into the CPU's vector loops, or into a kernel.
 #if defined(__CUDACC__)
-#define MEGALLM_PHILOX __host__ __device__ __forceinline__
+#define MEGALLM_INLINE_EVERYWHERE __host__ __device__ __forceinline__
 #else
-#define MEGALLM_PHILOX __attribute__((always_inline)) inline
+#define MEGALLM_INLINE_EVERYWHERE __attribute__((always_inline)) inline
 #endif
 
 namespace megallm::philox {
@@ -18,8 +19,8 @@ struct Key {
   uint32_t step;
 };
 
-MEGALLM_PHILOX void generate(const Key& key, uint64_t row, uint32_t block, uint32_t& w0, uint32_t& w1, uint32_t& w2,
-                             uint32_t& w3) {
+MEGALLM_INLINE_EVERYWHERE void generate(const Key& key, uint64_t row, uint32_t block, uint32_t& w0, uint32_t& w1,
+                                        uint32_t& w2, uint32_t& w3) {
   w0 = block;
   w1 = static_cast<uint32_t>(row);
   w2 = static_cast<uint32_t>(row >> 32);

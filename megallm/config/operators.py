@@ -24,9 +24,6 @@ OPERATORS: dict[str, tuple[str, ...]] = {
 }
 """Each operator that can be chosen, with the compiled operators that it consists of."""
 
-ON_THE_CPU = frozenset({"initial_values"})
-"""Operators that run on the CPU whatever device the model is on."""
-
 OTHERS: dict[str, frozenset[str]] = {
     "torch": frozenset({"adamw", "rms_norm", "layer_norm"}),
     "apex": frozenset({"rms_norm", "layer_norm"}),

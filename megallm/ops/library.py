@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megallm.config.operators import ON_THE_CPU, OPERATORS, OTHERS, OperatorChoices
+from megallm.config.operators import OPERATORS, OTHERS, OperatorChoices
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,9 @@ def other_library(name: str) -> bool:
 
 def check_choices(choices: OperatorChoices, device: torch.device) -> None:
     """Raises ValueError with a sentence where this machine does not have what was chosen for the operators."""
+    probe = torch.empty(0, device=device)
     for operator in OPERATORS:
         choice = choices.of(operator)
-        probe = torch.empty(0, device="cpu" if operator in ON_THE_CPU else device)
         if choice == "native":
             try:
                 NATIVE.serves(operator, probe, choice)

@@ -106,6 +106,7 @@ def same_initial_values_on_every_tensor_rank(patch: pytest.MonkeyPatch) -> None:
         global_shape: tuple[int, ...],
         offset: tuple[int, ...],
         shape: tuple[int, ...],
+        device: torch.device,
         implementation: str,
     ) -> torch.Tensor:
         return normal_box(seed, name, global_shape, (0,) * len(offset), shape)

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from megallm.ops.embedding import accumulate_rows
+from megallm.ops.initial import normal_box, uniform_box
 from megallm.ops.library import NATIVE
 from megallm.ops.norm import rms_norm
 from tests.unit.ops import accuracy
 from tests.unit.ops.accuracy import Case
 from tests.unit.ops.cases import CASES
+from tests.unit.ops.test_ops_initial import BOXES
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
@@ -75,6 +77,14 @@ def test_a_row_of_a_table_that_nearly_all_tokens_use():
     accumulate_rows(exact, gradient.double(), rows, "reference")
     assert torch.equal(tables[0], tables[1])
     accuracy.assert_not_worse("table", tables[0], tables[2], exact)
+
+
+@pytest.mark.parametrize("box_of", [normal_box, uniform_box])
+@pytest.mark.parametrize("box", BOXES, ids=str)
+def test_initial_values_have_the_bits_of_the_cpu(box_of, box):
+    on_gpu = box_of(7, "weight", *box, torch.device("cuda"), "native")
+    assert on_gpu.is_cuda
+    assert torch.equal(on_gpu.cpu(), box_of(7, "weight", *box, implementation="native"))
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ pytestmark = needs_native
 
 def test_every_operator_is_built_and_has_a_case():
     assert NATIVE.on_cpu == set(OPERATORS)
+    assert NATIVE.on_cuda == (set(OPERATORS) if NATIVE.cuda_architectures else set())
     assert {case.operator for case in CASES} | ELSEWHERE == set(OPERATORS)
     assert len({case.name for case in CASES}) == len(CASES)
 
