@@ -190,7 +190,7 @@ def print_changes(found: dict[str, Any]) -> None:
         line = f"  {name}: {change['what']}"
         if change["num_elements"]:
             line += f": {change['num_elements']:,} elements differ, at most by {change['largest']:.6g}"
-            line += f", norm {change['norm']:.6g}"
+            line += f", at {list(change['element'])}, norm {change['norm']:.6g}"
         print(line)
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from megallm.checkpoint.manifest import DTYPES
 from megallm.checkpoint.reading import SLAB_BYTES, OpenCheckpoint
 
 Progress = Callable[[int], None]
+Read = Callable[[tuple[int, ...], tuple[int, ...]], torch.Tensor]
+"""Gives the box of a tensor that begins at an offset and has a shape."""
 
 _INTEGERS = {dtype.itemsize: dtype for dtype in (torch.int16, torch.int32, torch.int64)}
 
@@ -31,12 +32,14 @@ class Values:
 class Change:
     """How a tensor of two checkpoints differs: in `what`, and by how much where that can be said.
 
-    `num_elements` of them differ, at most by `largest`; `norm` is that of the difference.
+    `num_elements` of them differ, at most by `largest`, first at `element`; `norm` is that of the difference. A number
+    and one that is none differ by infinity.
     """
 
     what: str
     num_elements: int = 0
     largest: float = 0.0
+    element: tuple[int, ...] = ()
     norm: float = 0.0
 
 
@@ -49,7 +52,9 @@ def split_name(tensor: str) -> tuple[str, str]:
 def values_of(checkpoint: OpenCheckpoint, tensor: str, progress: Progress = lambda count: None) -> Values:
     """Reads a tensor, named `kind/name`. Raises DamagedError where it is not as it was written."""
     squares, lowest, highest, non_finite = 0.0, math.inf, -math.inf, 0
-    for _, piece in _pieces(checkpoint, tensor):
+    read = _reader(checkpoint, tensor)
+    for offset, shape in _pieces(checkpoint.manifest.tensors[tensor].shape):
+        piece = read(offset, shape)
         values = piece.double()
         squares += float(values.square().sum())
         lowest, highest = min(lowest, float(values.min())), max(highest, float(values.max()))
@@ -74,7 +79,7 @@ def changes_of_tensors(
         elif old.shape != new.shape:
             found[name] = Change(f"shape {list(old.shape)} -> {list(new.shape)}")
         else:
-            change = _change_of_values(before, after, name, progress)
+            change = change_of_values(old.shape, _reader(before, name), _reader(after, name), progress)
             if old.dtype != new.dtype:
                 found[name] = change or Change("")
                 found[name].what = f"type {old.dtype} -> {new.dtype}"
@@ -93,18 +98,29 @@ def changes_of_state(before: Any, after: Any, path: str = "") -> Iterator[tuple[
         yield path, before, after
 
 
-def _change_of_values(before: OpenCheckpoint, after: OpenCheckpoint, name: str, progress: Progress) -> Change | None:
+def change_of_values(
+    shape: tuple[int, ...], first: Read, second: Read, progress: Progress = lambda count: None
+) -> Change | None:
+    """How two tensors of a shape differ: where they are of one type, every bit of theirs; else the numbers.
+
+    None where they do not. `progress` is told the bytes of both.
+    """
     change, squares = Change("values"), 0.0
-    kind, tensor = split_name(name)
-    for offset, old in _pieces(before, name):
-        new = after.read(kind, tensor, offset, tuple(old.shape))
+    for offset, part in _pieces(shape):
+        old, new = first(offset, part), second(offset, part)
         progress(old.nbytes + new.nbytes)
         differs = _differs(old, new)
-        if differs.any():
-            difference = (old.double() - new.double())[differs].abs()
-            change.num_elements += int(differs.sum())
-            change.largest = max(change.largest, float(difference.max()))
-            squares += float(difference.square().sum())
+        if not differs.any():
+            continue
+        apart = (old.double() - new.double()).abs().masked_fill(~differs | (old.isnan() & new.isnan()), 0.0)
+        largest, place = apart.nan_to_num(nan=math.inf, posinf=math.inf).flatten().max(dim=0)
+        if not change.num_elements or float(largest) > change.largest:
+            # Where the numbers are the same, the first whose bits are not.
+            place = place if largest else differs.flatten().int().argmax()
+            row, *rest = (int(index) for index in torch.unravel_index(place, old.shape))
+            change.largest, change.element = float(largest), (offset[0] + row, *rest)
+        change.num_elements += int(differs.sum())
+        squares += float(apart.square().sum())
     change.norm = math.sqrt(squares) if squares >= 0 else math.nan
     return change if change.num_elements else None
 
@@ -119,17 +135,19 @@ def _differs(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return old.view(integers) != new.view(integers)
 
 
-def _pieces(checkpoint: OpenCheckpoint, name: str) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
-    """A tensor as boxes of whole rows that are not large: (offset, values)."""
+def _reader(checkpoint: OpenCheckpoint, name: str) -> Read:
     kind, tensor = split_name(name)
-    saved = checkpoint.saved(kind, tensor)
-    rest = saved.shape[1:]
-    rows = max(1, SLAB_BYTES // max(1, math.prod(rest) * DTYPES[saved.dtype].itemsize))
-    if not math.prod(saved.shape):
+    return lambda offset, shape: checkpoint.read(kind, tensor, offset, shape)
+
+
+def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """A tensor as boxes of whole rows that are not large in float64: (offset, shape)."""
+    rest = shape[1:]
+    if not math.prod(shape):
         return
-    for first in range(0, saved.shape[0], rows):
-        offset = (first, *(0 for _ in rest))
-        yield offset, checkpoint.read(kind, tensor, offset, (min(rows, saved.shape[0] - first), *rest))
+    rows = max(1, SLAB_BYTES // (8 * math.prod(rest)))
+    for row in range(0, shape[0], rows):
+        yield (row, *(0 for _ in rest)), (min(rows, shape[0] - row), *rest)
 
 
 def tree_lines(names: list[str]) -> Iterator[tuple[int, str, str | None]]:

@@ -143,10 +143,12 @@ def report_comparison(one: Place, other: Place, log: Callable[[str], None]) -> b
             log(sentence)
         progress = Progress(_num_bytes(second), log_line)
         differing = 0
-        for found in compare(first, second, progress.advance):
-            if found.largest:
-                differing += 1
-                log(f"{found.name}: largest difference {found.largest:.3e}, at {list(found.element)}")
+        for name, change in compare(first, second, progress.advance):
+            differing += 1
+            log(
+                f"{name}: {change.num_elements:,} elements differ, at most by {change.largest:.3e}, "
+                f"at {list(change.element)}"
+            )
         progress.finish()
         log(f"{differing} of {len(first.shapes)} tensors differ")
         return bool(differing or apart)
@@ -162,11 +164,8 @@ def check(
     """
     with source.open() as first, target.open() as second:
         progress = Progress(_num_bytes(second), log_line)
-        for found in compare(first, second, progress.advance, rounded_to=dtype):
-            if found.largest:
-                raise ValueError(
-                    f"{found.name} differs by {found.largest:.3e} at {list(found.element)} after conversion"
-                )
+        for name, change in compare(first, second, progress.advance, rounded_to=dtype):
+            raise ValueError(f"{name} differs by {change.largest:.3e} at {list(change.element)} after conversion")
         log(f"verified tensor by tensor: all {len(first.shapes)} are equal")
         if "hf" not in (source.kind, target.kind):
             return

@@ -183,7 +183,7 @@ def test_megatron_and_back(tmp_path: Path, tp: int, pp: int, has_order: bool) ->
         write_torch_folder(tmp_path / "megatron", weights, parallel)
     with open_folder(folder) as before, open_megatron(find_iteration(tmp_path / "megatron", None)) as after:
         assert after.config.model == before.config.model
-        assert [found.largest for found in compare(before, after)] == [0.0] * len(before.shapes)
+        assert not list(compare(before, after))
     file = f"mp_rank_{tp - 1:02d}" + (f"_{pp - 1:03d}" if pp > 1 else "")
     content = torch.load(tmp_path / "megatron" / "release" / file / "model_optim_rng.pt", weights_only=False)
     model, theirs = content["model"], folders.read(folder)
@@ -225,7 +225,7 @@ def test_the_distributed_format_of_megatron_is_read(tmp_path: Path) -> None:
     torch.save({"args": content["args"], "iteration": 3, "checkpoint_version": 3.0}, place / "common.pt")
     with open_folder(folder) as before, open_megatron(place) as after:
         assert after.config.model == before.config.model
-        assert [found.largest for found in compare(before, after)] == [0.0] * len(before.shapes)
+        assert not list(compare(before, after))
 
 
 @pytest.mark.slow

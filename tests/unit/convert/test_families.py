@@ -46,7 +46,7 @@ def test_a_family_goes_in_and_out(tmp_path: Path, name: str) -> None:
         write_folder(tmp_path / "narrow", weights, torch.float32)
     with open_folder(theirs) as before, open_folder(tmp_path / "back") as after:
         assert after.config.model == before.config.model
-        assert [found.largest for found in compare(before, after)] == [0.0] * len(before.shapes)
+        assert not list(compare(before, after))
     # Streamed, each module reads its own weights and forgets them.
     assert judge(their_logits(tmp_path / "back", TOKENS), want.float(), TOKENS).share < 1e-5
     with open_folder(tmp_path / "narrow") as weights:
