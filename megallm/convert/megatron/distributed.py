@@ -68,7 +68,8 @@ def _read_metadata(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, 
                 chunks[name] = {tuple(chunk["offsets"]): tuple(chunk["sizes"]) for chunk in entry["chunks"]}
         boxes: dict[str, list[Box]] = {}
         for index, info in places.items():
-            name, offset = index["fqn"], tuple(index["offset"] or ())
+            # What is no tensor lies at no offset.
+            name, offset = index["fqn"], tuple(index.state.get("offset") or ())
             file = info["relative_path"]
             if Path(file).name != file:
                 raise ValueError(f"it names a file outside of its folder: {file}")

@@ -16,6 +16,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -55,13 +56,38 @@ ARGUMENTS = {
     "num_experts": None,
     "params_dtype": torch.float32,
 }
+# A model that has every tensor there is: of the one above, all biases are left out but those of QKV.
+WITH_ALL = ARGUMENTS | {
+    "position_embedding_type": "learned_absolute",
+    "normalization": "LayerNorm",
+    "add_bias_linear": True,
+    "qk_layernorm": True,
+}
 
 
-def logical(seed: int = 5) -> dict[str, torch.Tensor]:
+def logical(has_all: bool = False) -> dict[str, torch.Tensor]:
     """A model's tensors by our names."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(5)
     shapes: dict[str, tuple[int, ...]] = {"embedding.word.weight": (VOCAB, HIDDEN)}
+    if has_all:
+        shapes["embedding.position.weight"] = (16, HIDDEN)
     for layer in range(LAYERS):
+        if has_all:
+            shapes |= {
+                f"decoder.layers.{layer}.{name}": shape
+                for name, shape in {
+                    "attention_norm.bias": (HIDDEN,),
+                    "attention.query_norm.weight": (WIDTH,),
+                    "attention.query_norm.bias": (WIDTH,),
+                    "attention.key_norm.weight": (WIDTH,),
+                    "attention.key_norm.bias": (WIDTH,),
+                    "attention.output.bias": (HIDDEN,),
+                    "mlp_norm.bias": (HIDDEN,),
+                    "mlp.gate.bias": (FFN,),
+                    "mlp.up.bias": (FFN,),
+                    "mlp.down.bias": (HIDDEN,),
+                }.items()
+            }
         shapes |= {
             f"decoder.layers.{layer}.{name}": shape
             for name, shape in {
@@ -80,6 +106,8 @@ def logical(seed: int = 5) -> dict[str, torch.Tensor]:
             }.items()
         }
     shapes |= {"decoder.final_norm.weight": (HIDDEN,), "output.weight": (VOCAB, HIDDEN)}
+    if has_all:
+        shapes["decoder.final_norm.bias"] = (HIDDEN,)
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
@@ -103,32 +131,47 @@ def padded(table: torch.Tensor) -> torch.Tensor:
 def layer_of(tensors: dict[str, torch.Tensor], layer: int, rank: int, tp: int, is_engine: bool) -> dict[str, Any]:
     """What a tensor rank has of a layer."""
     scope = f"decoder.layers.{layer}."
-    gate, up = tensors[scope + "mlp.gate.weight"], tensors[scope + "mlp.up.weight"]
-    norms = ("input_layernorm.weight", "pre_mlp_layernorm.weight")
+    norms = ("input_layernorm.", "pre_mlp_layernorm.")
     if is_engine:
-        norms = ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight")
-    found: dict[str, Any] = {
-        norms[0]: tensors[scope + "attention_norm.weight"],
-        "self_attention.linear_qkv.weight": qkv(tensors, layer, "weight").chunk(tp)[rank],
-        "self_attention.linear_qkv.bias": qkv(tensors, layer, "bias").chunk(tp)[rank],
-        "self_attention.linear_proj.weight": tensors[scope + "attention.output.weight"]
-        .chunk(tp, dim=1)[rank]
-        .contiguous(),
-        norms[1]: tensors[scope + "mlp_norm.weight"],
-        "mlp.linear_fc1.weight": torch.cat((gate.chunk(tp)[rank], up.chunk(tp)[rank])),
-        "mlp.linear_fc2.weight": tensors[scope + "mlp.down.weight"].chunk(tp, dim=1)[rank].contiguous(),
-    }
+        norms = ("self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_")
+    found: dict[str, Any] = {}
+    for suffix in ("weight", "bias"):
+        whole = {
+            theirs + suffix: tensors[name]
+            for theirs, ours in {
+                norms[0]: "attention_norm.",
+                norms[1]: "mlp_norm.",
+                "self_attention.q_layernorm.": "attention.query_norm.",
+                "self_attention.k_layernorm.": "attention.key_norm.",
+                "self_attention.linear_proj.": "attention.output.",
+                "mlp.linear_fc2.": "mlp.down.",
+            }.items()
+            if (name := scope + ours + suffix) in tensors
+        }
+        # Of what cuts its columns every rank has the whole bias.
+        for name in ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight"):
+            if name in whole:
+                whole[name] = whole[name].chunk(tp, dim=1)[rank].contiguous()
+        found |= whole
+        found[f"self_attention.linear_qkv.{suffix}"] = qkv(tensors, layer, suffix).chunk(tp)[rank]
+        if f"{scope}mlp.gate.{suffix}" in tensors:
+            gate, up = tensors[f"{scope}mlp.gate.{suffix}"], tensors[f"{scope}mlp.up.{suffix}"]
+            found[f"mlp.linear_fc1.{suffix}"] = torch.cat((gate.chunk(tp)[rank], up.chunk(tp)[rank]))
     if is_engine:
         found["self_attention.linear_qkv._extra_state"] = None
         found["mlp.linear_fc1._extra_state"] = torch.zeros(3, dtype=torch.uint8)
     return found
 
 
-def write_torch(root: Path, tp: int, pp: int, virtual: int, is_engine: bool, **changes: Any) -> Path:
+def write_torch(
+    root: Path, tp: int, pp: int, virtual: int, is_engine: bool, has_all: bool = False, **changes: Any
+) -> Path:
     """A folder of the `torch` format."""
-    tensors, stages = logical(), pp * virtual
+    tensors, stages = logical(has_all), pp * virtual
     arguments = argparse.Namespace(
-        **ARGUMENTS | {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp} | changes
+        **(WITH_ALL if has_all else ARGUMENTS)
+        | {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+        | changes
     )
     for rank in range(tp):
         for pipeline in range(pp):
@@ -138,12 +181,16 @@ def write_torch(root: Path, tp: int, pp: int, virtual: int, is_engine: bool, **c
                 model: dict[str, Any] = collections.OrderedDict()
                 if stage == 0:
                     model["embedding.word_embeddings.weight"] = padded(tensors["embedding.word.weight"]).chunk(tp)[rank]
+                    if has_all:
+                        model["embedding.position_embeddings.weight"] = tensors["embedding.position.weight"]
                 each = LAYERS // stages
                 for local in range(each):
                     part = layer_of(tensors, stage * each + local, rank, tp, is_engine)
                     model |= {f"decoder.layers.{local}.{name}": value for name, value in part.items()}
                 if stage == stages - 1:
                     model["decoder.final_layernorm.weight"] = tensors["decoder.final_norm.weight"]
+                    if has_all:
+                        model["decoder.final_layernorm.bias"] = tensors["decoder.final_norm.bias"]
                     model["output_layer.weight"] = padded(tensors["output.weight"]).chunk(tp)[rank]
                 # Rows are parts of larger memory, which torch then saves whole.
                 models["model" if virtual == 1 else f"model{chunk}"] = model
@@ -163,8 +210,8 @@ def opened(root: Path, iteration: int | None = None) -> Iterator[Weights]:
         yield weights
 
 
-def assert_is_the_model(weights: Weights) -> None:
-    want = logical()
+def assert_is_the_model(weights: Weights, has_all: bool = False) -> None:
+    want = logical(has_all)
     assert weights.shapes.keys() == want.keys()
     for name, tensor in want.items():
         found = torch.empty_like(tensor)
@@ -173,26 +220,40 @@ def assert_is_the_model(weights: Weights) -> None:
 
 
 @pytest.mark.parametrize("is_engine", [False, True], ids=["local", "engine"])
-@pytest.mark.parametrize(("tp", "pp", "virtual"), [(1, 1, 1), (2, 1, 1), (1, 4, 1), (2, 2, 2)])
-def test_a_torch_folder_is_read(tmp_path: Path, tp: int, pp: int, virtual: int, is_engine: bool) -> None:
-    with opened(write_torch(tmp_path, tp, pp, virtual, is_engine)) as weights:
+@pytest.mark.parametrize("has_all", [False, True], ids=["some", "all"])
+@pytest.mark.parametrize(("tp", "pp", "virtual"), [(1, 1, 1), (2, 1, 1), (1, 4, 1), (2, 2, 2), (4, 1, 1)])
+def test_a_torch_folder_is_read(tmp_path: Path, tp: int, pp: int, virtual: int, has_all: bool, is_engine: bool) -> None:
+    """At four tensor ranks each of the two groups is cut, and the last rank has nothing but padding."""
+    with opened(write_torch(tmp_path, tp, pp, virtual, is_engine, has_all)) as weights:
         assert weights.iteration == 5
         model = weights.config.model
         assert (model.activation, model.num_query_groups, model.add_qkv_bias) == ("swiglu", GROUPS, True)
         assert not model.tie_embeddings and model.vocab_size == VOCAB
+        assert_is_the_model(weights, has_all)
+
+
+def test_the_true_vocabulary_is_what_the_arguments_or_the_user_say(tmp_path: Path) -> None:
+    root = write_torch(tmp_path, 2, 1, 1, True, vocab_size=None)
+    with opened(root) as weights:
+        assert weights.config.model.vocab_size == PADDED
+    with open_megatron(find_iteration(root, None), VOCAB) as weights:
         assert_is_the_model(weights)
 
 
 @pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
-@pytest.mark.parametrize(("tp", "pp", "virtual"), [(1, 1, 1), (2, 2, 2)])
-def test_a_torch_folder_is_written(tmp_path: Path, tp: int, pp: int, virtual: int, implementation: str) -> None:
-    source = write_torch(tmp_path / "source", 1, 2, 1, False)
+@pytest.mark.parametrize(
+    ("tp", "pp", "virtual", "has_all"), [(1, 1, 1, False), (2, 2, 2, False), (2, 2, 2, True), (4, 1, 1, True)]
+)
+def test_a_torch_folder_is_written(
+    tmp_path: Path, tp: int, pp: int, virtual: int, has_all: bool, implementation: str
+) -> None:
+    source = write_torch(tmp_path / "source", 1, 2, 1, False, has_all)
     parallel = ParallelConfig(
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, num_virtual_stages_per_pipeline_rank=virtual
     )
     with opened(source) as weights:
         write_torch_folder(tmp_path / "new", weights, parallel, implementation=implementation)
-    by_hand = write_torch(tmp_path / "hand", tp, pp, virtual, implementation != "local")
+    by_hand = write_torch(tmp_path / "hand", tp, pp, virtual, implementation != "local", has_all)
     assert (tmp_path / "new" / "latest_checkpointed_iteration.txt").read_text() == "release"
     ranks = sorted(path.name for path in (by_hand / "iter_0000005").iterdir())
     assert sorted(path.name for path in (tmp_path / "new" / "release").iterdir()) == ranks
@@ -209,12 +270,12 @@ def test_a_torch_folder_is_written(tmp_path: Path, tp: int, pp: int, virtual: in
             assert got.get(model, {}).keys() == tensors.keys()
             for key, value in tensors.items():
                 found = got[model][key]
-                if key.startswith(("embedding", "output_layer")):
+                if key.startswith(("embedding.word", "output_layer")):
                     # Padding is larger here, and zero: ranks after the first may have nothing else.
                     assert found.shape == (rows // tp, HIDDEN)
                     first = int(rank[8:10]) * rows // tp
                     name = "embedding.word.weight" if key.startswith("embedding") else "output.weight"
-                    table = torch.cat((logical()[name], torch.zeros(rows - VOCAB, HIDDEN)))
+                    table = torch.cat((logical(has_all)[name], torch.zeros(rows - VOCAB, HIDDEN)))
                     value = table[first : first + rows // tp]
                 assert torch.equal(found, value), key
 
@@ -254,12 +315,17 @@ def test_tied_weights_have_a_copy_on_the_last_stage(tmp_path: Path) -> None:
 
 
 def write_distributed(root: Path, is_stacked: bool, boxes: bool) -> Path:
-    """A folder of the `torch_dist` format, written by torch, or in boxes of two tensor and two pipeline ranks."""
-    tensors = logical()
+    """A folder of the `torch_dist` format, written by torch, or in boxes of two tensor and two pipeline ranks.
+
+    The latter has the arguments among its objects, as newer versions do.
+    """
+    tensors = logical(has_all=True)
     layers = [layer_of(tensors, layer, 0, 1, True) for layer in range(LAYERS)]
     whole: dict[str, Any] = {
         "embedding.word_embeddings.weight": padded(tensors["embedding.word.weight"]),
+        "embedding.position_embeddings.weight": tensors["embedding.position.weight"],
         "decoder.final_layernorm.weight": tensors["decoder.final_norm.weight"],
+        "decoder.final_layernorm.bias": tensors["decoder.final_norm.bias"],
         "output_layer.weight": padded(tensors["output.weight"]),
         "optimizer.state.exp_avg.output_layer.weight": torch.zeros(2),
     }
@@ -271,19 +337,26 @@ def write_distributed(root: Path, is_stacked: bool, boxes: bool) -> Path:
                 whole |= {f"decoder.layers.{number}.{name}": layer[name] for number, layer in enumerate(layers)}
     folder = root / "iter_0000003"
     folder.mkdir(parents=True)
+    common = {"args": argparse.Namespace(**WITH_ALL), "iteration": 3, "checkpoint_version": 3.0}
     if boxes:
-        _write_boxes(folder, whole)
+        state = torch.zeros(3, dtype=torch.uint8)
+        objects = {"common_state/shard_0_1": common, "decoder.layers.mlp.linear_fc1._extra_state/shard_0_4": state}
+        _write_boxes(folder, whole, objects)
     else:
         save(whole, storage_writer=FileSystemWriter(folder), no_dist=True)
-    common = {"args": argparse.Namespace(**ARGUMENTS), "iteration": 3, "checkpoint_version": 3.0}
-    torch.save(common, folder / "common.pt")
+        torch.save(common, folder / "common.pt")
     (root / "latest_checkpointed_iteration.txt").write_text("3")
     return root
 
 
-def _write_boxes(folder: Path, whole: dict[str, torch.Tensor]) -> None:
-    entries, places = {}, {}
+def _write_boxes(folder: Path, whole: dict[str, torch.Tensor], objects: dict[str, Any]) -> None:
+    entries: dict[str, Any] = {name: BytesStorageMetadata() for name in objects}
+    places = {}
     with open(folder / "__0_0.distcp", "wb") as file:
+        for name, value in objects.items():
+            begin = file.tell()
+            torch.save(value, file)
+            places[MetadataIndex(name)] = _StorageInfo("__0_0.distcp", begin, file.tell() - begin)
         for name, tensor in whole.items():
             chunks = []
             for part in _parts(tensor, 0 if tensor.dim() < 3 else 1):
@@ -320,7 +393,7 @@ def _parts(tensor: torch.Tensor, cut: int) -> Iterator[tuple[slice, ...]]:
 def test_a_distributed_folder_is_read(tmp_path: Path, is_stacked: bool, boxes: bool) -> None:
     with opened(write_distributed(tmp_path, is_stacked, boxes)) as weights:
         assert weights.iteration == 3
-        assert_is_the_model(weights)
+        assert_is_the_model(weights, has_all=True)
 
 
 class _Foreign:
