@@ -31,7 +31,11 @@ def test_without_a_wish_the_run_goes_on() -> None:
 def test_sigterm_saves_and_leaves(tmp_path: Path, saves: bool) -> None:
     code = ExitCode.UNFINISHED if saves else ExitCode.UNSAVED
     with stopping(save=tmp_path if saves else None) as watched:
-        for ask in (lambda: watched.after_step(1, 0.0), lambda: watched.within_pause(0.0, is_saved=False)):
+        for ask in (
+            lambda: watched.after_step(1, 0.0),
+            lambda: watched.within_pause(0.0, is_saved=False),
+            lambda: watched.within_pause(0.0, is_saved=True),
+        ):
             os.kill(os.getpid(), signal.SIGTERM)
             assert ask() == Wish(True, "SIGTERM was received", code)
             assert ask() == NOTHING
