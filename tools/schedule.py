@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 from pathlib import Path
+from typing import NoReturn
 
+from megallm.config import fail
+from megallm.config.report import while_somebody_reads
 from megallm.schedule import (
     BUILDERS,
     Costs,
@@ -44,14 +46,19 @@ examples:
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """Answers a mistake with one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(self.prog, ValueError(message))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0, or 2 after a sentence on standard error."""
-    options = _parser().parse_args(arguments)
     try:
-        options.run(options)
-    except BrokenPipeError:
-        # The reader (head, less) has seen enough. Python would complain when it flushes standard output at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with while_somebody_reads():
+            options = _parser().parse_args(arguments)
+            options.run(options)
     except (ValueError, ScheduleError, OSError) as error:
         print(f"{Path(sys.argv[0]).name} {options.command}: {error}", file=sys.stderr)
         return 2
@@ -59,9 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run, text: str) -> argparse.ArgumentParser:

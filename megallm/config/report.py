@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 
@@ -46,6 +48,30 @@ def _leave(text: str, code: int = 2) -> NoReturn:
         time.sleep(10.0)
     print(text, file=sys.stderr, flush=True)
     raise SystemExit(code)
+
+
+@contextmanager
+def while_somebody_reads() -> Iterator[None]:
+    """Around what is told on the standard output: leaves with exit code 1 where who reads it, `head` for example, has
+    seen enough."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads_output():
+            raise
+        # What is left would be written at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def _nobody_reads_output() -> bool:
+    """Whether the other end of the standard output is closed."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return bool(output.poll(0))
 
 
 def warn_once(prog: str, sentences: Sequence[str]) -> None:

@@ -1,9 +1,7 @@
 """Argument parsing shared by the tools: mistakes are one sentence and exit code 2."""
 
 import argparse
-import os
 import re
-import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +11,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from megallm.config import fail
+from megallm.config.report import while_somebody_reads
 from megallm.data.text.raw import MAX_DOCUMENT_BYTES
 from megallm.data.tokenizer.base import FAST_TOKENIZER, TokenizerSettings
 from megallm.data.tokenizer.build import TOKENIZER_TYPES
@@ -49,26 +48,13 @@ class ToolParser(argparse.ArgumentParser):
     def run(self, work: Callable[[], None]) -> None:
         """Do the work of the tool; a mistake of the user's ends it with its sentence."""
         try:
-            work()
-            sys.stdout.flush()
+            with while_somebody_reads():
+                work()
         except ValueError as error:
             self.error(re.sub(r"\s+", " ", str(error)))
-        except BrokenPipeError:
-            if not _nobody_reads_output():
-                raise
-            # Who reads, `head` for example, has seen enough. What is left would be written at the exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(1) from None
         except KeyboardInterrupt:
             print(f"{self.prog}: interrupted; nothing was written.", file=sys.stderr)
             raise SystemExit(130) from None
-
-
-def _nobody_reads_output() -> bool:
-    """Whether the other end of the standard output is closed."""
-    output = select.poll()
-    output.register(sys.stdout.fileno(), 0)
-    return bool(output.poll(0))
 
 
 def positive(text: str) -> int:

@@ -58,7 +58,9 @@ def parse_action(text: str) -> Action:
     """The reverse of `str(action)`. Raises ValueError for anything that is not one action."""
     match = _ACTION_TEXT.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"{text!r} is not an action; the form is stage, kind, micro-batch, as in 2F0 or 2REDUCE_GRAD")
+        raise ValueError(
+            f"{text[:40]!r} is not an action; the form is stage, kind, micro-batch, as in 2F0 or 2REDUCE_GRAD"
+        )
     stage, kind_text, micro_batch = match.groups()
     try:
         kind = Kind(kind_text)

@@ -125,7 +125,9 @@ class Timeline:
                 event = Event(
                     int(entry["rank"]), parse_action(entry["action"]), float(entry["start"]), float(entry["end"])
                 )
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
+            except KeyError as error:
+                raise ValueError(f"line {number} is not an event of a timeline: it has no {error}") from None
+            except (TypeError, AttributeError, ValueError) as error:
                 raise ValueError(f"line {number} is not an event of a timeline: {error}") from None
             if event.rank < 0 or not event.end >= event.start:
                 raise ValueError(f"line {number}: rank {event.rank} from {event.start} to {event.end} is impossible")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megallm.config import Config, PlanConfig, difference_yaml, fail, parse_arguments, stop
-from megallm.config.report import interrupted, warn_once
+from megallm.config.report import interrupted, warn_once, while_somebody_reads
 from megallm.plan.validate import validate
 
 
@@ -41,35 +41,45 @@ def main(program: Program, arguments: list[str] | None = None) -> None:
 
 
 def _run(program: Program, arguments: list[str]) -> None:
-    config = parse_arguments(
-        arguments,
-        prog=program.name,
-        description=program.description,
-        architecture=program.architecture,
-    )
-    only_tells = config.plan.print_config or config.plan.dry_run
-    if only_tells and os.environ.get("RANK", "0") != "0":
+    with while_somebody_reads():
+        config = parse_arguments(
+            arguments,
+            prog=program.name,
+            description=program.description,
+            architecture=program.architecture,
+        )
+    if config.plan.print_config or config.plan.dry_run:
+        if os.environ.get("RANK", "0") == "0":
+            with while_somebody_reads():
+                _tell(program, config)
         return
+    if not config.checkpoint.gives_model:
+        _check(program, config)
+    # Else the processes read the model's folder, and check the rest, once they have joined: one tells the others.
+    _train(program, config)
+
+
+def _tell(program: Program, config: Config) -> None:
+    """What --print-config or --dry-run asks for."""
     if config.checkpoint.gives_model:
-        if not only_tells:
-            # The processes read the model's folder, and check the rest, once they have joined: one tells the others.
-            _train(program, config)
-            return
         config = _with_model_of_files(program.name, config)
     if config.plan.print_config:
         sys.stdout.write(difference_yaml(replace(config, plan=PlanConfig())))
         return
-    world_size = config.plan.world_size or int(os.environ.get("WORLD_SIZE", "1"))
-    problems = validate(config, world_size)
-    if problems:
-        stop(program.name, [str(problem) for problem in problems])
-    if not config.plan.dry_run:
-        _train(program, config)
-        return
+    world_size = _check(program, config)
     from megallm.plan.dry_run import dry_run
 
     print(dry_run(config, world_size))
     _print_load_preview(program.name, config, world_size)
+
+
+def _check(program: Program, config: Config) -> int:
+    """The number of processes, for which the configuration must be right."""
+    world_size = config.plan.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    problems = validate(config, world_size)
+    if problems:
+        stop(program.name, [str(problem) for problem in problems])
+    return world_size
 
 
 def _train(program: Program, config: Config) -> None:

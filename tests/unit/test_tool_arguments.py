@@ -1,12 +1,16 @@
 """Programs answer a mistake on the command line, and Ctrl-C at any moment, with one sentence."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from megallm.train import program
-from tools import evaluate, generate, plot_metrics
+from tools import evaluate, generate, plot_metrics, schedule
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -27,6 +31,42 @@ def test_a_mistake_is_answered_with_one_sentence(
     assert written.out == ""
     assert written.err.endswith(f": {wanted}\n")
     assert written.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("", "schedule.py: the following arguments are required: COMMAND"),
+        ("draw --schedul 1f2b", "schedule.py draw: argument --schedule: invalid choice: '1f2b' (choose from 'gpipe'"),
+        ("draw -p 0", "schedule.py draw: num_ranks is 0; it must be at least 1"),
+    ],
+)
+def test_a_mistake_in_a_command_is_answered_with_one_sentence(
+    line: str, wanted: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["schedule.py"])
+    with pytest.raises(SystemExit, match="2"):
+        sys.exit(schedule.main(line.split()))
+    written = capsys.readouterr().err
+    assert written.startswith(wanted)
+    assert written.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--help", "--print-config", "--dry-run"])
+def test_who_has_read_enough_sees_no_traceback(flag: str) -> None:
+    flags = "--mock-data --tokenizer-type NullTokenizer --vocab-size 8 --num-layers 1 --hidden-size 8 --lr 1"
+    flags += " --num-attention-heads 1 --seq-length 8 --micro-batch-size 1 --train-iters 1"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "pretrain_gpt.py"), *flags.split(), flag],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_a_prompt_may_begin_with_dashes() -> None:
