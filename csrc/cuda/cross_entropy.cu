@@ -175,8 +175,6 @@ __device__ __forceinline__ void write_gradient(Scalar* x, int column, const RowF
 
 template <int kSize, typename Scalar, typename Accumulator>
 __global__ void __launch_bounds__(kMaxThreads) gradient_kernel(const GradientArguments<Scalar, Accumulator> arguments) {
-  const int width = arguments.width;
-  const int whole = width / kSize * kSize;
   const int step = static_cast<int>(blockDim.x) * kSize;
   for (int64_t row = blockIdx.x; row < arguments.rows; row += gridDim.x) {
     Scalar* x = arguments.logits + row * arguments.stride;
@@ -193,11 +191,8 @@ __global__ void __launch_bounds__(kMaxThreads) gradient_kernel(const GradientArg
         target == arguments.ignore_index ? 0 : static_cast<int>(arguments.vocabulary.columns),
         static_cast<int>(arguments.vocabulary.column_of(target))};
 #pragma unroll 2
-    for (int column = static_cast<int>(threadIdx.x) * kSize; column < whole; column += step) {
+    for (int column = static_cast<int>(threadIdx.x) * kSize; column < arguments.width; column += step) {
       write_gradient<kSize>(x, column, factors);
-    }
-    if (kSize > 1 && whole + static_cast<int>(threadIdx.x) < width) {
-      write_gradient<1>(x, whole + static_cast<int>(threadIdx.x), factors);
     }
   }
 }
@@ -207,6 +202,13 @@ int threads_for(int64_t width, int vector_size) {
   const int64_t vectors = (width + vector_size - 1) / vector_size;
   const int64_t warps = (vectors + kWarp - 1) / kWarp;
   return static_cast<int>(std::min<int64_t>(std::max<int64_t>(warps, 1), kMaxWarps)) * kWarp;
+}
+
+// A single row may begin at a multiple of 16 bytes where one of many does not. So that a row's sums have the same order
+// whatever the batch around it, its width decides too.
+bool can_use_vectors(const void* logits, int64_t stride, int64_t rows, int64_t width, int vector_size,
+                     int64_t element_size) {
+  return width % vector_size == 0 && cuda::aligned(logits, stride, rows, element_size);
 }
 
 unsigned grid_for(int64_t rows) { return static_cast<unsigned>(std::min<int64_t>(rows, int64_t{1} << 30)); }
@@ -230,7 +232,7 @@ void run_statistics(const Statistics& call) {
                                                            data<Accumulator>(call.sums)};
   const cudaStream_t stream = cuda::current_stream(logits.tensor);
   const unsigned grid = grid_for(logits.count);
-  if (cuda::aligned(arguments.logits, logits.stride, logits.count, sizeof(Scalar))) {
+  if (can_use_vectors(arguments.logits, logits.stride, logits.count, logits.width, kSize, sizeof(Scalar))) {
     statistics_kernel<kSize><<<grid, threads_for(logits.width, kSize), 0, stream>>>(arguments);
   } else {
     statistics_kernel<1><<<grid, threads_for(logits.width, 1), 0, stream>>>(arguments);
@@ -258,7 +260,7 @@ void run_gradient(const Gradient& call, int64_t vocab_size, double smoothing, do
       ignore_index};
   const cudaStream_t stream = cuda::current_stream(call.logits);
   const unsigned grid = grid_for(call.rows);
-  if (cuda::aligned(arguments.logits, call.stride, call.rows, sizeof(Scalar))) {
+  if (can_use_vectors(arguments.logits, call.stride, call.rows, call.width, kSize, sizeof(Scalar))) {
     gradient_kernel<kSize><<<grid, threads_for(call.width, kSize), 0, stream>>>(arguments);
   } else {
     gradient_kernel<1><<<grid, threads_for(call.width, 1), 0, stream>>>(arguments);
