@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 # A file's tests stay together: they share what is set up once.
 TWO_AT_ONCE := -n 2 --dist loadfile
 
-.PHONY: help install demo test test-fast parity lint format gpu-test gpu-bench clean
+.PHONY: help install demo test test-fast parity lint format gpu-build gpu-test gpu-bench clean
 
 help:
 	@echo "make install    .venv with pinned dependencies and the built extensions"
@@ -55,20 +55,24 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
-# A machine with a GPU may have no network: these build in place with the Python that is there.
-gpu-test:
-	$(PYTHON) setup.py -q build_ext --inplace
+# A machine with a GPU may have no network: these build in place with the Python that is there, and with all cores, since
+# its time is dear.
+gpu-build:
+	MAX_JOBS=$${MAX_JOBS:-$$(nproc)} $(PYTHON) setup.py -q build_ext --inplace
+
+gpu-test: gpu-build
 	$(PYTHON) -m pytest -q tests/gpu
 
 # Meant for nine minutes on an H200, which nobody has run so far. What fails does not keep the rest from running.
-gpu-bench:
-	$(PYTHON) setup.py -q build_ext --inplace
+gpu-bench: gpu-build
 	@failed=0; \
 	timeout 90 $(PYTHON) benchmarks/layer.py --device cuda --output benchmarks/results/layer_gpu.json || failed=1; \
 	PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True timeout 200 $(PYTHON) benchmarks/train_7b.py --device cuda \
 		--output benchmarks/results/train_7b_gpu.json || failed=1; \
-	timeout 180 $(PYTHON) benchmarks/ops.py --device cuda --seconds 120 --output benchmarks/results/ops_gpu.json \
+	timeout 90 $(PYTHON) benchmarks/ops.py --device cuda --seconds 60 --output benchmarks/results/ops_gpu.json \
 		|| failed=1; \
+	timeout 90 $(PYTHON) benchmarks/ops.py --device cuda --seconds 60 --compile --only rms_norm swiglu cross_entropy \
+		--output benchmarks/results/ops_compiled_gpu.json || failed=1; \
 	exit $$failed
 
 clean:

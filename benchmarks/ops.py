@@ -5,8 +5,9 @@
 On the CPU the figure is eager's time over the native operator's: above 1 the native operator is faster. On a GPU it is
 the bytes that an operator must move at least, over its time, as a fraction of what a copy reaches in the same process;
 cold, with the L2 cache flushed before each call, and warm. Beside the reference in eager mode stand the same one
-compiled by torch (GPU, or `--compile`), torch's own fused operators, and those of apex, Liger and QuACK where they are
-installed. All take turns, and the median of each counts, so that a change of the machine's speed meets all.
+compiled by torch (`--compile`, which takes many seconds for each), torch's own fused operators, and those of apex,
+Liger and QuACK where they are installed. All take turns, and the median of each counts, so that a change of the
+machine's speed meets all.
 """
 
 from __future__ import annotations
@@ -30,13 +31,21 @@ from megallm.ops.adamw import adamw
 from megallm.ops.cross_entropy import CrossEntropy, cross_entropy
 from megallm.ops.library import NATIVE
 
-SHAPES = {"cpu": [(4096, 1024), (2048, 4096)], "cuda": [(4096, 4096), (32768, 4096), (16384, 11008)]}
+# On a GPU the first is the one that counts: 256 MiB in 16 bits, beyond any cache.
+SHAPES = {"cpu": [(4096, 1024), (2048, 4096)], "cuda": [(32768, 4096), (4096, 4096), (16384, 11008)]}
 DTYPES = [torch.float32, torch.bfloat16]
 EPSILON = 1e-5
 # Larger than any GPU's L2 cache.
 FLUSHED_BYTES = 2**28
+# About a fifth of a millisecond of a GPU's clock.
+HEAD_START_CYCLES = 400_000
 
 Make = Callable[[int, int, torch.dtype, torch.device], tuple[Tensor, ...]]
+
+
+def _randn(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Normal numbers that require gradients, made on the device: a CPU would take longer than all that is measured."""
+    return torch.randn(shape, device=device).to(dtype).requires_grad_()
 
 
 def normal(*widths: float) -> Make:
@@ -44,7 +53,7 @@ def normal(*widths: float) -> Make:
 
     def make(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         shapes = [(rows, int(width * each)) for each in widths]
-        return tuple(torch.randn(shape).to(device, dtype).requires_grad_() for shape in shapes)
+        return tuple(_randn(*shape, dtype=dtype, device=device) for shape in shapes)
 
     return make
 
@@ -53,8 +62,8 @@ def normal_and_weights(inputs: int, weights: int) -> Make:
     """`inputs` random tensors [rows, width], then `weights` of [width], all requiring gradients."""
 
     def make(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-        tensors = [torch.randn(rows, width) for _ in range(inputs)] + [torch.rand(width) for _ in range(weights)]
-        return tuple(tensor.to(device, dtype).requires_grad_() for tensor in tensors)
+        tensors = [_randn(rows, width, dtype=dtype, device=device) for _ in range(inputs)]
+        return (*tensors, *(_randn(width, dtype=dtype, device=device) for _ in range(weights)))
 
     return make
 
@@ -120,7 +129,7 @@ HEAD_DIM = 128
 
 
 def _logits(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    logits = torch.randn(rows, width).to(device, dtype).requires_grad_()
+    logits = _randn(rows, width, dtype=dtype, device=device)
     return logits, torch.randint(0, width, (rows,), device=device)
 
 
@@ -135,7 +144,7 @@ def _torch_cross_entropy() -> Callable[..., Any]:
 def _packed(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """Queries, keys and values of `width` features each, and tables for as many positions as rows."""
     angles = torch.randn(rows, 1, 1, HEAD_DIM, device=device)
-    packed = torch.randn(rows, 1, 3 * width).to(device, dtype).requires_grad_()
+    packed = _randn(rows, 1, 3 * width, dtype=dtype, device=device)
     return packed, angles.cos(), angles.sin()
 
 
@@ -150,7 +159,7 @@ def _split_and_rotate(implementation: str) -> Callable[..., Any]:
 def _scores(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """Attention scores of heads with `width` keys: square where there are rows enough. The numbers of their rows."""
     queries = min(rows, width)
-    scores = torch.randn(1, rows // queries, queries, width).to(device, dtype).requires_grad_()
+    scores = _randn(1, rows // queries, queries, width, dtype=dtype, device=device)
     return scores, torch.arange(rows, device=device).view(scores.shape[:-1])
 
 
@@ -327,6 +336,9 @@ class Clock:
             work()
             return time.perf_counter() - start
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # The device waits until the host has started all of the call: else its first kernel would be late, and that
+        # would count as the kernel's time.
+        torch.cuda._sleep(HEAD_START_CYCLES)
         if cold:
             self._scratch.zero_()
         begin.record()
@@ -356,7 +368,7 @@ def measure(
     device = torch.device(arguments.device)
     torch.manual_seed(0)
     inputs = operator.make(*shape, dtype, device)
-    functions = contenders(operator, arguments.compile or device.type == "cuda")
+    functions = contenders(operator, arguments.compile)
     records = []
     all_moved = operator.moved_in_16_bits if operator.moved_in_16_bits and dtype.itemsize == 2 else operator.moved
     for name, moved in zip(("forward", "backward"), all_moved, strict=True):
@@ -420,7 +432,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[operator.name for operator in OPERATORS], help="some operators")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after so many nothing new is measured")
-    parser.add_argument("--compile", action="store_true", help="on the CPU too: the reference compiled by torch")
+    parser.add_argument("--compile", action="store_true", help="also the reference compiled by torch")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -431,6 +443,8 @@ def main() -> None:
     about = machine("torch")
     clock = Clock(device)
     copy_rate = clock.copy_rate() if device.type == "cuda" else None
+    if copy_rate is not None:
+        about |= {"gpu": torch.cuda.get_device_name(), "copy_rate": copy_rate}
     chosen = [operator for operator in OPERATORS if not arguments.only or operator.name in arguments.only]
     all_threads = arguments.threads if device.type == "cpu" else [1]
     results, left_out, end = [], [], time.monotonic() + arguments.seconds
@@ -438,16 +452,15 @@ def main() -> None:
     for threads, shape, dtype, operator in product(all_threads, SHAPES[device.type], reversed(DTYPES), chosen):
         if time.monotonic() > end:
             left_out.append(f"{operator.name}, {dtype}, {shape[0]} x {shape[1]}")
-            continue
-        torch.set_num_threads(threads)
-        for record in measure(operator, shape, dtype, clock, arguments):
-            results.append(add_ratios(record, copy_rate))
-            print(table_row(results[-1]), flush=True)
+        else:
+            torch.set_num_threads(threads)
+            for record in measure(operator, shape, dtype, clock, arguments):
+                results.append(add_ratios(record, copy_rate))
+                print(table_row(results[-1]), flush=True)
+        if arguments.output:  # each time: who runs out of time has what was measured
+            write(arguments.output, {**about, "results": results, "left_out": left_out})
     if left_out:
         print(f"{len(left_out)} measurements were left out for want of time")
-    if arguments.output:
-        gpu = {"gpu": torch.cuda.get_device_name(), "copy_rate": copy_rate} if device.type == "cuda" else {}
-        write(arguments.output, {**about, **gpu, "results": results, "left_out": left_out})
 
 
 if __name__ == "__main__":
