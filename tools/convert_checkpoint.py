@@ -14,6 +14,7 @@ The kind of model is read from config.json, or from the checkpoint.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -104,6 +105,9 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     check_flags(arguments)
+    # Memory is made anew for each tensor. In pages of 4 KiB, handing it out costs as much as reading a file into it;
+    # with this torch asks for large ones.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Imported late, so that --help is quick.
     import torch
 
