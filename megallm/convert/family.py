@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from megallm.config.resolve import num_query_groups
 from megallm.config.tree import ModelConfig
+from megallm.convert.model import model_of
 from megallm.convert.stored import Part, Stored, whole_part
 
 # Settings that do not change what a trained model computes.
@@ -110,23 +111,31 @@ class Family:
         """Our settings of the model that a `config.json` describes.
 
         Raises:
-            ValueError: it uses something that we do not have, or lacks a setting.
+            ValueError: it uses something that we do not have, lacks a setting, or has one that cannot be.
         """
-        given = {**self.defaults, **theirs}
+        given = {key: value for key, value in {**self.defaults, **theirs}.items() if value is not None}
         lost = [
             f"{key} = {given[key]!r} ({meaning}; this works with {wanted!r} only)"
             for key, (wanted, meaning) in self.only.items()
-            if given.get(key) not in (None, wanted)
+            if given.get(key, wanted) != wanted
         ]
         if lost:
             raise ValueError(f"the {self.model_type} model uses what megallm does not have: {'; '.join(lost)}")
-        missing = [key for key in self.settings.values() if given.get(key) is None]
+        missing = [key for key in self.settings.values() if key not in given]
         if missing:
             raise ValueError(f"config.json of a {self.model_type} model needs {', '.join(missing)}")
         values = {ours: given[key] for ours, key in self.settings.items()} | dict(self.always)
-        for special in self.special:
-            values |= special.read(given)
-        return ModelConfig(**values)
+        whose = f"config.json of a {self.model_type} model"
+        # The special ones compute with these.
+        model_of(values, whose)
+        try:
+            for special in self.special:
+                values |= special.read(given)
+        except KeyError as error:
+            raise ValueError(f"{whose} needs {error.args[0]}") from None
+        except (TypeError, AttributeError, ArithmeticError) as error:
+            raise ValueError(f"{whose} describes none that can be: {error}") from None
+        return model_of(values, whose)
 
     def write_settings(self, model: ModelConfig) -> dict[str, Any]:
         """`config.json`'s entries for a model of ours, resolved.

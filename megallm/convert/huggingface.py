@@ -101,14 +101,14 @@ def family_of(theirs: Mapping[str, Any], folder: Path) -> Family:
 
     Raises ValueError, with the known ones, where it is none of them.
     """
-    named = theirs.get("architectures") or []
+    named = theirs.get("architectures")
     by_name = {family.architecture: family for family in FAMILIES} | {family.model_type: family for family in FAMILIES}
-    wanted = named[0] if named else theirs.get("model_type")
+    wanted = str((named[0] if named and isinstance(named, list) else named) or theirs.get("model_type"))
     if wanted in LACKING:
         raise ValueError(f"{folder / CONFIG} describes a {wanted}, and megallm does not have its {LACKING[wanted]}")
     if wanted not in by_name:
         known = ", ".join(family.architecture for family in FAMILIES)
-        close = get_close_matches(str(wanted), by_name, n=1)
+        close = get_close_matches(wanted, by_name, n=1)
         hint = f"; the nearest is {close[0]}" if close else ""
         raise ValueError(f"{folder / CONFIG} describes the architecture {wanted!r}; known are {known}{hint}")
     family = by_name[wanted]

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from megallm.communication import Group, Transport
 from megallm.config import resolve
+from megallm.config.dictionary import build, read_tree
 from megallm.config.tree import Config, DataConfig, ModelConfig, TrainingConfig
 from megallm.convert.stored import LogicalTensors
 from megallm.layers.context import LayoutContext
 from megallm.model.architecture import build_stage
 from megallm.parameter import Description, Piece, description_of
+from megallm.plan.rules_values import RANGES
 from megallm.plan.split import stage_layers
 from megallm.plan.validate import validate
 
@@ -51,6 +53,22 @@ class Rank(NamedTuple):
 
 
 ALONE = Rank(0, 1)
+
+
+def model_of(values: Mapping[str, Any], whose: str) -> ModelConfig:
+    """Our settings of a foreign model, by their names.
+
+    Raises ValueError, beginning with `whose`, for all that are of a wrong type, or numbers that cannot be.
+    """
+    read, problems = read_tree({"model": dict(values)})
+    problems = [problem.removeprefix("model.") for problem in problems] or [
+        f"{path.removeprefix('model.')} is {value}, and must be {RANGES[path]}"
+        for path, value in read.items()
+        if path in RANGES and value is not None and value not in RANGES[path]
+    ]
+    if problems:
+        raise ValueError(f"{whose} describes none that can be: {'; '.join(problems)}")
+    return build(read).model
 
 
 def config_of(model: ModelConfig, data: DataConfig | None = None) -> Config:

@@ -88,9 +88,13 @@ def write_native(
     check_absent(final, overwrite)
     config = replace(weights.config, parallel=parallel)
     check_layout(config)
+    # A checkpoint that is replaced keeps its tokenizer until the new one is there.
+    is_new = not (root / KEPT).exists()
     if weights.origin is not None:
-        _keep(weights.origin, root)
-        config = replace(config, data=replace(config.data, **tokenizer_settings(root / KEPT)))
+        if is_new:
+            _keep(weights.origin, root)
+        named = tokenizer_settings(weights.origin, root / KEPT)
+        config = replace(config, data=replace(config.data, **named))
     types = {name: dtype or weights.tensors.dtypes[name] for name in weights.shapes}
     files = [
         [
@@ -110,6 +114,8 @@ def write_native(
 
     with read_ahead([box.tensor.nbytes for box in boxes], read, progress.advance) as tensors:
         saved = save_stream(str(root), weights.iteration, files, tensors, {"config": to_dict(config)})
+    if weights.origin is not None and not is_new:
+        _keep(weights.origin, root)
     progress.finish()
     for note in saved.notes:
         log(note)

@@ -39,7 +39,10 @@ def read_header(path: Path) -> dict[str, RawTensor]:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+            first = file.read(LENGTH_BYTES)
+            if first == b"version ":
+                raise ValueError("it is a pointer of Git LFS, and `git lfs pull` fetches what it points to")
+            length = int.from_bytes(first, "little")
             if length > min(size, _MOST_HEADER_BYTES):
                 raise ValueError(f"its header would have {length} bytes")
             header = json.loads(file.read(length))

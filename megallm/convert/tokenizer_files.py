@@ -42,11 +42,11 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in _VOCABULARIES)
 
 
-def tokenizer_settings(folder: Path) -> dict[str, Any]:
-    """Our settings of the tokenizer in a folder; none where there is none."""
+def tokenizer_settings(folder: Path, place: Path | None = None) -> dict[str, Any]:
+    """Our settings of the tokenizer in a folder, which will be at `place`; none where there is none."""
     if not has_tokenizer(folder):
         return {}
-    return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder.absolute())}
+    return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str((place or folder).absolute())}
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:

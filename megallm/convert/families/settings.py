@@ -66,7 +66,7 @@ class Activation(Special):
     ours = ("activation",)
 
     def read(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
-        name = next(theirs[key] for key in self.keys if theirs.get(key) is not None)
+        name = next((theirs[key] for key in self.keys if key in theirs), "")
         if name not in self.names:
             raise ValueError(f"the activation {name!r} is not one that megallm has; known are {', '.join(self.names)}")
         return {"activation": self.names[name]}

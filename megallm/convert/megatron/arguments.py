@@ -9,6 +9,7 @@ from typing import Any
 from megallm.config.resolve import attention_window, ffn_hidden_size, kv_channels, num_query_groups, num_token_types
 from megallm.config.tree import ModelConfig
 from megallm.convert.family import OF_TRAINING
+from megallm.convert.model import model_of
 
 # Settings with one name and one meaning in both.
 SAME = (
@@ -93,18 +94,20 @@ def read_arguments(given: Mapping[str, Any], vocab_size: int, architecture: str 
     epsilon = given.get("norm_epsilon", given.get("layernorm_epsilon"))
     # Decoders are saved with BERT's default, too.
     has_binary_head = architecture == "gpt" or bool(given.get("bert_binary_head", True))
-    return ModelConfig(
-        architecture=architecture,
-        bert_binary_head=has_binary_head,
-        **values | ({} if epsilon is None else {"norm_epsilon": epsilon}),
-        ffn_hidden_size=given.get("ffn_hidden_size"),
-        group_query_attention=is_grouped,
-        num_query_groups=given["num_query_groups"] if is_grouped else heads,
-        kv_channels=given.get("kv_channels"),
-        activation=_activation(given),
-        tie_embeddings=not given.get("untie_embeddings_and_output_weights", False),
-        window_size=None if window is None else ",".join(map(str, window)),
-        vocab_size=vocab_size,
+    settings = values | {
+        "architecture": architecture,
+        "bert_binary_head": has_binary_head,
+        "ffn_hidden_size": given.get("ffn_hidden_size"),
+        "group_query_attention": is_grouped,
+        "num_query_groups": given["num_query_groups"] if is_grouped else heads,
+        "kv_channels": given.get("kv_channels"),
+        "activation": _activation(given),
+        "tie_embeddings": not given.get("untie_embeddings_and_output_weights", False),
+        "window_size": None if window is None else ",".join(map(str, window)),
+        "vocab_size": vocab_size,
+    }
+    return model_of(
+        settings | ({} if epsilon is None else {"norm_epsilon": epsilon}), "the model of the checkpoint's arguments"
     )
 
 

@@ -301,6 +301,11 @@ def lose_a_shard(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def point(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    tensors.clear()
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
 BAD_FOLDERS = [
     (
         {"architectures": ["LlamaForCausalML"]},
@@ -311,6 +316,12 @@ BAD_FOLDERS = [
     ({"architectures": [], "model_type": "mamba"}, None, r"describes the architecture 'mamba'; known are"),
     ({"architectures": ["Gemma2ForCausalLM"]}, None, r"does not have its norms behind the attention and the MLP, caps"),
     ({"hidden_size": None}, None, r"config\.json of a llama model needs hidden_size"),
+    ({"hidden_size": "8"}, None, r"llama model describes none that can be: hidden_size takes a whole number, not '8'"),
+    ({"num_attention_heads": None}, None, r"config\.json of a llama model needs num_attention_heads"),
+    ({"num_attention_heads": -4}, None, r"num_attention_heads is -4, and must be at least 1"),
+    ({"num_attention_heads": 0}, None, r"describes none that can be: integer division or modulo by zero"),
+    ({"rope_scaling": {"type": "linear"}}, None, r"config\.json of a llama model needs factor"),
+    ({"rope_scaling": [2]}, None, r"config\.json of a llama model describes none that can be: unsupported operand"),
     ({"attention_bias": True}, None, r"attention_bias = True \(biases of all four projections of the attention"),
     ({"hidden_act": "gelu"}, None, r"the activation 'gelu' is not one that megallm has; known are silu"),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, None, r"rotary positions of the kind 'yarn'"),
@@ -324,6 +335,7 @@ BAD_FOLDERS = [
     ),
     ({"vocab_size": VOCAB + 1}, None, r"embed_tokens\.weight has shape \[11, 8\], but config\.json wants \[12, 8\]"),
     ({}, tokenizer_of(VOCAB + 2), r"has 13 tokens, but the model's vocabulary has 11: its last 2 would have no embed"),
+    ({}, point, r"it is a pointer of Git LFS, and `git lfs pull` fetches"),
     ({}, cut_short, r"model\.safetensors is not a whole file of safetensors: .* would end at byte"),
     ({}, lose_a_shard, r"1 of the 1 files that .* names are not there: model-00002-of-00002\.safetensors"),
 ]
@@ -343,6 +355,29 @@ def test_a_bad_folder_is_answered_in_a_sentence(
         to_ours(folder, tmp_path / "ours")
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "ours").exists()
+
+
+def test_a_checkpoint_keeps_its_tokenizer_until_another_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = folders.make_tensors(folders.llama_shapes())
+    for name, size in (("one", VOCAB), ("two", VOCAB - 1)):
+        tokenizer_of(size)(folders.write(tmp_path / name, LLAMA_CONFIG, tensors), tensors)
+    to_ours(tmp_path / "one", tmp_path / "ours")
+    file, content = "tokenizer.json", (tmp_path / "one" / "tokenizer.json").read_bytes()
+
+    def break_off(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with open_folder(tmp_path / "two") as weights:
+        monkeypatch.setattr(weights.tensors, "fill", break_off)
+        with pytest.raises(KeyboardInterrupt):
+            write_native(tmp_path / "ours", weights, overwrite=True)
+        monkeypatch.undo()
+        assert (tmp_path / "ours" / KEPT / file).read_bytes() == content
+        write_native(tmp_path / "ours", weights, overwrite=True)
+    assert (tmp_path / "ours" / KEPT / file).read_bytes() != content
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir() if path.is_dir()) == [KEPT, "iter_0000000"]
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
