@@ -439,12 +439,13 @@ def test_generation_does_not_depend_on_the_layout(text: Text) -> None:
 @pytest.mark.slow
 def test_prompts_of_a_file_are_continued_one_by_one_and_end_where_they_are_to(text: Text, tmp_path: Path) -> None:
     flags = ["--load", f"{text.folder}/checkpoints", "--num-tokens", "12", "--device", "cpu", "--json"]
-    (tmp_path / "prompts.txt").write_text("def main(\n\nimport os\n")
-    ended = succeeded(torchrun(2, "tools/generate.py", *flags, "--prompts", str(tmp_path / "prompts.txt")))
-    first, second = map(json.loads, ended.output.splitlines())
-    assert (first["prompt"], second["prompt"]) == ("def main(", "import os")
-    alone = succeeded(python("tools/generate.py", *flags, "--prompt", "import os", "--seed", "1235"))
-    assert json.loads(alone.output) == second
+    (tmp_path / "prompts.txt").write_text("def main(\n\nimport re\nimport os\n")
+    prompts = ["--prompts", str(tmp_path / "prompts.txt"), "--batch-size", "2"]
+    ended = succeeded(torchrun(2, "tools/generate.py", *flags, *prompts))
+    first, second, third = map(json.loads, ended.output.splitlines())
+    assert [it["prompt"] for it in (first, second, third)] == ["def main(", "import re", "import os"]
+    alone = succeeded(python("tools/generate.py", *flags, "--prompt", "import os", "--seed", "1236"))
+    assert json.loads(alone.output) == third
     stop = first["continuation"].strip()[3]
     stopped = succeeded(python("tools/generate.py", *flags, "--prompt", "def main(", "--stop", stop, "@@@"))
     before = json.loads(stopped.output)["continuation"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import resource
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megallm.checkpoint import reading
+from megallm.checkpoint import reading, stream
 from megallm.checkpoint.boxes import WEIGHTS, declared_box
 from megallm.checkpoint.load import find_checkpoints, verify
 from megallm.checkpoint.manifest import CHUNK_BYTES, DamagedError
@@ -151,3 +153,22 @@ def test_the_whole_is_never_in_memory(tmp_path: Path) -> None:
         for number, (_, tensor) in enumerate(checkpoint.tensors()):
             assert tensor[3, -1] == number
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 * 1024
+
+
+def test_an_error_of_the_disk_in_the_background_is_not_lost_among_later_flushes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "_FLUSHED_BYTES", 1)
+    errors = [OSError(errno.EIO, "Input/output error")]
+
+    def fsync(_: int) -> None:
+        if errors:
+            raise errors.pop()
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with open(tmp_path / "file", "wb") as file, stream.Flushing(file.fileno()) as flushing:
+        flushing.wrote(1)
+        while not flushing._under_way.done():
+            time.sleep(0.001)
+        with pytest.raises(OSError, match="Input/output error"):
+            flushing.wrote(1)

@@ -46,6 +46,21 @@ def test_what_changes_the_order_is_refused_by_name(changes: dict[str, Any], samp
 
 
 @pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"data.mask_prob": 0.2}, "share of masked tokens: 0.15 there, 0.2 here"),
+        ({"data.short_seq_prob": 0.0}, "share of short samples: 0.1 there, 0 here"),
+        ({"model.bert_binary_head": False}, "samples: pairs of texts there, single texts here"),
+    ],
+)
+def test_what_changes_the_samples_of_a_bert_is_refused_by_name(changes: dict[str, Any], sentence: str) -> None:
+    bert = {"model.architecture": "bert"}
+    check_data_order(order_of(bert), order_of(bert), "iter_0000005")
+    with pytest.raises(ValueError, match=sentence):
+        check_data_order(order_of(bert), order_of(bert | changes), "iter_0000005")
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"data.num_workers": 4},
