@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -50,6 +52,18 @@ def attend(
         scores, masked, 1.0, causal=allowed is None, dropout=dropout, implementation=implementation
     )
     return weights.matmul(value)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor | None,
+    implementation: str,
+    *dropout: Any,
+) -> torch.Tensor:
+    """`attend` with the parts of `dropout`, if any, one by one: so what is computed again keeps them as tensors."""
+    return attend(query, key, value, allowed, Dropout(*dropout) if dropout else None, implementation)
 
 
 class SelfAttention(nn.Module):
@@ -126,9 +140,9 @@ class SelfAttention(nn.Module):
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if sequence.cache is not None:
             key, value = sequence.cache.extend(self, key, value)
-        dropout = self._dropout(sequence)
+        dropout = self._dropout(sequence) or ()
         attended = recompute.run(
-            attend, query, key, value, sequence.allowed, dropout, self.softmax, again=self.recompute_core
+            _attend, query, key, value, sequence.allowed, self.softmax, *dropout, again=self.recompute_core
         )
         # [b, heads, s, head_dim] -> [s, b, heads x head_dim]
         return self.output.product(attended.permute(2, 0, 1, 3).flatten(2))
@@ -160,9 +174,6 @@ class SelfAttention(nn.Module):
     def _dropout(self, sequence: SequenceContext) -> Dropout | None:
         if self.dropout == 0.0 or sequence.step is None:
             return None
-        device = sequence.sample_ids.device
-        heads = torch.arange(self.local_heads, device=device) + self.tp.rank * self.local_heads
-        positions = torch.arange(sequence.sequence_length, device=device)
-        rows = sequence.sample_ids.unsqueeze(-1) * self.num_heads + heads  # [batch, heads]
-        rows = rows.unsqueeze(-1) * sequence.sequence_length + positions  # [batch, heads, sequence]
+        first = self.tp.rank * self.local_heads
+        rows = sequence.score_rows(self.num_heads, range(first, first + self.local_heads))
         return Dropout(self.dropout, self.stream, sequence.step, rows)

@@ -130,8 +130,23 @@ class SequenceContext:
     allowed: torch.Tensor | None = None
     step: torch.Tensor | None = None
     cache: KeyValueCache | None = None
+    _score_rows: torch.Tensor | None = field(default=None, init=False, repr=False)
 
     @cached_property
     def token_rows(self) -> torch.Tensor:
         """Global number of each local token in the batch: int64 [local sequence, batch]. One tensor for all layers."""
         return self.sample_ids.unsqueeze(0) * self.sequence_length + self.local_positions.unsqueeze(1)
+
+    def score_rows(self, num_heads: int, local_heads: range) -> torch.Tensor:
+        """Global number of each row of attention scores: int64 [batch, local heads, sequence].
+
+        `num_heads` of all tensor ranks, of which `local_heads` are this one's. One tensor for all layers, which are
+        alike.
+        """
+        if self._score_rows is None:
+            device = self.sample_ids.device
+            heads = torch.arange(local_heads.start, local_heads.stop, device=device)
+            positions = torch.arange(self.sequence_length, device=device)
+            rows = self.sample_ids.unsqueeze(-1) * num_heads + heads  # [batch, local heads]
+            self._score_rows = rows.unsqueeze(-1) * self.sequence_length + positions
+        return self._score_rows

@@ -159,5 +159,17 @@ def check_choices(choices: OperatorChoices, device: torch.device) -> None:
             raise ValueError(f"--ops: {choice} was asked for {operator}, but is not installed here; use --ops auto")
 
 
+def operators_in_use(choices: OperatorChoices, device: torch.device) -> list[str]:
+    """Words for --ops that leave nothing open: for each operator what `choices` come to on a device of this machine."""
+    words = []
+    for operator in OPERATORS:
+        choice = choices.of(operator)
+        if choice not in OTHERS:
+            probe = torch.empty(0, device="cpu" if operator in ON_THE_CPU else device)
+            choice = "native" if NATIVE.serves(operator, probe, choice) else "reference"
+        words.append(f"{operator}={choice}")
+    return words
+
+
 def _what_is_built() -> str:
     return f"CPU and CUDA {', '.join(NATIVE.cuda_architectures)}" if NATIVE.cuda_architectures else "CPU"

@@ -8,13 +8,18 @@ counts what autograd really keeps, storage by storage, and holds the sums to it 
 configurations on a CPU.
 
 Counted are the storages that autograd saves, the stage's input among them, each once; not parameters, tables and the
-micro-batch itself, which are there anyway. The native operators are assumed.
+micro-batch itself, which are there anyway. What `--ops` leaves to plain torch keeps more, as a composition of torch's
+operators does: each mask, and most results on the way. Without a word there the native operators are assumed; who knows
+what a device runs says so with `--ops` (`operators_in_use` of `ops/library.py`). The norms of torch and apex count as
+the native ones, which on a GPU they are like; on a CPU torch's RMSNorm keeps more.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+from megallm.config.operators import OperatorChoices, parse_choices
 from megallm.config.resolve import (
     GATED_ACTIVATIONS,
     attention_window,
@@ -33,6 +38,7 @@ class Sizes:
     """Sizes on one process, of a resolved configuration."""
 
     config: Config
+    on_gpu: bool = True
 
     @property
     def tensor_size(self) -> int:
@@ -76,6 +82,14 @@ class Sizes:
         """Whether a module of each layer is computed again in the backward pass."""
         training = self.config.training
         return training.recompute_granularity == "selective" and module in training.recompute_modules
+
+    @cached_property
+    def _operators(self) -> OperatorChoices:
+        return parse_choices(self.config.training.ops)
+
+    def is_plain(self, operator: str) -> bool:
+        """Whether an operator is a composition of torch's."""
+        return self._operators.of(operator) == "reference"
 
     @property
     def ffn(self) -> int:
@@ -150,32 +164,79 @@ def recomputed_runs(sizes: Sizes, num_layers: int) -> tuple[list[int], int]:
     return [min(length, num_layers - begin) for begin in range(0, num_layers, length)], 0
 
 
+def keeps_input(sizes: Sizes, num_layers: int) -> bool:
+    """Whether what a stage keeps has in it the hidden states that it got."""
+    return bool(recomputed_runs(sizes, num_layers)[0]) or _norm_keeps_input(sizes)
+
+
 def layer(sizes: Sizes) -> dict[str, int]:
     """Bytes by operator of a layer that is not recomputed as a whole."""
-    # Gate and up, or up alone, and the result, which goes into the product that follows.
-    vectors = 3 if sizes.config.model.activation in GATED_ACTIVATIONS else 2
-    in_mlp = 0 if sizes.recomputes("mlp") else vectors * sizes.ffn
+    in_mlp = 0 if sizes.recomputes("mlp") else _activation_vectors(sizes) * sizes.ffn
     norm = _norm(sizes, sizes.local_tokens, sizes.config.model.hidden_size)
     # The input of a layer whose norms both read it is kept once.
-    twice = sizes.hidden if sizes.config.model.parallel_residual else 0
+    twice = sizes.hidden if sizes.config.model.parallel_residual and _norm_keeps_input(sizes) else 0
     return {
         "attention norm": norm,
         "query, key and value": sizes.hidden,
         **_attention(sizes),
+        "attention's dropout": _hidden_dropout(sizes),
         "MLP norm": norm - twice,
         "up": sizes.hidden,
         "activation and down": in_mlp,
+        "MLP's dropout": _hidden_dropout(sizes),
     }
+
+
+def _activation_vectors(sizes: Sizes) -> int:
+    """Vectors as wide as the MLP: gate and up, or up alone, and the result, which goes into the product that follows.
+    In plain torch also the activated gate; and ReLU keeps its result alone.
+    """
+    activation = sizes.config.model.activation
+    plain = sizes.is_plain(activation)
+    if activation in GATED_ACTIVATIONS:
+        return 4 if plain else 3
+    return 1 if plain and activation == "relu" else 2
 
 
 def _norm(sizes: Sizes, rows: int, width: int) -> int:
     """Of a norm: its input; for each row one number (RMSNorm) or two (LayerNorm); the sum of weight and 1 where the
     weight is what is added to 1.
+
+    In plain torch input and weights in the dtype it computes in, where that is another, and RMSNorm's input once it is
+    normalised.
     """
     model = sizes.config.model
-    statistics = (1 if model.normalization == "RMSNorm" else 2) * rows * sizes.wide
+    is_rms = model.normalization == "RMSNorm"
+    statistics = (1 if is_rms else 2) * rows * sizes.wide
     made = width * sizes.wide if model.apply_layernorm_1p else 0
-    return rows * width * sizes.element + statistics + made
+    if not sizes.is_plain(_norm_operator(sizes)):
+        return rows * width * sizes.element + statistics + made
+    input = rows * width * (sizes.element if _norm_keeps_input(sizes) else sizes.wide)
+    if is_rms:
+        converted = width * sizes.wide if sizes.element < sizes.wide else 0
+        return input + rows * width * sizes.wide + statistics + max(made, converted)
+    if _norm_keeps_input(sizes) and not sizes.on_gpu:
+        # torch's LayerNorm has them in the dtype of its input there.
+        statistics = 2 * rows * sizes.element
+    with_bias = 2 if sizes.element < sizes.wide else 1
+    return input + statistics + with_bias * made
+
+
+def _norm_operator(sizes: Sizes) -> str:
+    return "rms_norm" if sizes.config.model.normalization == "RMSNorm" else "layer_norm"
+
+
+def _norm_keeps_input(sizes: Sizes) -> bool:
+    """Whether a norm keeps its input as it is, not as numbers of another dtype."""
+    converts = sizes.config.model.normalization == "RMSNorm" or sizes.config.model.apply_layernorm_1p
+    return not (sizes.is_plain(_norm_operator(sizes)) and converts and sizes.element < sizes.wide)
+
+
+def _hidden_dropout(sizes: Sizes) -> int:
+    """Of one dropout of hidden states: in plain torch the mask, natively nothing of its own."""
+    model = sizes.config.model
+    plain = model.hidden_dropout and sizes.is_plain("dropout_add")
+    return sizes.local_tokens * model.hidden_size if plain else 0
 
 
 def _attention(sizes: Sizes) -> dict[str, int]:
@@ -191,9 +252,12 @@ def _attention(sizes: Sizes) -> dict[str, int]:
     if sizes.recomputes("core_attn"):
         return core
     if model.attention_dropout:
-        # Probabilities, and what dropout leaves of them for the product with the values; the numbers of their rows.
-        rows = 8 * sizes.tokens * sizes.heads
-        return core | {"softmax and dropout": square * 2 * sizes.element + rows}
+        # Probabilities, and what dropout leaves of them for the product with the values.
+        if not sizes.is_plain("softmax"):
+            return core | {"softmax and dropout": square * 2 * sizes.element}
+        # Probabilities in the dtype they are computed in; masks of dropout, of attention and of rows without a key.
+        masks = square + (sizes.mask or sizes.sequence**2) + sizes.tokens * sizes.heads
+        return core | {"softmax and dropout": square * (sizes.wide + sizes.element) + masks}
     mask = sizes.mask * sizes.element
     return core | {"log of sums": sizes.tokens * sizes.heads * sizes.wide, "mask as numbers": mask}
 
@@ -205,7 +269,7 @@ def _query_and_key_norm(sizes: Sizes) -> int:
         return 0
     width = kv_channels(model)
     queries, keys = (_norm(sizes, sizes.tokens * heads, width) for heads in (sizes.heads, sizes.groups))
-    packed = sizes.heads + (sizes.groups if sizes.groups_divide else 0)
+    packed = sizes.heads + (sizes.groups if sizes.groups_divide else 0) if _norm_keeps_input(sizes) else 0
     return queries + keys - sizes.tokens * packed * width * sizes.element
 
 
@@ -230,31 +294,38 @@ def _queries_keys_values(sizes: Sizes, query: int) -> int:
     own_key = query if repeats else key if is_made or copies or not sizes.groups_divide else None
     own_value = query if repeats else key if copies or not sizes.groups_divide else None
     owned = (own_query, own_key, own_value)
-    is_read = None in owned or (model.qk_layernorm)
+    is_read = None in owned or (model.qk_layernorm and _norm_keeps_input(sizes))
     return indices + sum(own or 0 for own in owned) + (packed if is_read else 0)
 
 
 def _shared(sizes: Sizes, num_layers: int, *, is_first: bool) -> dict[str, int]:
     """What the layers that are not recomputed keep together. (The others hold it without autograd's knowledge.)"""
-    config, tables, mask = sizes.config, 0, 0
+    config, tables, mask, scores = sizes.config, 0, 0, 0
     if config.model.position_embedding_type == "rope" and config.data.reset_position_ids and num_layers:
         tables = 2 * sizes.tokens * rotary_width(config.model) * sizes.wide
     if sizes.recomputes("core_attn") and num_layers:
         # BERT's says of each key alone whether it is padding.
         mask = sizes.tokens if sizes.is_bert else sizes.mask
-    dropped = sizes.config.model.hidden_dropout and (num_layers or is_first)
+    if (
+        config.model.attention_dropout
+        and num_layers
+        and (sizes.recomputes("core_attn") or not sizes.is_plain("softmax"))
+    ):
+        scores = 8 * sizes.tokens * sizes.heads
+    dropped = config.model.hidden_dropout and not sizes.is_plain("dropout_add") and (num_layers or is_first)
     rows = 8 * sizes.local_tokens if dropped else 0
-    return {"rotary angles": tables, "attention mask": mask, "rows of dropout": rows}
+    return {"rotary angles": tables, "attention mask": mask, "rows of scores": scores, "rows of dropout": rows}
 
 
 def _embedding(sizes: Sizes) -> dict[str, int]:
-    """Token ids as this rank's rows; positions; types."""
+    """Token ids as this rank's rows; positions; types; dropout."""
     model = sizes.config.model
     learned = model.position_embedding_type == "learned_absolute"
     return {
         "rows": 8 * sizes.tokens if sizes.tensor_size > 1 else 0,
         "positions": 8 * sizes.local_tokens if learned else 0,
         "types": 8 * sizes.local_tokens if num_token_types(model) else 0,
+        "dropout": _hidden_dropout(sizes),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 
 from megallm.config import resolve
 from megallm.config.tree import Config
@@ -27,6 +28,11 @@ def dry_run(config: Config, world_size: int) -> str:
             size = USUAL_SIZES[kind]
             notes.append(f"the usual vocabulary of the {kind} is assumed: {size:,}; --vocab-size says another")
         config = replace(config, model=replace(config.model, vocab_size=size))
+    if find_spec("megallm._C") is None:
+        notes.append(
+            "native operators are assumed, which are not built here; --ops reference plans for plain torch in their "
+            "place"
+        )
     gpu = GPUS[config.plan.gpu_type or DEFAULT_GPU]
     layout = Layout(resolve(config, world_size), world_size)
     plan = make_plan(layout, gpu)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megallm.config.tree import Config
-from megallm.plan.activations import Sizes, layer, recomputed_runs, saved_by_stage
+from megallm.plan.activations import Sizes, keeps_input, layer, recomputed_runs, saved_by_stage
 from megallm.plan.parameters import HeldParameters, held_by_stage
 from megallm.plan.split import stage_layers
 
@@ -33,7 +33,7 @@ class Layout:
 
     @cached_property
     def sizes(self) -> Sizes:
-        return Sizes(self.config)
+        return Sizes(self.config, self.on_gpu)
 
     @property
     def tensor(self) -> int:
@@ -81,7 +81,8 @@ class Layout:
     def kept(self, stage: Stage) -> int:
         """Bytes that a micro-batch keeps in a stage, without the logits, and without an input that a buffer holds."""
         saved = self._saved[len(stage.layers), stage.is_first, stage.is_last]
-        in_buffer = self.sizes.hidden if not stage.is_first and (stage.layers or stage.is_last) else 0
+        is_buffer = not stage.is_first and (stage.layers or stage.is_last)
+        in_buffer = self.sizes.hidden if is_buffer and keeps_input(self.sizes, len(stage.layers)) else 0
         return saved - in_buffer - self.kept_logits(stage)
 
     def kept_logits(self, stage: Stage) -> int:

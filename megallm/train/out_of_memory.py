@@ -13,7 +13,7 @@ from megallm.plan.alternatives import changes_that_fit
 from megallm.plan.gpus import DEFAULT_GPU, GPUS, SAFE_SHARE
 from megallm.plan.plan import Plan, make_plan
 from megallm.plan.report import gib, table
-from megallm.plan.stages import Layout
+from megallm.train.prediction import layout_here
 
 # Where memory ran out below the share that is known to be safe, what is to fit must need clearly less.
 _CLEARLY_LESS = 0.9
@@ -34,7 +34,7 @@ def explanation(config: Config, mesh: Mesh) -> str:
     """What was predicted for this rank by kind, largest first, and changes that would fit."""
     on_gpu = mesh.device.type == "cuda"
     memory = torch.cuda.get_device_properties(mesh.device).total_memory if on_gpu else 0
-    plan = make_plan(Layout(config, mesh.shape.world_size, on_gpu), GPUS[DEFAULT_GPU])
+    plan = make_plan(layout_here(config, mesh), GPUS[DEFAULT_GPU])
     kinds = plan.memory[mesh.coordinates["pp"]]
     predicted = sum(kinds.values())
     largest = sorted(kinds.items(), key=lambda kind: -kind[1])[:3]

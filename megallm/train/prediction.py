@@ -13,7 +13,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from megallm.config.operators import parse_choices
+from megallm.config.tree import Config
 from megallm.device import Measures, Stopwatch, Together
+from megallm.mesh import Mesh
+from megallm.ops.library import operators_in_use
 from megallm.plan.gpus import Gpu
 from megallm.plan.memory import memory_of_rank
 from megallm.plan.report import gib, seconds, table
@@ -40,6 +44,13 @@ class _Watched:
     bytes: int
 
 
+def layout_here(config: Config, mesh: Mesh) -> Layout:
+    """A resolved configuration on the processes of this run, with the operators that its devices have."""
+    ops = operators_in_use(parse_choices(config.training.ops), mesh.device)
+    config = replace(config, training=replace(config.training, ops=ops))
+    return Layout(config, mesh.shape.world_size, mesh.device.type == "cuda")
+
+
 class Prediction:
     """The plan of the run on this device, and what the watched step shows of it. Made by all ranks."""
 
@@ -50,8 +61,8 @@ class Prediction:
         before = engine.batch_sizes.after(_WATCHED - 1, progress.consumed_samples)
         self.batch_size = engine.batch_sizes.at(before)
         training = replace(config.training, global_batch_size=self.batch_size)
-        world_size, on_gpu = engine.mesh.shape.world_size, engine.mesh.device.type == "cuda"
-        self.layout = Layout(replace(config, training=training), world_size, on_gpu)
+        on_gpu = engine.mesh.device.type == "cuda"
+        self.layout = layout_here(replace(config, training=training), engine.mesh)
         sizes, inner = self.layout.sizes, config.model.ffn_hidden_size
         assert inner, "the configuration is resolved"
         self.device: Gpu = measured_rates(

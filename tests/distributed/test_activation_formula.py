@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from megallm.config import Config, resolve
 from megallm.config.dictionary import build
+from megallm.config.operators import parse_choices
 from megallm.layers.context import LayoutContext
 from megallm.mesh import Mesh, MeshShape
 from megallm.ops.library import NATIVE
@@ -46,11 +48,17 @@ RECOMPUTE: list[dict[str, Any]] = [
         for number in (1, 2)
     ),
 ]
+OPS = (
+    ["reference"],
+    ["softmax=reference", "rms_norm=reference"],
+    ["reference", "rotary=native", "swiglu=native"],
+    ["dropout_add=reference", "layer_norm=reference"],
+)
 DTYPES = {"": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
-def random_configuration(number: int, architecture: str = "gpt") -> Config:
-    """A valid configuration; the same for the same number."""
+def random_configuration(number: int, architecture: str = "gpt", ops: Sequence[str] = ()) -> Config:
+    """A valid configuration; the same for the same number and operators."""
     draw = random.Random(number)
     while True:
         tensor = draw.choice([1, 1, 2, 4])
@@ -95,6 +103,7 @@ def random_configuration(number: int, architecture: str = "gpt") -> Config:
             "data.reset_position_ids": draw.random() < 0.3,
         }
         values |= {f"training.{precision}": True} if precision else {}
+        values |= {"training.ops": list(ops)}
         if architecture == "bert":
             values |= {
                 "model.architecture": "bert",
@@ -127,6 +136,7 @@ def count_stages(rank: int, config: Config) -> list[Counted]:
         dtype=DTYPES[precision],
         device=mesh.device,
         seed=1,
+        operators=parse_choices(config.training.ops),
     )
     task = (BERTTask if config.model.architecture == "bert" else GPTTask).from_config(config)
     return [
@@ -180,8 +190,18 @@ def _count(
     ],
 )
 def test_formulas_equal_what_is_there(pool: WorkerPool, architecture: str, number: int) -> None:
-    config = random_configuration(number, architecture)
-    sizes = Sizes(config)
+    _check(pool, random_configuration(number, architecture))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not NATIVE.in_use, reason="some of the operators are the native ones")
+@pytest.mark.parametrize("number", range(100, 124))
+def test_formulas_hold_for_operators_in_plain_torch(pool: WorkerPool, number: int) -> None:
+    _check(pool, random_configuration(number, "bert" if number % 6 == 0 else "gpt", OPS[number % len(OPS)]))
+
+
+def _check(pool: WorkerPool, config: Config) -> None:
+    sizes = Sizes(config, on_gpu=False)
     ranks = pool.run(config.parallel.tensor_model_parallel_size, count_stages, config)
     for counted in ranks:
         for (layers, is_first, is_last), stage in zip(STAGES, counted, strict=True):

@@ -294,3 +294,18 @@ def test_what_differs_from_the_defaults_is_read_back() -> None:
     assert from_dict(yaml.safe_load(text)) == config
     assert "adam_beta1" not in text
     assert difference_yaml(Config()) == "{}\n"
+
+
+def test_it_says_where_it_assumes_operators_that_are_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = build(LLAMA_7B)
+    monkeypatch.setattr("megallm.plan.dry_run.find_spec", lambda name: None)
+    assert "--ops reference plans for plain torch" in dry_run(config, 8)
+    monkeypatch.setattr("megallm.plan.dry_run.find_spec", lambda name: name)
+    assert "--ops reference" not in dry_run(config, 8)
+
+
+def test_plain_torch_keeps_more() -> None:
+    native, plain = (laid_out(8, training__ops=ops, model__attention_dropout=0.1) for ops in ([], ["reference"]))
+    more = plain.layer_bytes - native.layer_bytes
+    # Of each score the probability in 4 bytes, not 2, and the mask of dropout.
+    assert more > 3 * 32 * 4096**2
