@@ -55,6 +55,20 @@ def use_one_thread_per_process(local_world_size: int) -> None:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+def compute_deterministically() -> None:
+    """Holds this process to algorithms that give the same bits in every run; torch raises RuntimeError where it has
+    none. To be called before anything is computed on a GPU.
+
+    Our own operators, whose order of additions is fixed, are so anyway. What the environment says of cuBLAS and NCCL
+    stays.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses matrix products
+    os.environ.setdefault("NCCL_ALGO", "Ring")  # not chosen anew by what the network is like
+    torch.use_deterministic_algorithms(True)
+    # Memory that nobody has written is not read here: filling it would only take time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 class Readback:
     """Copies a small tensor to the host without waiting: `values()` waits for that copy alone, not for later work."""
 

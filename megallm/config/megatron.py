@@ -162,7 +162,6 @@ REFUSED = (
         "the batch size does not depend on the number of processes; leave it out and give sizes that divide",
     ),
     Refused("--data-parallel-random-init", "initial weights are a function of the seed alone; use --seed"),
-    Refused("--deterministic-mode", "there is no such mode for GPUs; leave it out (CPU runs are deterministic)"),
     Refused("--fp16-lm-cross-entropy", "the loss is computed in float32; leave it out"),
     Refused("--fp8-*", "there is no float8; use --bf16"),
     Refused(
@@ -319,6 +318,12 @@ DIFFERENCES = (
         "torch ends the process that waited",
         "every process tells what it waits for and where it stands, then ends with exit code 69",
         "the one that waits is seldom the cause",
+    ),
+    Difference(
+        "`--deterministic-mode`",
+        "asks for `NCCL_ALGO` in the environment",
+        "sets it to `Ring` where it is not set; not tried on a GPU yet",
+        "a flag should suffice",
     ),
     Difference(
         "Length in samples",

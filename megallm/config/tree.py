@@ -308,6 +308,12 @@ class TrainingConfig:
         "save and leave so that the run has ended, its checkpoint on the disk, after this many minutes",
     )
     seed: int = option(1234, "--seed", "seeds initial weights, dropout and the order of the data")
+    deterministic_mode: bool = option(
+        False,
+        "--deterministic-mode",
+        "two runs on the same GPUs give the same bits: torch and NCCL are held to algorithms that do, slower ones of "
+        "attention among them, and an operator that has none ends the run (on a CPU it is always so)",
+    )
     bf16: bool = option(False, "--bf16", "bfloat16 weights and activations, float32 master weights and gradients")
     fp16: bool = option(
         False,

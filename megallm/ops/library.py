@@ -161,11 +161,10 @@ def check_choices(choices: OperatorChoices, device: torch.device) -> None:
 
 def operators_in_use(choices: OperatorChoices, device: torch.device) -> list[str]:
     """Words for --ops that leave nothing open: for each operator what `choices` come to on a device of this machine."""
-    words = []
+    words, probe = [], torch.empty(0, device=device)
     for operator in OPERATORS:
         choice = choices.of(operator)
         if choice not in OTHERS:
-            probe = torch.empty(0, device="cpu" if operator in ON_THE_CPU else device)
             choice = "native" if NATIVE.serves(operator, probe, choice) else "reference"
         words.append(f"{operator}={choice}")
     return words

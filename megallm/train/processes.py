@@ -15,7 +15,7 @@ from megallm.agreement import told_by_the_first
 from megallm.config import data_parallel_size, from_dict, resolve, to_dict
 from megallm.config.report import warn_once
 from megallm.config.tree import Config
-from megallm.device import select_backend, select_device, use_one_thread_per_process
+from megallm.device import compute_deterministically, select_backend, select_device, use_one_thread_per_process
 from megallm.mesh import Hosts, Mesh, MeshShape, start_processes
 from megallm.plan.validate import check
 from megallm.train.saved_arguments import with_model_of_files
@@ -34,6 +34,8 @@ def joined_processes(config: Config) -> Iterator[tuple[Config, Mesh]]:
     if not config.checkpoint.gives_model:
         check(config, int(os.environ.get("WORLD_SIZE", "1")))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if config.training.deterministic_mode:
+        compute_deterministically()
     device = select_device(config.training.device, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cpu":
         use_one_thread_per_process(local_world_size)

@@ -60,6 +60,8 @@ NEOX = GPT | {
 }
 POST_NORM = {"model.apply_residual_connection_post_layernorm": True}
 BERT = GPT | POST_NORM
+ROTARY = {"model.position_embedding_type": "rope"}
+NO_BINARY_HEAD = {"model.bert_binary_head": False}
 PARTIAL_INTERLEAVED = {"model.rotary_percent": 0.5, "model.rotary_interleaved": True}
 GEGLU = {"model.activation": "geglu"}
 SQUARED_RELU = {"model.activation": "squared_relu"}
@@ -143,6 +145,8 @@ CASES = [
         layout=NO_SEQUENCE_PARALLEL,
         kind="bert",
     ),
+    Case("bert, rotary, no binary head, 1f1b", BERT | ROTARY | NO_BINARY_HEAD | DROPOUT, pp=2, kind="bert"),
+    Case("bert, rotary, no binary head, tensor", BERT | ROTARY | NO_BINARY_HEAD, tp=2, layout=IN_CHUNKS, kind="bert"),
     Case("bert, pre-norm, interleaved", GPT, pp=2, layout=TWO_STAGES | TWO_PER_MICRO_BATCH, kind="bert"),
     # four processes
     Case("llama, tensor 4, fewer groups than ranks", LLAMA, tp=4, layout=TWO_PER_MICRO_BATCH),
