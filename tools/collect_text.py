@@ -8,6 +8,7 @@ import sysconfig
 import tokenize
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -110,7 +111,9 @@ def write(output: Path, limit: float) -> tuple[int, int]:
     except OSError as error:
         raise ValueError(f"{output} cannot be written: {error.strerror}.") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        # Where a file stands in the place of its folder, there is nothing to remove.
+        with suppress(OSError):
+            temporary.unlink()
     return documents, size
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from megallm.checkpoint.load import newest_checkpoint
 from megallm.checkpoint.manifest import read_manifest
 from megallm.config import from_dict
+from megallm.config.report import printable
 from megallm.config.tree import CheckpointConfig, Config, LoggingConfig, OptimizerConfig, ParallelConfig
 from megallm.data.tokenizer.base import Tokenizer
+from megallm.data.tokenizer.record import describe
 from megallm.plan.rules_data import data_sources
 from megallm.train.datasets import build_tokenizer_of
 from megallm.train.engine import Model, build_model
@@ -41,7 +45,8 @@ def trained_model(
     Raises ValueError, the same on every rank, where there is none, or it was not trained on text.
     """
     folder = newest_checkpoint(load)
-    config = _placed(from_dict(read_manifest(folder).state["config"]), placement)
+    state = read_manifest(folder).state
+    config = _placed(from_dict(state["config"]), placement)
     if config.model.architecture != "gpt":
         raise ValueError(
             f"{folder} holds a {config.model.architecture}, which finds masked words and cannot continue a text: give "
@@ -58,9 +63,20 @@ def trained_model(
                 f"the tokenizer {config.data.tokenizer_model} has {tokenizer.vocab_size} tokens, the model knows "
                 f"{config.model.vocab_size}: give the tokenizer that it was trained with as --tokenizer-model"
             )
+        _check_same_tokens(folder, state, tokenizer, config.data.tokenizer_model)
         model = build_model(config, GPTTask.from_config(config), mesh)
         load_weights(model, folder)
         yield model, tokenizer
+
+
+def _check_same_tokens(folder: Path, state: dict[str, Any], tokenizer: Tokenizer, named: str | None) -> None:
+    """Raises ValueError where the numbers of tokens stand for other texts than in the training, as far as is known."""
+    there, here = (state.get("data_order") or {}).get("tokenizer"), describe(tokenizer)["checksum"]
+    if there and there != here:
+        raise ValueError(
+            f"{folder} was trained with another tokenizer ({printable(str(there))[:15]}...) than {named} "
+            f"({here[:15]}...), whose numbers stand for other texts: give that one as --tokenizer-model"
+        )
 
 
 def _placed(config: Config, placement: Placement) -> Config:

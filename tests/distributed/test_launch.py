@@ -483,7 +483,15 @@ def test_texts_are_written_during_the_training(text: Text, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_mistakes_of_generation(text: Text, single: Run, tmp_path: Path) -> None:
+    content = json.loads((text.folder / "tokenizer.json").read_bytes())
+    words = content["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    (tmp_path / "other.json").write_text(json.dumps(content))
     for flags, wanted in (
+        (
+            ["--load", f"{text.folder}/checkpoints", "--prompt", "a", "--tokenizer-model", f"{tmp_path}/other.json"],
+            "was trained with another tokenizer",
+        ),
         (["--load", str(tmp_path), "--prompt", "a"], "holds no complete checkpoint"),
         (["--load", f"{text.folder}/checkpoints", "--prompt", ""], "the prompt holds no token"),
         (["--load", f"{text.folder}/checkpoints", "--prompt", "a", "--top-p", "2"], "--top-p 2.0 is not in"),
