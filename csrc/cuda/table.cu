@@ -72,15 +72,15 @@ struct GradientArguments {
 
 // Adds up a run of equal rows, in their order: the block of its first place what lies before the next multiple of
 // kPlaces, into the target, and the block of every such multiple what lies behind it, into its row of `partials`. So a
-// row that all tokens use is the work of many blocks, and the order of additions is the same each time.
+// row that all tokens use is the work of many blocks, and the order of additions is the same each time. Where the run
+// ends is found first, by a thread for each place, so that what is added can be read well ahead.
 template <int kSize, typename Scalar>
 __global__ void __launch_bounds__(kThreads) embedding_gradient_kernel(const GradientArguments<Scalar> arguments) {
+  static_assert(kPlaces <= kThreads, "a thread for each place");
   using Accumulator = typename AccumulatorOf<Scalar>::type;
   const int column = (static_cast<int>(blockIdx.y) * kThreads + static_cast<int>(threadIdx.x)) * kSize;
-  if (column >= arguments.width) {
-    return;
-  }
   for (int64_t start = blockIdx.x; start < arguments.count; start += gridDim.x) {
+    // All threads of a block decide alike up to the last barrier.
     const int64_t entry = arguments.entry_at(start);
     const bool goes_on = start > 0 && arguments.entry_at(start - 1) == entry;
     if (entry < 0 || (goes_on && start % kPlaces != 0)) {
@@ -89,23 +89,29 @@ __global__ void __launch_bounds__(kThreads) embedding_gradient_kernel(const Grad
     if (entry >= arguments.entries) {
       __trap();
     }
+    const int64_t stop = min(arguments.count, (start / kPlaces + 1) * kPlaces);
+    int length = 1;
+    if (start + 1 < stop && arguments.entry_at(start + 1) == entry) {
+      const int64_t place = start + threadIdx.x;
+      length = __syncthreads_count(place < stop && arguments.entry_at(place) == entry);
+    }
+    if (column >= arguments.width) {
+      continue;
+    }
     Accumulator* target = goes_on ? arguments.partials + start / kPlaces * arguments.width + column
                                   : arguments.target + entry * arguments.width + column;
     Vector<Accumulator, kSize> sum = {};
     if (!goes_on) {
       sum = load<kSize>(target);
     }
-    const int64_t stop = min(arguments.count, (start / kPlaces + 1) * kPlaces);
-#pragma unroll 2
-    for (int64_t place = start; place < stop; ++place) {
-      const int64_t index = arguments.order[place];
-      if (arguments.rows[index] != entry) {
-        break;
-      }
-      const Vector<Scalar, kSize> added = load<kSize>(arguments.gradient + index * arguments.gradient_stride + column);
+    const int64_t* order = arguments.order + start;
+#pragma unroll 4
+    for (int i = 0; i < length; ++i) {
+      const Vector<Scalar, kSize> added =
+          load<kSize>(arguments.gradient + order[i] * arguments.gradient_stride + column);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        sum.values[i] += widen(added.values[i]);
+      for (int k = 0; k < kSize; ++k) {
+        sum.values[k] += widen(added.values[k]);
       }
     }
     store<kSize>(target, sum);
@@ -118,9 +124,6 @@ template <int kSize, typename Scalar>
 __global__ void __launch_bounds__(kThreads) add_partials_kernel(const GradientArguments<Scalar> arguments) {
   using Accumulator = typename AccumulatorOf<Scalar>::type;
   const int column = (static_cast<int>(blockIdx.y) * kThreads + static_cast<int>(threadIdx.x)) * kSize;
-  if (column >= arguments.width) {
-    return;
-  }
   for (int64_t first = (static_cast<int64_t>(blockIdx.x) + 1) * kPlaces; first < arguments.count;
        first += static_cast<int64_t>(gridDim.x) * kPlaces) {
     const int64_t entry = arguments.entry_at(first);
@@ -129,18 +132,26 @@ __global__ void __launch_bounds__(kThreads) add_partials_kernel(const GradientAr
     if (entry < 0 || !goes_on || went_on_before) {
       continue;
     }
+    // As many of the following multiples as the run reaches, a thread for each.
+    int64_t count = 0;
+    int found;
+    do {
+      const int64_t place = first + (count + threadIdx.x) * kPlaces;
+      found = __syncthreads_count(place < arguments.count && arguments.entry_at(place) == entry);
+      count += found;
+    } while (found == kThreads);
+    if (column >= arguments.width) {
+      continue;
+    }
     Accumulator* target = arguments.target + entry * arguments.width + column;
     Vector<Accumulator, kSize> sum = load<kSize>(target);
-#pragma unroll 2
-    for (int64_t start = first; start < arguments.count; start += kPlaces) {
-      if (arguments.entry_at(start) != entry) {
-        break;
-      }
-      const Vector<Accumulator, kSize> added =
-          load<kSize>(arguments.partials + start / kPlaces * arguments.width + column);
+    const Accumulator* partial = arguments.partials + first / kPlaces * arguments.width + column;
+#pragma unroll 4
+    for (int64_t i = 0; i < count; ++i) {
+      const Vector<Accumulator, kSize> added = load<kSize>(partial + i * arguments.width);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        sum.values[i] += added.values[i];
+      for (int k = 0; k < kSize; ++k) {
+        sum.values[k] += added.values[k];
       }
     }
     store<kSize>(target, sum);

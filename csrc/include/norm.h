@@ -8,7 +8,9 @@
 //              grad_weight = sum over rows of grad_output * n,  grad_bias = sum over rows of grad_output
 //
 // The norm is of the rounded sum: the same bits as an addition by itself before it, wherever a model is cut. All else
-// is rounded once. Sums have an order that depends on the shape alone, never on timing, threads or alignment.
+// is rounded once. Sums have an order that depends on the shape alone on a CPU, and on a GPU also on its model and on
+// whether rows begin at multiples of 16 bytes; never on timing or the number of threads, and those of a row never on
+// the rows around it.
 
 #pragma once
 
