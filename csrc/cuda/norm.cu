@@ -144,7 +144,7 @@ __device__ __forceinline__ void write_normalised(const ForwardArguments<Scalar, 
 }
 
 template <bool kCentred, int kSize, typename Scalar, typename Parameter, typename Accumulator>
-__global__ void __launch_bounds__(cuda::kMaxGroupThreads)
+__global__ void __launch_bounds__(cuda::kMaxGroupThreads, 1)
     forward_kernel(const ForwardArguments<Scalar, Parameter, Accumulator> arguments, bool row_per_block) {
   constexpr int kCached = kCachedVectors<kCentred>;
   __shared__ Accumulator scratch[2 * cuda::kMaxGroupThreads / kWarp];

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/macros.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "include/rows.h"
 
@@ -96,9 +97,27 @@ __device__ __forceinline__ Vector<Scalar, kCount> load(const Scalar* pointer) {
   return *reinterpret_cast<const Vector<Scalar, kCount>*>(pointer);
 }
 
+__device__ __forceinline__ void store_words(uint4* pointer, const uint4& words) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(pointer)), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
 template <int kCount, typename Scalar>
 __device__ __forceinline__ void store(Scalar* pointer, const Vector<Scalar, kCount>& vector) {
-  *reinterpret_cast<Vector<Scalar, kCount>*>(pointer) = vector;
+  if constexpr (sizeof(vector) % sizeof(uint4) == 0) {
+    // In so many words: in some loops the compiler takes a whole apart and stores its elements one by one.
+    constexpr int kWords = sizeof(vector) / sizeof(uint4);
+    uint4 words[kWords];
+    memcpy(words, &vector, sizeof(vector));
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) {
+      store_words(reinterpret_cast<uint4*>(pointer) + word, words[word]);
+    }
+  } else {
+    *reinterpret_cast<Vector<Scalar, kCount>*>(pointer) = vector;
+  }
 }
 
 // Makes the compiler convert 16-bit vectors again after a sum over the threads. It would rather keep the widened values
