@@ -15,7 +15,13 @@ from megallm.agreement import told_by_the_first
 from megallm.config import data_parallel_size, from_dict, resolve, to_dict
 from megallm.config.report import warn_once
 from megallm.config.tree import Config
-from megallm.device import compute_deterministically, select_backend, select_device, use_one_thread_per_process
+from megallm.device import (
+    compute_deterministically,
+    keep_freed_memory,
+    select_backend,
+    select_device,
+    use_one_thread_per_process,
+)
 from megallm.mesh import Hosts, Mesh, MeshShape, start_processes
 from megallm.plan.validate import check
 from megallm.train.saved_arguments import with_model_of_files
@@ -39,6 +45,7 @@ def joined_processes(config: Config) -> Iterator[tuple[Config, Mesh]]:
     device = select_device(config.training.device, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cpu":
         use_one_thread_per_process(local_world_size)
+        keep_freed_memory()
     backend = select_backend(device, local_world_size, parallel.distributed_backend)
     # A hang is told by our own watch; torch's errors come later and say less.
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes, seconds=SECONDS_BEFORE_TORCH)

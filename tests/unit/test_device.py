@@ -1,0 +1,38 @@
+"""What a process asks of the machine."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+# Page faults of one tensor after another, each as large as what the one before gave back. The first ones may lie side
+# by side: glibc needs room for their alignment.
+PROGRAM = """
+import resource, torch
+from megallm.config.dictionary import build
+from megallm.train.processes import joined_processes
+settings = {
+    **{"training.device": "cpu", "training.train_iters": 1, "training.micro_batch_size": 1, "optimizer.lr": 1.0},
+    **{"model.num_layers": 1, "model.hidden_size": 8, "model.num_attention_heads": 1, "model.vocab_size": 8},
+    **{"model.max_position_embeddings": 16, "data.seq_length": 16, "data.mock_data": True},
+    **{"data.tokenizer_type": "NullTokenizer"},
+}
+with joined_processes(build(settings)):
+    for _ in range(20):
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.zeros(2**24)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep freed memory")
+def test_what_a_training_process_frees_is_not_zeroed_by_the_system_again() -> None:
+    run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    faults = [int(line) for line in run.stdout.split()[-20:]]
+    pages = 2**26 // 4096
+    assert faults[0] > pages / 2
+    assert sum(faults[10:]) < pages / 10
