@@ -17,7 +17,7 @@ using tiles::kTile;
 struct Silu {
   template <typename A>
   static MEGALLM_INLINE A value(A x) {
-    return x / (A(1) + simd::exponential(-x));
+    return simd::times_sigmoid(x, x);
   }
   template <typename A>
   static MEGALLM_INLINE A value_and_slope(A x, A& slope) {
@@ -46,7 +46,7 @@ struct Gelu {
 struct GeluTanh {
   template <typename A>
   static MEGALLM_INLINE A value(A x) {
-    return x * simd::sigmoid(x * (A(1.5957691216057308) + A(0.07135481627260025) * x * x));
+    return simd::times_sigmoid(x, x * (A(1.5957691216057308) + A(0.07135481627260025) * x * x));
   }
   template <typename A>
   static MEGALLM_INLINE A value_and_slope(A x, A& slope) {

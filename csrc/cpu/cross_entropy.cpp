@@ -12,7 +12,7 @@
 namespace megallm::cross_entropy {
 namespace {
 
-using simd::exponential_below_largest;
+using simd::exponential;
 using simd::kLanes;
 using simd::narrow;
 using simd::widen;
@@ -73,7 +73,7 @@ MEGALLM_INLINE void row_statistics(const Scalar* x, int64_t width, RowStatistics
     const Accumulator shift = largest == kNothing ? Accumulator(0) : largest;
     exponentials *= begin == 0 || before == kNothing ? 1.0 : std::exp(static_cast<double>(before) - shift);
     exponentials += simd::sum_over_row<Accumulator>(size, [&](int64_t i) __attribute__((always_inline)) {
-      return exponential_below_largest(static_cast<Accumulator>(widen(block[i]) - shift));
+      return exponential(static_cast<Accumulator>(widen(block[i]) - shift));
     });
     all += simd::sum_over_row<Accumulator>(
         size, [&](int64_t i) __attribute__((always_inline)) { return static_cast<Accumulator>(widen(block[i])); });
@@ -86,7 +86,7 @@ MEGALLM_INLINE void row_gradient(Scalar* x, int64_t width, Accumulator largest, 
                                  Accumulator subtracted) {
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) {
-    narrow(exponential_below_largest(static_cast<Accumulator>(widen(x[i]) - largest)) * factor - subtracted, x[i]);
+    narrow(exponential(static_cast<Accumulator>(widen(x[i]) - largest)) * factor - subtracted, x[i]);
   }
 }
 
@@ -154,8 +154,8 @@ void run_gradient(const Gradient& call, int64_t vocab_size, double smoothing, do
       const int64_t column = call.vocabulary.column_of(targets[row]);
       Accumulator at_target = 0;
       if (words > 0 && column >= 0) {
-        at_target = exponential_below_largest(static_cast<Accumulator>(widen(x[column]) - largest[row])) * factor -
-                    grad * (spread + kept);
+        at_target =
+            exponential(static_cast<Accumulator>(widen(x[column]) - largest[row])) * factor - grad * (spread + kept);
       }
       write_gradient(x, words, largest[row], factor, grad * spread);
       if (words > 0 && column >= 0) {

@@ -64,7 +64,7 @@ MEGALLM_INLINE A exponentiate_row(A* z, A largest, int64_t count) {
   // While all is -inf there is nothing to subtract.
   const A shift = largest == kNothing<A> ? A(0) : largest;
   return simd::sum_over_row<A>(count, [&](int64_t i) __attribute__((always_inline)) {
-    z[i] = simd::exponential_below_largest(z[i] - shift);
+    z[i] = simd::exponential(z[i] - shift);
     return z[i];
   });
 }

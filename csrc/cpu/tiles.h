@@ -18,8 +18,12 @@ namespace megallm::tiles {
 // Elements of a tile: a handful of buffers of this size stay in the first-level cache.
 constexpr int64_t kTile = 1024;
 
+// Vectors of 64 bytes that lie across two cache lines would take twice as long.
 template <typename Accumulator>
-using Buffer = Accumulator[kTile];
+struct alignas(64) Buffer {
+  Accumulator values[kTile];
+  operator Accumulator*() { return values; }
+};
 
 template <typename Scalar>
 MEGALLM_INLINE void widen_all(const Scalar* __restrict__ data, int64_t count, float* __restrict__ result) {
@@ -149,7 +153,8 @@ std::vector<A> widened(const std::optional<Tensor>& vector) {
 
 // A row's `count` elements from `offset` on, with the bias from `column` on, which may be null.
 template <typename A>
-const A* read_biased(const Source& source, int64_t offset, int64_t count, const A* bias, int64_t column, A* buffer) {
+const A* read_biased(const Source& source, int64_t offset, int64_t count, const A* bias, int64_t column,
+                     Buffer<A>& buffer) {
   const A* values = source.read(offset, count, buffer);
   if (bias == nullptr) {
     return values;
