@@ -17,8 +17,21 @@ namespace megallm {
 constexpr int64_t kGrain = 32768;
 
 // Rows to a partial sum; at most 512 partial sums, which bounds their memory.
-inline int64_t rows_per_partial(int64_t rows) { return std::max<int64_t>(32, (rows + 511) / 512); }
+inline int64_t rows_per_partial(int64_t rows) { return std::max<int64_t>(64, (rows + 511) / 512); }
 inline int64_t partial_count(int64_t rows) { return (rows + rows_per_partial(rows) - 1) / rows_per_partial(rows); }
+
+[[maybe_unused]] MEGALLM_CLONES static void add_to(const float* values, int64_t count, double* __restrict__ sums) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    sums[i] += values[i];
+  }
+}
+
+inline void add_to(const double* values, int64_t count, double* __restrict__ sums) {
+  for (int64_t i = 0; i < count; ++i) {
+    sums[i] += values[i];
+  }
+}
 
 // Adds the partial sums in their order.
 template <typename Accumulator>
@@ -30,10 +43,7 @@ void sum_partials(const Accumulator* partials, int64_t count, int64_t width, Acc
                                   const int64_t columns = std::min<int64_t>(kLanes, end - start);
                                   double sums[kLanes] = {};
                                   for (int64_t partial = 0; partial < count; ++partial) {
-                                    const Accumulator* values = partials + partial * width + start;
-                                    for (int64_t column = 0; column < columns; ++column) {
-                                      sums[column] += values[column];
-                                    }
+                                    add_to(partials + partial * width + start, columns, sums);
                                   }
                                   for (int64_t column = 0; column < columns; ++column) {
                                     result[start + column] = static_cast<Accumulator>(sums[column]);

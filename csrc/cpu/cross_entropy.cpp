@@ -13,7 +13,6 @@ namespace megallm::cross_entropy {
 namespace {
 
 using simd::exponential;
-using simd::kLanes;
 using simd::narrow;
 using simd::widen;
 using torch::headeronly::BFloat16;
@@ -32,31 +31,6 @@ struct RowStatistics {
   Accumulator all;
 };
 
-template <typename Scalar, typename Accumulator>
-MEGALLM_INLINE Accumulator largest_of(const Scalar* x, int64_t width) {
-  constexpr Accumulator kNothing = -std::numeric_limits<Accumulator>::infinity();
-  Accumulator lanes[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) {
-    lanes[lane] = kNothing;
-  }
-  int64_t start = 0;
-  for (; start + kLanes <= width; start += kLanes) {
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const Accumulator value = widen(x[start + lane]);
-      lanes[lane] = value > lanes[lane] ? value : lanes[lane];
-    }
-  }
-  Accumulator largest = kNothing;
-  for (int64_t i = start; i < width; ++i) {
-    largest = std::max(largest, static_cast<Accumulator>(widen(x[i])));
-  }
-  for (int lane = 0; lane < kLanes; ++lane) {
-    largest = lanes[lane] > largest ? lanes[lane] : largest;
-  }
-  return largest;
-}
-
 // A NaN is not the largest of anything, but it is in the sum.
 template <typename Scalar, typename Accumulator>
 MEGALLM_INLINE void row_statistics(const Scalar* x, int64_t width, RowStatistics<Accumulator>& result) {
@@ -68,15 +42,22 @@ MEGALLM_INLINE void row_statistics(const Scalar* x, int64_t width, RowStatistics
     const Scalar* block = x + begin;
     const int64_t size = std::min(kBlock, width - begin);
     const Accumulator before = largest;
-    largest = std::max(largest, largest_of<Scalar, Accumulator>(block, size));
+    largest =
+        std::max(largest, simd::largest_over_row<Accumulator>(size, [&](int64_t i) __attribute__((always_inline)) {
+                   return static_cast<Accumulator>(widen(block[i]));
+                 }));
     // While all is -inf there is nothing to subtract.
     const Accumulator shift = largest == kNothing ? Accumulator(0) : largest;
     exponentials *= begin == 0 || before == kNothing ? 1.0 : std::exp(static_cast<double>(before) - shift);
-    exponentials += simd::sum_over_row<Accumulator>(size, [&](int64_t i) __attribute__((always_inline)) {
-      return exponential(static_cast<Accumulator>(widen(block[i]) - shift));
-    });
-    all += simd::sum_over_row<Accumulator>(
-        size, [&](int64_t i) __attribute__((always_inline)) { return static_cast<Accumulator>(widen(block[i])); });
+    Accumulator block_exponentials, block_all;
+    simd::two_sums_over_row<Accumulator>(
+        size,
+        [&](int64_t i)
+            __attribute__((always_inline)) { return exponential(static_cast<Accumulator>(widen(block[i]) - shift)); },
+        [&](int64_t i) __attribute__((always_inline)) { return static_cast<Accumulator>(widen(block[i])); },
+        block_exponentials, block_all);
+    exponentials += block_exponentials;
+    all += block_all;
   }
   result = {largest, static_cast<Accumulator>(exponentials), static_cast<Accumulator>(all)};
 }

@@ -105,9 +105,12 @@ MEGALLM_INLINE RowMeans<Accumulator> row_means(const BackwardRows<Scalar, Accumu
   RowMeans<Accumulator> means{kCentred ? rows.mean[row] : Accumulator(0), rows.reciprocal[row], 0, 0};
   const Accumulator mean = means.mean;
   if constexpr (kCentred) {
-    simd::products_over_row<Accumulator>(
-        rows.width, [&](int64_t i) __attribute__((always_inline)) { return widen(grad_output[i]) * weight[i]; },
-        [&](int64_t i) __attribute__((always_inline)) { return widen(x[i]) - mean; }, means.product, means.grad);
+    simd::two_sums_over_row<Accumulator>(
+        rows.width,
+        [&](int64_t i)
+            __attribute__((always_inline)) { return widen(grad_output[i]) * weight[i] * (widen(x[i]) - mean); },
+        [&](int64_t i) __attribute__((always_inline)) { return widen(grad_output[i]) * weight[i]; }, means.product,
+        means.grad);
     means.grad /= width;
   } else {
     means.product = simd::sum_over_row<Accumulator>(rows.width, [&](int64_t i) __attribute__((always_inline)) {
@@ -118,29 +121,47 @@ MEGALLM_INLINE RowMeans<Accumulator> row_means(const BackwardRows<Scalar, Accumu
   return means;
 }
 
-// `partial` holds sums of the weight's gradient, then of the bias's, that this row is added to.
 template <bool kCentred, bool kGradSum, typename Scalar, typename Accumulator>
-MEGALLM_INLINE void backward_row(const BackwardRows<Scalar, Accumulator>& rows, int64_t row,
-                                 Accumulator* __restrict__ partial) {
+MEGALLM_INLINE void input_gradient(const BackwardRows<Scalar, Accumulator>& rows, int64_t row,
+                                   const RowMeans<Accumulator>& means) {
   const Scalar* grad_output = rows.grad_output + row * rows.grad_output_stride;
   const Scalar* x = rows.sum + row * rows.sum_stride;
   const Scalar* grad_sum = kGradSum ? rows.grad_sum + row * rows.grad_sum_stride : nullptr;
   const Accumulator* weight = rows.weight;
   Scalar* __restrict__ grad_input = rows.grad_input + row * rows.width;
-  const int64_t width = rows.width;
-  const RowMeans<Accumulator> means = row_means<kCentred>(rows, row);
 #pragma omp simd
-  for (int64_t i = 0; i < width; ++i) {
+  for (int64_t i = 0; i < rows.width; ++i) {
     const Accumulator normalised = (widen(x[i]) - means.mean) * means.reciprocal;
-    const Accumulator grad = widen(grad_output[i]);
-    Accumulator result = means.reciprocal * (grad * weight[i] - means.grad - normalised * means.product);
+    Accumulator result =
+        means.reciprocal * (widen(grad_output[i]) * weight[i] - means.grad - normalised * means.product);
     if constexpr (kGradSum) {
       result += widen(grad_sum[i]);
     }
     narrow(result, grad_input[i]);
-    partial[i] += grad * normalised;
+  }
+}
+
+// Adds the rows to the sums in `partial`: of the weight's gradient, then of the bias's. Several rows at once read and
+// write the sums once; the gradients of the input are not computed here, since a compiler may round the arithmetic of
+// one row and of several differently, and a row's gradient must not depend on its place.
+template <bool kCentred, int kRows, typename Scalar, typename Accumulator>
+MEGALLM_INLINE void add_parameter_gradients(const BackwardRows<Scalar, Accumulator>& rows, int64_t first,
+                                            const RowMeans<Accumulator>* means, Accumulator* __restrict__ partial) {
+  const Scalar* grad_output = rows.grad_output + first * rows.grad_output_stride;
+  const Scalar* x = rows.sum + first * rows.sum_stride;
+  const int64_t width = rows.width;
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) {
+    Accumulator grad_weight = partial[i];
+    Accumulator grad_bias = kCentred ? partial[width + i] : Accumulator(0);
+    for (int row = 0; row < kRows; ++row) {
+      const Accumulator grad = widen(grad_output[row * rows.grad_output_stride + i]);
+      grad_weight += grad * ((widen(x[row * rows.sum_stride + i]) - means[row].mean) * means[row].reciprocal);
+      grad_bias += grad;
+    }
+    partial[i] = grad_weight;
     if constexpr (kCentred) {
-      partial[width + i] += grad;
+      partial[width + i] = grad_bias;
     }
   }
 }
@@ -155,8 +176,21 @@ MEGALLM_INLINE void forward_range(const ForwardRows<Scalar, Accumulator>& rows, 
 template <bool kCentred, bool kGradSum, typename Scalar, typename Accumulator>
 MEGALLM_INLINE void backward_range(const BackwardRows<Scalar, Accumulator>& rows, int64_t begin, int64_t end,
                                    Accumulator* partial) {
-  for (int64_t row = begin; row < end; ++row) {
-    backward_row<kCentred, kGradSum>(rows, row, partial);
+  constexpr int64_t kTogether = 4;
+  for (int64_t first = begin; first < end; first += kTogether) {
+    const int64_t count = std::min(kTogether, end - first);
+    RowMeans<Accumulator> means[kTogether];
+    for (int64_t row = 0; row < count; ++row) {
+      means[row] = row_means<kCentred>(rows, first + row);
+      input_gradient<kCentred, kGradSum>(rows, first + row, means[row]);
+    }
+    if (count == kTogether) {
+      add_parameter_gradients<kCentred, kTogether>(rows, first, means, partial);
+      continue;
+    }
+    for (int64_t row = 0; row < count; ++row) {
+      add_parameter_gradients<kCentred, 1>(rows, first + row, means + row, partial);
+    }
   }
 }
 

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 // The marked function is compiled for AVX-512, AVX2 and the baseline. Everything it calls must be inlined into it to be
 // part of that, hence MEGALLM_INLINE on the helpers.
@@ -61,6 +62,33 @@ MEGALLM_INLINE Accumulator sum_lanes(Accumulator (&lanes)[kLanes]) {
   return lanes[0];
 }
 
+// The largest of term(0), ..., term(width - 1), or -inf; a NaN is not the largest of anything.
+template <typename Accumulator, typename Term>
+MEGALLM_INLINE Accumulator largest_over_row(int64_t width, const Term& term) {
+  Accumulator lanes[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    lanes[lane] = -std::numeric_limits<Accumulator>::infinity();
+  }
+  int64_t start = 0;
+  for (; start + kLanes <= width; start += kLanes) {
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const Accumulator value = term(start + lane);
+      lanes[lane] = value > lanes[lane] ? value : lanes[lane];
+    }
+  }
+  for (int64_t i = start; i < width; ++i) {
+    const Accumulator value = term(i);
+    lanes[i - start] = value > lanes[i - start] ? value : lanes[i - start];
+  }
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) {
+      lanes[lane] = lanes[lane + half] > lanes[lane] ? lanes[lane + half] : lanes[lane];
+    }
+  }
+  return lanes[0];
+}
+
 // term(0) + ... + term(width - 1). The order of additions is fixed by the width alone: it is the same for every
 // address, batch and thread. `term` must be marked always_inline too.
 template <typename Accumulator, typename Term>
@@ -84,35 +112,33 @@ MEGALLM_INLINE Accumulator sum_over_row(int64_t width, const Term& term) {
   return static_cast<Accumulator>(total);
 }
 
-// Two such sums in one pass: of the products of the terms left(i) and right(i), and of left(i).
-template <typename Accumulator, typename Left, typename Right>
-MEGALLM_INLINE void products_over_row(int64_t width, const Left& left, const Right& right, Accumulator& products,
-                                      Accumulator& sum) {
-  double total_products = 0;
-  double total = 0;
+// Two such sums in one pass.
+template <typename Accumulator, typename First, typename Second>
+MEGALLM_INLINE void two_sums_over_row(int64_t width, const First& first, const Second& second, Accumulator& first_sum,
+                                      Accumulator& second_sum) {
+  double first_total = 0;
+  double second_total = 0;
   for (int64_t block = 0; block < width; block += kSumBlock) {
     const int64_t stop = block + kSumBlock < width ? block + kSumBlock : width;
-    Accumulator product_lanes[kLanes] = {};
-    Accumulator lanes[kLanes] = {};
+    Accumulator first_lanes[kLanes] = {};
+    Accumulator second_lanes[kLanes] = {};
     int64_t start = block;
     for (; start + kLanes <= stop; start += kLanes) {
 #pragma omp simd
       for (int lane = 0; lane < kLanes; ++lane) {
-        const Accumulator value = left(start + lane);
-        product_lanes[lane] += value * right(start + lane);
-        lanes[lane] += value;
+        first_lanes[lane] += first(start + lane);
+        second_lanes[lane] += second(start + lane);
       }
     }
     for (int64_t i = start; i < stop; ++i) {
-      const Accumulator value = left(i);
-      product_lanes[i - start] += value * right(i);
-      lanes[i - start] += value;
+      first_lanes[i - start] += first(i);
+      second_lanes[i - start] += second(i);
     }
-    total_products += sum_lanes(product_lanes);
-    total += sum_lanes(lanes);
+    first_total += sum_lanes(first_lanes);
+    second_total += sum_lanes(second_lanes);
   }
-  products = static_cast<Accumulator>(total_products);
-  sum = static_cast<Accumulator>(total);
+  first_sum = static_cast<Accumulator>(first_total);
+  second_sum = static_cast<Accumulator>(second_total);
 }
 
 }  // namespace megallm::simd

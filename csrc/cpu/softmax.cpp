@@ -14,8 +14,6 @@
 namespace megallm::softmax {
 namespace {
 
-using simd::kLanes;
-
 template <typename A>
 constexpr A kNothing = -std::numeric_limits<A>::infinity();
 
@@ -39,23 +37,7 @@ MEGALLM_INLINE A scale_row(const A* scores, const bool* mask, const A* bias, A s
       z[i] = mask[i] ? kNothing<A> : z[i];
     }
   }
-  A lanes[kLanes];
-  std::fill(lanes, lanes + kLanes, kNothing<A>);
-  int64_t start = 0;
-  for (; start + kLanes <= count; start += kLanes) {
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] = z[start + lane] > lanes[lane] ? z[start + lane] : lanes[lane];
-    }
-  }
-  A largest = kNothing<A>;
-  for (int64_t i = start; i < count; ++i) {
-    largest = z[i] > largest ? z[i] : largest;
-  }
-  for (int lane = 0; lane < kLanes; ++lane) {
-    largest = lanes[lane] > largest ? lanes[lane] : largest;
-  }
-  return largest;
+  return simd::largest_over_row<A>(count, [&](int64_t i) __attribute__((always_inline)) { return z[i]; });
 }
 
 // Turns z into exp(z - largest), and returns the sum.
