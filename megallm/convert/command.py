@@ -84,6 +84,7 @@ def convert(source: Place, target: Place, output: Output) -> Place:
 
     Raises ValueError for what is wrong with the model or the place, which a running job may have for itself.
     """
+    target.check_kind("--to")
     if target.kind != "megallm" or not target.path.is_dir():
         return _convert(source, target, output)
     try:

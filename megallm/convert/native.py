@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,8 +11,8 @@ from pathlib import Path
 import torch
 
 from megallm.checkpoint.boxes import WEIGHTS, declared_box
-from megallm.checkpoint.commit import checkpoint_folder
-from megallm.checkpoint.manifest import DTYPES
+from megallm.checkpoint.commit import REPLACED, checkpoint_folder
+from megallm.checkpoint.manifest import DTYPES, MANIFEST, DamagedError, read_manifest
 from megallm.checkpoint.reading import OpenCheckpoint, open_checkpoint
 from megallm.checkpoint.save import save_stream
 from megallm.config import from_dict, to_dict
@@ -24,6 +25,7 @@ from megallm.convert.tokenizer_files import keep_companions, tokenizer_settings
 KEPT = "huggingface"
 """The folder, beside checkpoints that were converted, with their tokenizer."""
 _ONE_RANK = ParallelConfig()
+_NUMBERED = re.compile(rf"iter_(\d{{7,}})(?:{REPLACED.pattern})?")
 
 
 class _NativeTensors:
@@ -81,10 +83,11 @@ def write_native(
     The tokenizer of a Hugging Face model is kept beside it, and the checkpoint's configuration names it there. `dtype`
     None keeps the types that the tensors have. There is a file for each tensor and pipeline rank of `parallel`.
 
-    Raises ValueError if the checkpoint is there already and `overwrite` does not allow to replace it, if the layout
-    does not fit the model, or it cannot be written.
+    Raises ValueError if the checkpoint is there already and `overwrite` does not allow to replace it, if there are
+    others or one that a run saved, if the layout does not fit the model, or it cannot be written.
     """
     final = checkpoint_folder(root, weights.iteration)
+    _check_no_run(root, final)
     check_absent(final, overwrite)
     config = replace(weights.config, parallel=parallel)
     check_layout(config)
@@ -120,6 +123,34 @@ def write_native(
     for note in saved.notes:
         log(note)
     return saved.folder
+
+
+def newest_iteration(root: Path) -> int | None:
+    """The highest iteration of which a checkpoint is under `root`; None where there is no checkpoint."""
+    found = (_NUMBERED.fullmatch(path.parent.name) for path in root.glob(f"iter_*/{MANIFEST}"))
+    return max((int(match[1]) for match in found if match), default=None)
+
+
+def _check_no_run(root: Path, final: Path) -> None:
+    """Raises ValueError where `final` would come among the checkpoints of a run or of another model."""
+    newest = newest_iteration(root)
+    if newest is None:
+        return
+    there = checkpoint_folder(root, newest)
+    if there == final and not _is_of_run(final):
+        return
+    raise ValueError(
+        f"{root} holds {'a run, up to' if _is_of_run(there) else 'another model,'} {there.name}: a converted one has "
+        "no place there; give another folder to --save"
+    )
+
+
+def _is_of_run(folder: Path) -> bool:
+    """Whether a checkpoint says more than a conversion does: where its run stood. A damaged one says nothing."""
+    try:
+        return read_manifest(folder).state.keys() != {"config"}
+    except DamagedError:
+        return False
 
 
 def _keep(origin: Path, root: Path) -> None:

@@ -17,6 +17,7 @@ from megallm.config import from_dict, to_dict
 from megallm.config.tree import ParallelConfig
 from megallm.convert.ahead import read_ahead
 from megallm.convert.model import check_layout, rank_pieces
+from megallm.convert.native import newest_iteration
 from megallm.convert.output import Progress, check_absent
 from megallm.parameter import Piece
 
@@ -36,12 +37,18 @@ def relayout(
     Any layout reads any other's files: what this changes is how many bytes a rank reads that are not its own. `dtype`
     is that of the weights, by default as they are; the optimizer's moments keep theirs. Returns the new folder.
 
-    Raises ValueError if it is there already and `overwrite` does not allow to replace it, if the layout does not fit
-    the model, or the checkpoint is damaged or cannot be written.
+    Raises ValueError if it is there already and `overwrite` does not allow to replace it, if a newer one is, if the
+    layout does not fit the model, or the checkpoint is damaged or cannot be written.
     """
     with open_checkpoint(folder) as checkpoint:
         manifest = checkpoint.manifest
         final = checkpoint_folder(root, manifest.iteration)
+        newest = newest_iteration(root)
+        if newest is not None and newest > manifest.iteration:
+            raise ValueError(
+                f"{root} holds {checkpoint_folder(root, newest).name}, newer than {final.name}: whoever loads from "
+                "there would still get the former; give another folder to --save"
+            )
         check_absent(final, overwrite)
         config = replace(from_dict(manifest.state["config"]), parallel=parallel)
         check_layout(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,13 +102,15 @@ def test_what_an_earlier_save_has_left_for_good_is_told(
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(commit, "remove_folder", refuse)
-    root, lines = tmp_path / "new", list[str]()
-    left = root / "iter_0000001.00000000000000aa.tmp"
-    left.mkdir(parents=True)
-    relayout(checkpoint, root, LAYOUT, log=lines.append)
+    lines = list[str]()
+    left = [tmp_path / root / "iter_0000001.00000000000000aa.tmp" for root in ("one", "two")]
+    for path in left:
+        path.mkdir(parents=True)
+    relayout(checkpoint, tmp_path / "one", LAYOUT, log=lines.append)
     with open_folder(tmp_path / "theirs") as weights:
-        write_native(root, weights, log=lines.append)
-    assert lines.count(f"{left}, left by an earlier save, cannot be removed: Permission denied") == 2
+        write_native(tmp_path / "two", weights, log=lines.append)
+    for path in left:
+        assert f"{path}, left by an earlier save, cannot be removed: Permission denied" in lines
 
 
 def test_a_layout_that_does_not_fit_is_refused(tmp_path: Path, checkpoint: Path) -> None:
@@ -118,6 +121,26 @@ def test_a_layout_that_does_not_fit_is_refused(tmp_path: Path, checkpoint: Path)
     assert not (tmp_path / "new").exists()
     relayout(checkpoint, checkpoint.parent, LAYOUT, overwrite=True)
     assert len(list(checkpoint.glob("*.safetensors"))) == 4
+
+
+def test_a_folder_of_a_run_takes_no_other_model(tmp_path: Path, checkpoint: Path) -> None:
+    run, theirs = checkpoint.parent, Place("hf", tmp_path / "theirs")
+    output = Output(None, ParallelConfig(), "local", overwrite=True, max_shard_bytes=10**9, weights_only=False)
+    before = sorted(path.relative_to(run) for path in run.rglob("*"))
+    with pytest.raises(ValueError, match=r"holds a run, up to iter_0000007: .* give another folder to --save"):
+        convert(theirs, Place("megallm", run), output)
+    with pytest.raises(ValueError, match=r"holds a model in the format of --to megallm, not of --to hf"):
+        convert(theirs, Place("hf", run), output)
+    with open_folder(theirs.path) as weights, pytest.raises(ValueError, match=r"holds a run, up to iter_0000007"):
+        write_native(run, replace(weights, iteration=7), overwrite=True)
+    assert sorted(path.relative_to(run) for path in run.rglob("*")) == before
+    place = Place("megallm", tmp_path / "new")
+    for _ in range(2):
+        converted = convert(theirs, place, output)
+    with open_folder(theirs.path) as weights, pytest.raises(ValueError, match=r"another model, iter_0000000: .* give"):
+        write_native(place.path, replace(weights, iteration=3), overwrite=True)
+    with pytest.raises(ValueError, match=r"holds iter_0000007, newer than iter_0000000: .* give another folder"):
+        relayout(converted.path, run, LAYOUT)
 
 
 def test_two_models_are_compared_tensor_by_tensor(tmp_path: Path, checkpoint: Path) -> None:
