@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 
 from megallm.config import ParallelConfig, fail
+from megallm.config.report import interrupted, while_somebody_reads
+from megallm.data.command_line import ToolParser
 
 PROGRAM = "convert_checkpoint.py"
 FORMATS = ("hf", "megallm", "megatron")
@@ -26,9 +28,7 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ToolParser(__doc__)
     parser.add_argument("--from", dest="source", required=True, choices=FORMATS, help="format of what is read")
     parser.add_argument("--to", dest="target", required=True, choices=FORMATS, help="format of what is written")
     parser.add_argument("--load", required=True, help="folder of the model, or of checkpoints")
@@ -96,11 +96,14 @@ def check_flags(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    arguments = parse(sys.argv[1:])
     try:
-        sys.exit(run(arguments))
+        with while_somebody_reads():
+            code = run(parse(sys.argv[1:]))
     except ValueError as error:
         fail(PROGRAM, error)
+    except KeyboardInterrupt:
+        interrupted(PROGRAM, "nothing half written is left")
+    sys.exit(code)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megallm.train import program
-from tools import evaluate, generate, plot_metrics, schedule
+from tools import convert_checkpoint, evaluate, generate, plot_metrics, schedule
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[2]
         (generate, "--load x", "one of the arguments --prompt --prompts is required."),
         (generate, "--load x --promt y", "there is no argument --promt; the nearest is --prompt."),
         (evaluate, "--load x --text y --max-documents z", "argument --max-documents: invalid int value: 'z'."),
+        (convert_checkpoint, "--form hf", "there is no argument --form; the nearest is --from."),
+        (convert_checkpoint, "--from hf", "the following arguments are required: --to, --load."),
         (plot_metrics, "--out x.png", "there is no argument --out; the nearest is --output."),
     ],
 )
@@ -98,15 +100,27 @@ def test_ctrl_c_at_any_moment_is_no_traceback(
     assert capsys.readouterr().err == "pretrain_gpt.py: interrupted; --load continues from the last checkpoint\n"
 
 
-@pytest.mark.parametrize("tool", [evaluate, generate])
-def test_ctrl_c_of_a_tool(tool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("tool", "line", "wanted"),
+    [
+        (evaluate, "--load x --text y", "interrupted"),
+        (generate, "--load x --prompt y", "interrupted"),
+        (
+            convert_checkpoint,
+            "--from hf --to megallm --load x --save y",
+            "interrupted; nothing half written is left",
+        ),
+    ],
+)
+def test_ctrl_c_of_a_tool(
+    tool, line: str, wanted: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def press(_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tool, "run", press)
     monkeypatch.setattr("os._exit", sys.exit)
-    source = "--prompt" if tool is generate else "--text"
-    monkeypatch.setattr("sys.argv", [tool.PROGRAM, "--load", "x", source, "y"])
+    monkeypatch.setattr("sys.argv", [tool.PROGRAM, *line.split()])
     with pytest.raises(SystemExit, match="130"):
         tool.main()
-    assert capsys.readouterr().err == f"{tool.PROGRAM}: interrupted\n"
+    assert capsys.readouterr().err == f"{tool.PROGRAM}: {wanted}\n"
