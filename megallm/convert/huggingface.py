@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megallm.checkpoint.manifest import MANIFEST
 from megallm.config.tree import Config, DataConfig, ModelConfig
 from megallm.convert.ahead import read_ahead
 from megallm.convert.families import FAMILIES, LACKING
@@ -79,6 +80,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except OSError as error:
+        if any(file.exists() for file in (folder / MANIFEST, *folder.glob(f"iter_*/{MANIFEST}"))):
+            raise ValueError(
+                f"{folder} holds checkpoints of megallm's and no Hugging Face model: --load continues their run, and "
+                "--pretrained-checkpoint begins another with their weights"
+            ) from None
         raise ValueError(
             f"{path} cannot be read: {error.strerror}; a Hugging Face model is a folder with a config.json, "
             "safetensors and the tokenizer's files"

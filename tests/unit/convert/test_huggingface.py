@@ -19,7 +19,7 @@ from megallm.checkpoint.load import verify
 from megallm.checkpoint.reading import open_checkpoint
 from megallm.convert import command
 from megallm.convert.command import Place, check
-from megallm.convert.huggingface import open_folder, write_folder
+from megallm.convert.huggingface import open_folder, read_settings, write_folder
 from megallm.convert.native import KEPT, open_native, write_native
 from megallm.generate.choice import SamplingSettings
 from megallm.generate.text import continue_texts
@@ -424,3 +424,12 @@ def test_pickled_weights_are_read_and_not_run(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ValueError, match=r"it is cut off, or from before torch 1\.6; then load it with torch"):
         to_ours(tmp_path / "theirs", tmp_path / "other")
     assert not (tmp_path / "made").exists()
+
+
+def test_a_checkpoint_of_ours_is_no_model_of_theirs(tmp_path: Path) -> None:
+    checkpoint = to_ours(llama(tmp_path / "theirs"), tmp_path / "ours")
+    for folder in (checkpoint, checkpoint.parent):
+        with pytest.raises(
+            ValueError, match=r"holds checkpoints of megallm's .*: --load continues their run, and --pre"
+        ):
+            read_settings(folder)
