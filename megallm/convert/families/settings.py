@@ -133,7 +133,7 @@ class Rotary(Special):
     )
 
     def read(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
-        rope = (theirs.get("rope_parameters") or {}) | (theirs.get("rope_scaling") or {})
+        rope = self._merged(theirs)
         if any(isinstance(value, dict) for value in rope.values()):
             raise ValueError(f"megallm has rotary positions of one kind in all layers, not of {', '.join(rope)}")
         share = rope.get("partial_rotary_factor", theirs.get(self.share_key or "partial_rotary_factor", self.share))
@@ -142,7 +142,7 @@ class Rotary(Special):
         values = {"rotary_base": float(rope.get("rope_theta", theirs.get(self.base_key, 10000.0)))}
         if self.share_key is not None:
             values["rotary_percent"] = share
-        kind = rope.get("rope_type", rope.get("type", "default"))
+        kind = rope.get("rope_type", "default")
         if kind == "default":
             return values
         if kind == "linear":
@@ -161,6 +161,31 @@ class Rotary(Special):
             f"megallm does not have rotary positions of the kind {kind!r}, only default, linear and llama3: texts "
             "beyond the original length would be read with other angles"
         )
+
+    def _merged(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
+        """What both forms say. Raises ValueError where one says something else than the other."""
+        one, other = (self._form(theirs, key) for key in ("rope_parameters", "rope_scaling"))
+        apart = [
+            f"{name} is {one[name]!r} in rope_parameters and {other[name]!r} in rope_scaling"
+            for name in one
+            if name in other and one[name] != other[name]
+        ]
+        rope, base = one | other, theirs.get(self.base_key)
+        if base is not None and rope.get("rope_theta", base) != base:
+            place = "rope_scaling" if "rope_theta" in other else "rope_parameters"
+            apart.append(f"{self.base_key} is {base!r}, and rope_theta in {place} {rope['rope_theta']!r}")
+        if apart:
+            raise ValueError(
+                f"rotary positions are described twice, and not alike: {'; '.join(apart)}; leave only those with which "
+                "the model was trained"
+            )
+        return rope
+
+    def _form(self, theirs: Mapping[str, Any], key: str) -> dict[str, Any]:
+        """One form's entries, with the newer name of the kind."""
+        entries = {} | (theirs.get(key) or {})
+        kind = entries.pop("type", None)
+        return entries if kind is None else {"rope_type": kind} | entries
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         scaling: dict[str, Any] = {}

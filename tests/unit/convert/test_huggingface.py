@@ -322,6 +322,16 @@ BAD_FOLDERS = [
     ({"num_attention_heads": 0}, None, r"describes none that can be: integer division or modulo by zero"),
     ({"rope_scaling": {"type": "linear"}}, None, r"config\.json of a llama model needs factor"),
     ({"rope_scaling": [2]}, None, r"config\.json of a llama model describes none that can be: unsupported operand"),
+    (
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        None,
+        r"not alike: rope_type is 'default' in rope_parameters and 'linear' in rope_scaling; leave only",
+    ),
+    (
+        {"rope_parameters": {"rope_theta": 1e4}},
+        None,
+        r"rope_theta is 500000\.0, and rope_theta in rope_parameters 10000\.0",
+    ),
     ({"attention_bias": True}, None, r"attention_bias = True \(biases of all four projections of the attention"),
     ({"hidden_act": "gelu"}, None, r"the activation 'gelu' is not one that megallm has; known are silu"),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, None, r"rotary positions of the kind 'yarn'"),
