@@ -69,6 +69,23 @@ def architecture_of(names: Iterable[str]) -> str:
     return "bert" if any(name.startswith("encoder.") for name in names) else "gpt"
 
 
+def true_vocab_size(given: Mapping[str, Any], num_rows: int, asked: int | None) -> tuple[int, tuple[str, ...]]:
+    """Size of the vocabulary without padding, of an embedding of `num_rows`, and sentences about it for the user.
+
+    It is what the user has `asked` for, else what the arguments say, else the padded one.
+
+    Raises ValueError where the embedding has fewer rows.
+    """
+    told = given.get("vocab_size")
+    size = asked or told or num_rows
+    if size > num_rows:
+        raise ValueError(f"a vocabulary of {size} is larger than the {num_rows} rows of the embedding")
+    if told and size < told:
+        lost = "token" if told - size == 1 else f"{told - size} tokens"
+        return size, (f"--true-vocab-size {size} leaves the last {lost} of the {told} behind that the arguments name",)
+    return size, ()
+
+
 def read_arguments(given: Mapping[str, Any], vocab_size: int, architecture: str = "gpt") -> ModelConfig:
     """Our settings of the model of a command line.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megallm.config.tree import DataConfig, ModelConfig
-from megallm.convert.megatron.arguments import architecture_of, read_arguments
+from megallm.convert.megatron.arguments import architecture_of, read_arguments, true_vocab_size
 from megallm.convert.megatron.names import first_tensors, in_engine, last_tensors, layer_tensors, stack_of
 from megallm.convert.model import Weights, config_of, logical_shapes
 from megallm.convert.pickled import Made, read_pickle
@@ -30,14 +30,14 @@ _MOST_BYTES = 2**30
 
 
 @contextmanager
-def open_distributed_folder(folder: Path, true_vocab_size: int | None = None) -> Iterator[Weights]:
+def open_distributed_folder(folder: Path, asked_vocab_size: int | None = None) -> Iterator[Weights]:
     """The model in the folder of one iteration, for as long as the block lasts.
 
     Raises ValueError as `open_torch_folder` does.
     """
     sizes, boxes = _read_metadata(folder)
     given, iteration = _read_common(folder, boxes)
-    model = _model(folder, given, sizes, true_vocab_size)
+    model, notes = _model(folder, given, sizes, asked_vocab_size)
     config = config_of(
         model, DataConfig(seq_length=given.get("seq_length") or 0, **tokenizer_settings(folder.parent / KEPT))
     )
@@ -46,7 +46,7 @@ def open_distributed_folder(folder: Path, true_vocab_size: int | None = None) ->
     origin = folder.parent / KEPT
     with RawFiles() as files:
         tensors = StoredTensors(files, stored, shapes)
-        yield Weights(config, shapes, tensors, origin if origin.is_dir() else None, iteration)
+        yield Weights(config, shapes, tensors, origin if origin.is_dir() else None, iteration, notes=notes)
 
 
 Box = tuple[tuple[int, ...], tuple[int, ...], Path, int, int]
@@ -99,15 +99,14 @@ def _read_common(folder: Path, boxes: Mapping[str, list[Box]]) -> tuple[dict[str
 
 
 def _model(
-    folder: Path, given: Mapping[str, Any], sizes: Mapping[str, tuple[int, ...]], true_vocab_size: int | None
-) -> ModelConfig:
+    folder: Path, given: Mapping[str, Any], sizes: Mapping[str, tuple[int, ...]], asked_vocab_size: int | None
+) -> tuple[ModelConfig, tuple[str, ...]]:
+    """The model of the arguments, and sentences about it for the user."""
     table = sizes.get("embedding.word_embeddings.weight")
     if table is None:
         raise ValueError(f"{folder} holds no embedding.word_embeddings.weight")
-    vocab_size = true_vocab_size or given.get("vocab_size") or table[0]
-    if vocab_size > table[0]:
-        raise ValueError(f"a vocabulary of {vocab_size} is larger than the {table[0]} rows of the embedding")
-    return read_arguments(given, vocab_size, architecture_of(sizes))
+    vocab_size, notes = true_vocab_size(given, table[0], asked_vocab_size)
+    return read_arguments(given, vocab_size, architecture_of(sizes)), notes
 
 
 def _whole_tensors(

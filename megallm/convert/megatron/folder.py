@@ -14,7 +14,7 @@ import torch
 
 from megallm.config.tree import DataConfig, ModelConfig, ParallelConfig
 from megallm.convert.ahead import read_ahead
-from megallm.convert.megatron.arguments import architecture_of, read_arguments, write_arguments
+from megallm.convert.megatron.arguments import architecture_of, read_arguments, true_vocab_size, write_arguments
 from megallm.convert.megatron.distributed import METADATA, open_distributed_folder
 from megallm.convert.megatron.names import (
     TRANSFORMER_ENGINE,
@@ -73,11 +73,11 @@ def find_iteration(root: Path, iteration: int | None) -> Path:
 
 
 @contextmanager
-def open_torch_folder(folder: Path, true_vocab_size: int | None = None) -> Iterator[Weights]:
+def open_torch_folder(folder: Path, asked_vocab_size: int | None = None) -> Iterator[Weights]:
     """The model in the folder of one iteration, for as long as the block lasts.
 
-    `true_vocab_size` is that of the vocabulary without padding; by default what the checkpoint says, or its padded size
-    where it says nothing.
+    `asked_vocab_size` is that of the vocabulary without padding; by default what the checkpoint says, or its padded
+    size where it says nothing.
 
     Raises ValueError for what is wrong: a missing rank, a file that holds anything but data, a feature that megallm
     lacks, a tensor that is missing, surplus or of another shape.
@@ -85,7 +85,7 @@ def open_torch_folder(folder: Path, true_vocab_size: int | None = None) -> Itera
     contents = _read_ranks(folder)
     given = _arguments_of(contents, folder)
     num_stages, chunks = _chunks(contents, folder)
-    model = _model(given, chunks, true_vocab_size)
+    model, notes = _model(given, chunks, asked_vocab_size)
     config = config_of(model, _data(folder, given))
     shapes = logical_shapes(config)
     stored = list(_match(folder, config.model, shapes, chunks, num_stages))
@@ -97,6 +97,7 @@ def open_torch_folder(folder: Path, true_vocab_size: int | None = None) -> Itera
             StoredTensors(files, stored, shapes),
             origin if origin.is_dir() else None,
             int(next(iter(contents.values())).get("iteration") or 0),
+            notes=notes,
         )
 
 
@@ -165,17 +166,19 @@ def _chunks(contents: Mapping[tuple[int, int], dict[str, Any]], folder: Path) ->
     return max(chunk.stage for chunk in chunks) + 1, chunks
 
 
-def _model(given: Mapping[str, Any], chunks: list[Chunk], true_vocab_size: int | None) -> ModelConfig:
+def _model(
+    given: Mapping[str, Any], chunks: list[Chunk], asked_vocab_size: int | None
+) -> tuple[ModelConfig, tuple[str, ...]]:
+    """The model of the arguments, and sentences about it for the user."""
     tables = [
         chunk.tensors["embedding.word_embeddings.weight"]
         for chunk in chunks
         if chunk.stage == 0 and "embedding.word_embeddings.weight" in chunk.tensors
     ]
     padded = sum(table.shape[0] for table in tables)
-    vocab_size = true_vocab_size or given.get("vocab_size") or padded
-    if vocab_size > padded:
-        raise ValueError(f"a vocabulary of {vocab_size} is larger than the {padded} rows of the embedding")
-    return read_arguments(given, vocab_size, architecture_of(name for chunk in chunks for name in chunk.tensors))
+    vocab_size, notes = true_vocab_size(given, padded, asked_vocab_size)
+    architecture = architecture_of(name for chunk in chunks for name in chunk.tensors)
+    return read_arguments(given, vocab_size, architecture), notes
 
 
 def _match(
@@ -358,8 +361,8 @@ def _name(name: str, implementation: str) -> str:
     )
 
 
-def open_megatron(folder: Path, true_vocab_size: int | None = None) -> AbstractContextManager[Weights]:
+def open_megatron(folder: Path, asked_vocab_size: int | None = None) -> AbstractContextManager[Weights]:
     """The model in the folder of one iteration, of either format, for as long as the block lasts."""
     if (folder / METADATA).exists():
-        return open_distributed_folder(folder, true_vocab_size)
-    return open_torch_folder(folder, true_vocab_size)
+        return open_distributed_folder(folder, asked_vocab_size)
+    return open_torch_folder(folder, asked_vocab_size)

@@ -238,6 +238,17 @@ def test_the_true_vocabulary_is_what_the_arguments_or_the_user_say(tmp_path: Pat
         assert weights.config.model.vocab_size == PADDED
     with open_megatron(find_iteration(root, None), VOCAB) as weights:
         assert_is_the_model(weights)
+        assert not weights.notes
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_rows_that_the_user_cuts_from_the_vocabulary_are_told(tmp_path: Path) -> None:
+    for root in (write_torch(tmp_path / "one", 2, 1, 1, True), write_distributed(tmp_path / "two", True, False)):
+        with open_megatron(find_iteration(root, None), VOCAB - 2) as weights:
+            assert weights.config.model.vocab_size == VOCAB - 2
+            assert weights.notes == (
+                "--true-vocab-size 9 leaves the last 2 tokens of the 11 behind that the arguments name",
+            )
 
 
 @pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
