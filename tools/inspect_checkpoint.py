@@ -180,6 +180,8 @@ def print_tensors(tensors: dict[str, Any]) -> None:
 
 
 def print_changes(found: dict[str, Any]) -> None:
+    from megallm.checkpoint.inspection import elements_differ
+
     first, second = found["folders"]
     print(f"{first} -> {second}")
     for row in found["state"]:
@@ -189,7 +191,7 @@ def print_changes(found: dict[str, Any]) -> None:
     for name, change in found["tensors"].items():
         line = f"  {name}: {change['what']}"
         if change["num_elements"]:
-            line += f": {change['num_elements']:,} elements differ, at most by {change['largest']:.6g}"
+            line += f": {elements_differ(change['num_elements'])}, at most by {change['largest']:.6g}"
             line += f", at {list(change['element'])}, norm {change['norm']:.6g}"
         print(line)
 

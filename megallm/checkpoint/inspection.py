@@ -43,6 +43,11 @@ class Change:
     norm: float = 0.0
 
 
+def elements_differ(count: int) -> str:
+    """So many elements, as the beginning of a sentence about a `Change`."""
+    return "1 element differs" if count == 1 else f"{count:,} elements differ"
+
+
 def split_name(tensor: str) -> tuple[str, str]:
     """`kind/name` as the two."""
     kind, _, name = tensor.partition("/")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from megallm.checkpoint.inspection import elements_differ
 from megallm.checkpoint.load import newest_checkpoint
 from megallm.checkpoint.manifest import MANIFEST
 from megallm.config.tree import ParallelConfig
@@ -147,11 +148,11 @@ def report_comparison(one: Place, other: Place, log: Callable[[str], None]) -> b
         for name, change in compare(first, second, progress.advance):
             differing += 1
             log(
-                f"{name}: {change.num_elements:,} elements differ, at most by {change.largest:.3e}, "
+                f"{name}: {elements_differ(change.num_elements)}, at most by {change.largest:.3e}, "
                 f"at {list(change.element)}"
             )
         progress.finish()
-        log(f"{differing} of {len(first.shapes)} tensors differ")
+        log(f"{differing} of {len(first.shapes)} tensors {'differs' if differing == 1 else 'differ'}")
         return bool(differing or apart)
 
 

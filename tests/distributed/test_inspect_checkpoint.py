@@ -89,7 +89,7 @@ def test_a_difference_is_told_to_the_element(root: Path, capsys: pytest.CaptureF
         main([str(first), "--diff", str(second)])
     output = capsys.readouterr().out
     assert "iteration: 0 -> 2" in output
-    assert "weights/decoder.final_norm.weight: values: 1 elements differ, at most by 0.5, at [" in output
+    assert "weights/decoder.final_norm.weight: values: 1 element differs, at most by 0.5, at [" in output
     assert "], norm 0.5" in output
     assert output.count(" differ") == 1
     copy = shutil.copytree(first, root.parent / "copy" / first.name)

@@ -156,8 +156,8 @@ def test_two_models_are_compared_tensor_by_tensor(tmp_path: Path, checkpoint: Pa
     assert report_comparison(ours, Place("hf", other), lines.append)
     assert lines == [
         "norm_epsilon is 1e-05 in one and 1e-06 in the other",
-        "decoder.layers.1.mlp.up.weight: 1 elements differ, at most by inf, at [2, 5]",
-        "decoder.final_norm.weight: 1 elements differ, at most by 5.000e-01, at [3]",
+        "decoder.layers.1.mlp.up.weight: 1 element differs, at most by inf, at [2, 5]",
+        "decoder.final_norm.weight: 1 element differs, at most by 5.000e-01, at [3]",
         "2 of 21 tensors differ",
     ]
 
