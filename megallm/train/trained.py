@@ -49,8 +49,8 @@ def trained_model(
     config = _placed(from_dict(state["config"]), placement)
     if config.model.architecture != "gpt":
         raise ValueError(
-            f"{folder} holds a {config.model.architecture}, which finds masked words and cannot continue a text: give "
-            "a checkpoint of pretrain_gpt.py"
+            f"{folder} holds a {config.model.architecture}, which finds masked words; a text is continued and its "
+            "perplexity told by models that predict the next token: give a checkpoint of pretrain_gpt.py"
         )
     if config.data.tokenizer_type in (None, "NullTokenizer"):
         raise ValueError("the model was trained on numbers, without a tokenizer of text: there is no text to continue")

@@ -14,6 +14,7 @@ sys.path.append(str(BENCHMARKS))
 
 import layer  # noqa: E402
 import llama  # noqa: E402
+import start_up  # noqa: E402
 import train_7b  # noqa: E402
 
 from megallm.plan.flops import flops_per_token, head_flops_per_token  # noqa: E402
@@ -58,3 +59,12 @@ def test_they_run_on_a_cpu(tmp_path: Path) -> None:
         record["tokens_per_step"] / record["seconds_per_step"], rel=1e-3
     )
     assert record["predicted"]["by measured rates"]["allocated_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_start_up_waits_for_what_is_said_and_else_for_the_end() -> None:
+    assert start_up.seconds(start_up.COMMANDS["help"]) > 0
+    with pytest.raises(RuntimeError, match="ended with 0"):
+        start_up.seconds(start_up.Command("pretrain_gpt.py", "--help", start_up.FIRST_STEP))
+    with pytest.raises(RuntimeError, match="1 problem in the configuration"):
+        start_up.seconds(start_up.Command("pretrain_gpt.py", start_up.GPT + " --num-layers -1"))
