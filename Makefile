@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 # A file's tests stay together: they share what is set up once.
 TWO_AT_ONCE := -n 2 --dist loadfile
 
-.PHONY: help install demo test test-fast parity lint format gpu-build gpu-test gpu-bench clean
+.PHONY: help install demo test test-fast emulated-test parity lint format gpu-build gpu-test gpu-bench clean
 
 help:
 	@echo "make install    .venv with pinned dependencies and the built extensions"
@@ -18,6 +18,7 @@ help:
 	@echo "make test       all tests (17 minutes on two cores); make test-fast: the quick ones"
 	@echo "make parity     every layout against one process in float64, as a table"
 	@echo "make lint       formatting, lint, types; make format: repair what can be repaired"
+	@echo "make emulated-test  the CUDA kernels' tests, on the CPU; needs a CUDA toolkit's headers, no GPU"
 	@echo "make gpu-test   tests on a GPU; make gpu-bench: measurements on a GPU. Both need torch, not .venv"
 	@echo "make clean      remove .venv, builds and the demo's folder"
 
@@ -41,6 +42,15 @@ test: install
 test-fast: install
 	$(BIN)/python -m pytest -q -m "not slow" $(TWO_AT_ONCE)
 
+# The kernels compiled for the CPU, in a copy of the project. A kernel that does what it must not ends the process: what
+# it says then is only seen if pytest does not keep it.
+EMULATED := build/emulated
+emulated-test: install
+	$(BIN)/python -m tests.emulated.build $(EMULATED)
+	cd $(EMULATED) && PYTHONPATH=. $(abspath $(BIN))/python -m pytest -q --capture=sys -p no:cacheprovider \
+		tests/emulated/operators.py tests/unit/ops \
+		--ignore tests/unit/ops/test_ops_rule.py --ignore tests/unit/ops/test_ops_library.py
+
 parity: install
 	$(BIN)/python -m tests.distributed.parity
 
@@ -48,12 +58,12 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
 
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
 
 # A machine with a GPU may have no network: these build in place with the Python that is there, and with all cores, since
 # its time is dear.

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from megallm.ops.embedding import accumulate_rows
 from megallm.ops.initial import normal_box, uniform_box
 from megallm.ops.library import NATIVE
 from megallm.ops.norm import rms_norm
@@ -26,7 +25,8 @@ def test_error_is_at_most_twice_that_of_eager(case: Case):
 
 
 @pytest.mark.parametrize(
-    "check", [accuracy.check_views, accuracy.check_determinism, accuracy.check_non_finite, accuracy.check_compiles]
+    "check",
+    [accuracy.check_views_of_kernels, accuracy.check_determinism, accuracy.check_non_finite, accuracy.check_compiles],
 )
 @every_case
 def test_as_on_the_cpu(case: Case, check):
@@ -66,17 +66,7 @@ def test_on_a_device_that_is_not_current(case: Case):
 
 
 def test_a_row_of_a_table_that_nearly_all_tokens_use():
-    """Many blocks share its sum: an entry of few tokens before it, runs that end and begin at any place."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(-1, 4, (5003,), generator=generator).clamp(max=2).cuda()
-    gradient = torch.randn(5003, 40, generator=generator).cuda()
-    tables = [torch.ones(5, 40, device="cuda") for _ in range(3)]
-    exact = torch.ones(5, 40, dtype=torch.float64, device="cuda")
-    for table, implementation in zip(tables, ("native", "native", "reference"), strict=True):
-        accumulate_rows(table, gradient, rows, implementation)
-    accumulate_rows(exact, gradient.double(), rows, "reference")
-    assert torch.equal(tables[0], tables[1])
-    accuracy.assert_not_worse("table", tables[0], tables[2], exact)
+    accuracy.check_a_much_used_row("cuda")
 
 
 @pytest.mark.parametrize("box_of", [normal_box, uniform_box])

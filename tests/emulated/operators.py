@@ -1,0 +1,41 @@
+"""Every CUDA kernel, emulated on the CPU, by the checks of the operators that a GPU passes.
+
+Run by `make emulated-test` in the copy of the project that `build.py` makes; its name keeps it out of `make test`.
+"""
+
+import pytest
+
+from megallm.config.operators import OPERATORS
+from megallm.ops.library import NATIVE
+from tests.unit.ops import accuracy
+from tests.unit.ops.accuracy import Case
+from tests.unit.ops.cases import CASES
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def test_every_kernel_stands_for_the_operator_of_the_cpu():
+    assert NATIVE.cuda_architectures == ("emulated",), "these tests are for `make emulated-test`"
+    assert NATIVE.on_cpu == set(OPERATORS)
+
+
+@every_case
+def test_error_is_at_most_twice_that_of_eager(case: Case):
+    accuracy.check_shapes(case, "cpu", case.shapes)
+
+
+@pytest.mark.parametrize(
+    "check", [accuracy.check_views_of_kernels, accuracy.check_determinism, accuracy.check_non_finite]
+)
+@every_case
+def test_as_on_a_gpu(case: Case, check):
+    check(case, "cpu")
+
+
+@every_case
+def test_gradcheck(case: Case):
+    accuracy.check_gradients(case, "cpu", "native")
+
+
+def test_a_row_of_a_table_that_nearly_all_tokens_use():
+    accuracy.check_a_much_used_row("cpu")
