@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "cpu/simd.h"
+#include "cpu/tiles.h"
 #include "include/rows.h"
 
 namespace megallm {
@@ -20,19 +21,6 @@ constexpr int64_t kGrain = 32768;
 inline int64_t rows_per_partial(int64_t rows) { return std::max<int64_t>(64, (rows + 511) / 512); }
 inline int64_t partial_count(int64_t rows) { return (rows + rows_per_partial(rows) - 1) / rows_per_partial(rows); }
 
-[[maybe_unused]] MEGALLM_CLONES static void add_to(const float* values, int64_t count, double* __restrict__ sums) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    sums[i] += values[i];
-  }
-}
-
-inline void add_to(const double* values, int64_t count, double* __restrict__ sums) {
-  for (int64_t i = 0; i < count; ++i) {
-    sums[i] += values[i];
-  }
-}
-
 // Adds the partial sums in their order.
 template <typename Accumulator>
 void sum_partials(const Accumulator* partials, int64_t count, int64_t width, Accumulator* result) {
@@ -43,7 +31,7 @@ void sum_partials(const Accumulator* partials, int64_t count, int64_t width, Acc
                                   const int64_t columns = std::min<int64_t>(kLanes, end - start);
                                   double sums[kLanes] = {};
                                   for (int64_t partial = 0; partial < count; ++partial) {
-                                    add_to(partials + partial * width + start, columns, sums);
+                                    tiles::accumulate(partials + partial * width + start, columns, sums);
                                   }
                                   for (int64_t column = 0; column < columns; ++column) {
                                     result[start + column] = static_cast<Accumulator>(sums[column]);

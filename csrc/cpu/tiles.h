@@ -128,6 +128,13 @@ inline void add(const double* left, const double* right, int64_t count, double* 
   }
 }
 
+[[maybe_unused]] MEGALLM_CLONES static void accumulate(const float* values, int64_t count, double* __restrict__ sums) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    sums[i] += values[i];
+  }
+}
+
 inline void accumulate(const double* values, int64_t count, double* __restrict__ sums) {
   for (int64_t i = 0; i < count; ++i) {
     sums[i] += values[i];

@@ -184,7 +184,7 @@ def _count(
 @pytest.mark.parametrize(
     ("architecture", "number"),
     [
-        pytest.param(architecture, n, marks=() if n < 2 else pytest.mark.slow, id=f"{architecture}, configuration {n}")
+        pytest.param(architecture, n, id=f"{architecture}, configuration {n}")
         for architecture, numbers in (("gpt", range(40)), ("bert", range(6)))
         for n in numbers
     ],
