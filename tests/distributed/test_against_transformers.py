@@ -286,6 +286,7 @@ def test_same_weights_give_the_same_numbers(
             assert difference(got.final_weights[key], weight) <= TRAINED_LOSS_BOUND, f"{key} differs after training"
 
 
+@pytest.mark.slow
 def test_the_steps_move_the_model(theirs: dict[tuple[str, torch.dtype], Run]) -> None:
     """Agreement would mean little if nothing happened."""
     run = theirs["llama", torch.float64]

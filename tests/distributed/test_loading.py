@@ -191,6 +191,7 @@ def _altered(config: Config, path: str) -> Config:
     return replace(config, **{section: replace(part, **{name: "something else"})})
 
 
+@pytest.mark.slow
 def test_layout_and_versions_are_told(pool: WorkerPool, saved_runs: SavedRuns) -> None:
     root, _ = saved_runs.of(Case("tensor 2", UNTIED, tp=2, layout=TWO_PER_MICRO_BATCH))
     engine = make_engine(0, Case("", UNTIED))

@@ -138,6 +138,7 @@ def test_split_and_merged_again(tmp_path_factory, dataset, data):
     assert not list(folder.glob("*.tmp"))
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(a_dataset(), a_dataset(), st.booleans())
 def test_first_difference(tmp_path_factory, one, other, alike):

@@ -36,6 +36,7 @@ def write_lines(path, lines):
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     files=st.lists(LINES, min_size=1, max_size=3),

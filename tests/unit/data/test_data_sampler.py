@@ -73,6 +73,7 @@ def runs_with_a_resume(draw):
     return sizes, layouts, unit * draw(st.integers(1, 60)) + draw(st.integers(0, 5)), draw(st.integers(0, 8))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(runs_with_a_resume())
 def test_no_resume_loses_or_repeats_a_sample(run):

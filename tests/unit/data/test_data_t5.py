@@ -66,6 +66,7 @@ def test_golden_items(sentences):
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     documents=RANDOM_DOCUMENTS,
