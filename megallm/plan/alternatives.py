@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, product
+from itertools import combinations, islice, product
 from typing import Any
 
 from megallm.config.resolve import resolve
@@ -23,6 +23,8 @@ from megallm.plan.validate import validate
 _PLANNED = 8
 _PLANNED_OF_EACH = 4
 _TIMED = 400
+# Passes and messages of all of them that may be timed before it takes too long (about a second).
+_ENOUGH_TIMED = 40_000
 _CLEARLY_FASTER = 0.99
 
 # Tokens whose logits exist at once. With fewer than about 700 (on an H200), adding to the weight's gradient, which each
@@ -44,8 +46,9 @@ def next_best(plan: Plan, number: int) -> list[Plan]:
     """The fastest plans that fit the GPU, over tensor, pipeline and virtual sizes, micro-batch and recomputation.
 
     Model, batch, precision and everything else stay as they are; the distributed optimizer is on. All layouts are
-    ranked by a short estimate, and the best of them planned like the given one. `number` at most, fastest first; the
-    given sizes are named again only where something else makes them clearly faster.
+    ranked by a short estimate, and the best of them planned like the given one: many of few stages, of many stages
+    hardly more than `number`. `number` at most, fastest first; the given sizes are named again only where something
+    else makes them clearly faster.
     """
     layout, gpu = plan.layout, plan.gpu
     estimated: list[tuple[float, int, Layout]] = []
@@ -57,13 +60,17 @@ def next_best(plan: Plan, number: int) -> list[Plan]:
     best: dict[tuple[int, int], Plan] = {}
     given = (layout.tensor, layout.pipeline)
     planned: Counter[tuple[int, int]] = Counter()
+    timed = 0
     for _, _, candidate in sorted(estimated):
+        if timed > _ENOUGH_TIMED and len(best) >= number:
+            break
         planned[candidate.tensor, candidate.pipeline] += 1
         if planned[candidate.tensor, candidate.pipeline] > _PLANNED_OF_EACH:
             continue
         if len(planned) > _PLANNED:
             break
         made = make_plan(candidate, gpu, _TIMED)
+        timed += len(made.step.timeline.events)
         # One plan for each way to share the work: of micro-batches and virtual stages the best.
         key = (candidate.tensor, candidate.pipeline)
         if made.fits and (key not in best or made.step.total < best[key].step.total):
@@ -131,15 +138,17 @@ def with_changes(config: Config, **changes: Any) -> Config:
 
 
 def _estimate(layout: Layout, gpu: Gpu) -> tuple[float, int]:
-    """Seconds of a step by the formula of its bubble, and the peak of the first rank."""
+    """Seconds of a step by the formula of its bubble, and the peak of the first rank without its communicators."""
     costs = stage_costs(layout, gpu)
     number, ranks = layout.num_micro_batches, layout.pipeline
     schedule = schedule_of(layout.config.parallel, min(number, 2 * ranks))
     forward, backward = costs.per_stage(schedule)
-    busy = max(
+    busy = [
         sum(forward[stage.number] + backward[stage.number] for stage in layout.on_rank(rank)) for rank in range(ranks)
-    )
-    seconds = busy * (number + (ranks - 1) / layout.virtual) + sum(end_of_step(layout, gpu, 0, forward, backward))
+    ]
+    # The busiest rank works all the time but for one pass through the others' stages of one virtual stage each.
+    seconds = number * max(busy) + (sum(busy) - max(busy)) / layout.virtual
+    seconds += sum(end_of_step(layout, gpu, 0, forward, backward))
     peak = sum(state_bytes(layout, 0).values())
     peak += sum(peak_of_step(layout, 0, schedule.actions[0]).values())
     assert schedule.max_in_flight, "builders say what is in flight"
@@ -155,9 +164,9 @@ def changes_that_fit(plan: Plan, number: int = 3, memory: int | None = None) -> 
     options = _single_changes(plan.layout)
     found: list[Change] = []
     for group in ([(option,) for option in options], list(combinations(options, 2))):
-        if len(found) < number:
-            found += sorted(_fitting(plan, group, bound), key=lambda change: change.plan.step.total)
-    return found[:number]
+        fitting = islice(_fitting(plan, group, bound), number - len(found))
+        found += sorted(fitting, key=lambda change: change.plan.step.total)
+    return found
 
 
 def _single_changes(layout: Layout) -> list[_Option]:
@@ -187,14 +196,20 @@ def _single_changes(layout: Layout) -> list[_Option]:
 
 
 def _fitting(plan: Plan, options: Sequence[Sequence[_Option]], bound: float) -> Iterator[Change]:
+    """Those that fit, by their estimated time."""
     layout = plan.layout
-    for option in options:
+    estimated: list[tuple[float, int, Layout]] = []
+    for place, option in enumerate(options):
         settings = {name: value for _, setting in option for name, value in setting.items()}
         changed = with_changes(layout.config, **settings)
         # Two values of one setting are no pair.
         if len(settings) < len(option) or validate(changed, layout.world_size):
             continue
         candidate = Layout(resolve(changed, layout.world_size), layout.world_size, layout.on_gpu)
+        seconds, peak = _estimate(candidate, plan.gpu)
+        if peak <= bound:
+            estimated.append((seconds, place, candidate))
+    for _, place, candidate in sorted(estimated):
         made = make_plan(candidate, plan.gpu, _TIMED)
         if made.peak <= bound:
-            yield Change(tuple(flag for flag, _ in option), made)
+            yield Change(tuple(flag for flag, _ in options[place]), made)

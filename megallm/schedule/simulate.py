@@ -240,11 +240,11 @@ class _Clock:
 
     def _advance(self, rank: int) -> bool:
         """Does the rank's steps until one has to wait for something that has not happened; whether it did any."""
-        begin = self.position[rank]
-        for step in self.steps[rank][begin:]:
-            action = step.action
+        begin, steps = self.position[rank], self.steps[rank]
+        for index in range(begin, len(steps)):
+            action = steps[index].action
             ready = self.now[rank]
-            for send in step.awaits:
+            for send in steps[index].awaits:
                 end = self._message_end((send.kind, send.stage, send.micro_batch))
                 if end is None:
                     break

@@ -14,12 +14,13 @@ import pytest
 from megallm.config import Config, difference_yaml, from_dict, resolve
 from megallm.config.dictionary import build
 from megallm.config.tree import DataConfig
+from megallm.plan import alternatives
 from megallm.plan.alternatives import changes_that_fit, next_best
 from megallm.plan.dry_run import dry_run
 from megallm.plan.flops import parameter_count
 from megallm.plan.gpus import GPUS, SAFE_SHARE
 from megallm.plan.memory import KINDS, peak_of_step, state_bytes
-from megallm.plan.plan import make_plan
+from megallm.plan.plan import Plan, make_plan
 from megallm.plan.schedule import schedule_of
 from megallm.plan.stages import Layout
 from megallm.plan.timing import end_of_step, stage_costs
@@ -236,6 +237,25 @@ def test_changes_that_fit_do_and_other_layouts_are_valid() -> None:
     assert [other.step.total for other in others] == sorted(other.step.total for other in others)
     assert all(other.fits and validate(other.layout.config, 8) == [] for other in others)
     assert changes_that_fit(plan, memory=2**30) == []
+
+
+@pytest.mark.slow
+def test_the_search_of_many_stages_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[int] = []
+
+    def counted(*arguments: Any) -> Plan:
+        plan = make_plan(*arguments)
+        timed.append(len(plan.step.timeline.events))
+        return plan
+
+    monkeypatch.setattr(alternatives, "make_plan", counted)
+    huge = {"model.num_layers": 160, "model.hidden_size": 16384, "model.ffn_hidden_size": 65536}
+    sizes = {PIPELINE: 16, VIRTUAL: 5, TENSOR: 8, "training.global_batch_size": 8192}
+    plan = make_plan(Layout(resolve(configuration(huge | sizes), 16384), 16384), GPUS["H100"])
+    assert next_best(plan, 3)
+    assert len(changes_that_fit(plan)) == 3
+    # About 100,000 are a second of one core.
+    assert sum(timed) < 200_000
 
 
 @pytest.mark.slow
