@@ -158,9 +158,9 @@ def _with_shards(folder: Path, index_name: str, read: Callable[[Path], dict[str,
     index = folder / index_name
     try:
         places = json.loads(index.read_bytes())["weight_map"]
-        names = sorted(set(places.values()))
+        names = sorted({file + "" for file in places.values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} is not an index of weights: it has no weight_map") from None
+        raise ValueError(f"{index} is not an index of weights: it has no weight_map of names of files") from None
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise ValueError(f"{index} names a file outside of its folder: {outside[0]}")

@@ -51,7 +51,7 @@ def read_torch_file(path: Path, begin: int = 0, num_bytes: int | None = None) ->
                 for key, entry in entries.items()
                 if key.startswith("data/")
             }
-        return _with_places(content, path, places)
+        return _with_places(content, path, places, {})
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     except zipfile.BadZipFile as error:
@@ -59,7 +59,7 @@ def read_torch_file(path: Path, begin: int = 0, num_bytes: int | None = None) ->
             f"{path} is not a whole archive of torch's ({error}): it is cut off, or from before torch 1.6; then load it"
             " with torch and save it anew"
         ) from None
-    except (ValueError, KeyError, EOFError, RecursionError) as error:
+    except (ValueError, KeyError, EOFError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is not a file of torch's that can be trusted: {error}") from None
 
 
@@ -104,12 +104,20 @@ def _place(file: BinaryIO, entry: zipfile.ZipInfo, begin: int) -> tuple[int, int
     return at + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes, entry.file_size
 
 
-def _with_places(value: Any, path: Path, places: Mapping[str, tuple[int, int]]) -> Any:
-    """`value` with raw tensors in its dictionaries, lists and tuples."""
-    if isinstance(value, dict):
-        return {key: _with_places(entry, path, places) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_with_places(entry, path, places) for entry in value)
+def _with_places(value: Any, path: Path, places: Mapping[str, tuple[int, int]], done: dict[int, Any]) -> Any:
+    """`value` with raw tensors in its dictionaries, lists and tuples.
+
+    What stands in several places of it is made once, else lists of lists of one list would take for ever: `done` has
+    it by its identity.
+    """
+    if isinstance(value, dict | list | tuple):
+        if id(value) not in done:
+            if isinstance(value, dict):
+                made: Any = {key: _with_places(entry, path, places, done) for key, entry in value.items()}
+            else:
+                made = type(value)(_with_places(entry, path, places, done) for entry in value)
+            done[id(value)] = made
+        return done[id(value)]
     if not isinstance(value, TensorRef) or value.storage.kind not in _DTYPES:
         return value
     dtype = _DTYPES[value.storage.kind]

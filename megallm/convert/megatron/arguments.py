@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from megallm.config.resolve import attention_window, ffn_hidden_size, kv_channels, num_query_groups, num_token_types
-from megallm.config.tree import ModelConfig
+from megallm.config.tree import DataConfig, ModelConfig
 from megallm.convert.family import OF_TRAINING
 from megallm.convert.model import model_of
+from megallm.convert.pickled import Made
+from megallm.convert.tokenizer_files import tokenizer_settings
 
 # Settings with one name and one meaning in both.
 SAME = (
@@ -64,6 +67,24 @@ _ACTIVATIONS = {"swiglu": "swiglu", "squared_relu": "squared_relu", "openai_gelu
 _POSITIONS = ("learned_absolute", "rope", "none")
 
 
+def arguments_in(content: Any, folder: Path) -> tuple[dict[str, Any], int]:
+    """The arguments and the iteration that a file of a checkpoint in `folder` holds.
+
+    Raises ValueError where there are none.
+    """
+    arguments = content.get("args") if isinstance(content, dict) else None
+    if not isinstance(arguments, Made) or not isinstance(arguments.state, dict):
+        raise ValueError(f"{folder} does not say with which arguments its model was built: there are no args in it")
+    iteration = content.get("iteration")
+    return arguments.state, iteration if isinstance(iteration, int) else 0
+
+
+def data_of(given: Mapping[str, Any], kept: Path) -> DataConfig:
+    """Our settings of the data of a command line, with the tokenizer in the folder `kept`, if there is one."""
+    length = given.get("seq_length")
+    return DataConfig(seq_length=length if isinstance(length, int) else 0, **tokenizer_settings(kept))
+
+
 def architecture_of(names: Iterable[str]) -> str:
     """What model tensors of these names are: their arguments do not say it."""
     return "bert" if any(name.startswith("encoder.") for name in names) else "gpt"
@@ -77,6 +98,8 @@ def true_vocab_size(given: Mapping[str, Any], num_rows: int, asked: int | None) 
     Raises ValueError where the embedding has fewer rows.
     """
     told = given.get("vocab_size")
+    if told is not None and not isinstance(told, int):
+        raise ValueError(f"the checkpoint's arguments say that vocab_size is {told!r}, which is no number")
     size = asked or told or num_rows
     if size > num_rows:
         raise ValueError(f"a vocabulary of {size} is larger than the {num_rows} rows of the embedding")
@@ -101,12 +124,13 @@ def read_arguments(given: Mapping[str, Any], vocab_size: int, architecture: str 
         lost.append(f"position_embedding_type = {kind!r} (known are {', '.join(_POSITIONS)})")
     if lost:
         raise ValueError(f"the checkpoint uses what megallm does not have: {'; '.join(lost)}")
-    missing = [name for name in ("num_layers", "hidden_size", "num_attention_heads") if given.get(name) is None]
+    is_grouped = bool(given.get("group_query_attention"))
+    needed = ("num_layers", "hidden_size", "num_attention_heads", *(("num_query_groups",) if is_grouped else ()))
+    missing = [name for name in needed if given.get(name) is None]
     if missing:
         raise ValueError(f"the checkpoint's arguments lack {', '.join(missing)}")
     values = {name: given[name] for name in SAME if given.get(name) is not None}
     heads = given["num_attention_heads"]
-    is_grouped = bool(given.get("group_query_attention"))
     window = given.get("window_size")
     epsilon = given.get("norm_epsilon", given.get("layernorm_epsilon"))
     # Decoders are saved with BERT's default, too.
@@ -120,7 +144,7 @@ def read_arguments(given: Mapping[str, Any], vocab_size: int, architecture: str 
         "kv_channels": given.get("kv_channels"),
         "activation": _activation(given),
         "tie_embeddings": not given.get("untie_embeddings_and_output_weights", False),
-        "window_size": None if window is None else ",".join(map(str, window)),
+        "window_size": ",".join(map(str, window)) if isinstance(window, list | tuple) else window,
         "vocab_size": vocab_size,
     }
     return model_of(

@@ -13,14 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megallm.config.tree import DataConfig, ModelConfig
-from megallm.convert.megatron.arguments import architecture_of, read_arguments, true_vocab_size
+from megallm.config.tree import ModelConfig
+from megallm.convert.megatron.arguments import (
+    architecture_of,
+    arguments_in,
+    data_of,
+    read_arguments,
+    true_vocab_size,
+)
 from megallm.convert.megatron.names import first_tensors, in_engine, last_tensors, layer_tensors, stack_of
 from megallm.convert.model import Weights, config_of, logical_shapes
-from megallm.convert.pickled import Made, read_pickle
+from megallm.convert.pickled import read_pickle
 from megallm.convert.raw import RawFiles, RawTensor
 from megallm.convert.stored import Stored, StoredTensors, cut_columns, cut_rows
-from megallm.convert.tokenizer_files import tokenizer_settings
 from megallm.convert.torch_file import read_torch_file
 
 METADATA, COMMON, KEPT = ".metadata", "common.pt", "huggingface"
@@ -38,12 +43,10 @@ def open_distributed_folder(folder: Path, asked_vocab_size: int | None = None) -
     sizes, boxes = _read_metadata(folder)
     given, iteration = _read_common(folder, boxes)
     model, notes = _model(folder, given, sizes, asked_vocab_size)
-    config = config_of(
-        model, DataConfig(seq_length=given.get("seq_length") or 0, **tokenizer_settings(folder.parent / KEPT))
-    )
+    origin = folder.parent / KEPT
+    config = config_of(model, data_of(given, origin))
     shapes = logical_shapes(config)
     stored = list(_match(folder, _whole_tensors(config.model, shapes, sizes), sizes, boxes))
-    origin = folder.parent / KEPT
     with RawFiles() as files:
         tensors = StoredTensors(files, stored, shapes)
         yield Weights(config, shapes, tensors, origin if origin.is_dir() else None, iteration, notes=notes)
@@ -92,10 +95,7 @@ def _read_common(folder: Path, boxes: Mapping[str, list[Box]]) -> tuple[dict[str
             raise ValueError(f"{folder} holds neither {COMMON} nor common_state: nothing says what its model is")
         _, _, path, begin, num_bytes = boxes[name][0]
         content = read_torch_file(path, begin, num_bytes)
-    arguments = content.get("args") if isinstance(content, dict) else None
-    if not isinstance(arguments, Made) or not isinstance(arguments.state, dict):
-        raise ValueError(f"{folder} does not say with which arguments its model was built: there are no args in it")
-    return arguments.state, int(content.get("iteration") or 0)
+    return arguments_in(content, folder)
 
 
 def _model(

@@ -12,9 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megallm.config.tree import DataConfig, ModelConfig, ParallelConfig
+from megallm.config.tree import ModelConfig, ParallelConfig
 from megallm.convert.ahead import read_ahead
-from megallm.convert.megatron.arguments import architecture_of, read_arguments, true_vocab_size, write_arguments
+from megallm.convert.megatron.arguments import (
+    architecture_of,
+    arguments_in,
+    data_of,
+    read_arguments,
+    true_vocab_size,
+    write_arguments,
+)
 from megallm.convert.megatron.distributed import METADATA, open_distributed_folder
 from megallm.convert.megatron.names import (
     TRANSFORMER_ENGINE,
@@ -31,7 +38,7 @@ from megallm.convert.pickled import Made, Named
 from megallm.convert.raw import RawFiles, RawTensor
 from megallm.convert.safetensors_file import Declared
 from megallm.convert.stored import Stored, StoredTensors, gather
-from megallm.convert.tokenizer_files import has_tokenizer, keep_companions, tokenizer_settings
+from megallm.convert.tokenizer_files import has_tokenizer, keep_companions
 from megallm.convert.torch_file import read_torch_file, write_torch_file
 from megallm.plan.split import stage_layers
 
@@ -83,27 +90,16 @@ def open_torch_folder(folder: Path, asked_vocab_size: int | None = None) -> Iter
     lacks, a tensor that is missing, surplus or of another shape.
     """
     contents = _read_ranks(folder)
-    given = _arguments_of(contents, folder)
+    given, iteration = _arguments_of(contents, folder)
     num_stages, chunks = _chunks(contents, folder)
     model, notes = _model(given, chunks, asked_vocab_size)
-    config = config_of(model, _data(folder, given))
+    origin = folder.parent / KEPT
+    config = config_of(model, data_of(given, origin))
     shapes = logical_shapes(config)
     stored = list(_match(folder, config.model, shapes, chunks, num_stages))
     with RawFiles() as files:
-        origin = folder.parent / KEPT
-        yield Weights(
-            config,
-            shapes,
-            StoredTensors(files, stored, shapes),
-            origin if origin.is_dir() else None,
-            int(next(iter(contents.values())).get("iteration") or 0),
-            notes=notes,
-        )
-
-
-def _data(folder: Path, given: Mapping[str, Any]) -> DataConfig:
-    length = given.get("seq_length") or 0
-    return DataConfig(seq_length=length, **tokenizer_settings(folder.parent / KEPT))
+        tensors = StoredTensors(files, stored, shapes)
+        yield Weights(config, shapes, tensors, origin if origin.is_dir() else None, iteration, notes=notes)
 
 
 def _read_ranks(folder: Path) -> dict[tuple[int, int], dict[str, Any]]:
@@ -129,16 +125,13 @@ def _read_ranks(folder: Path) -> dict[tuple[int, int], dict[str, Any]]:
     return found
 
 
-def _arguments_of(contents: Mapping[tuple[int, int], dict[str, Any]], folder: Path) -> dict[str, Any]:
-    arguments = contents[0, 0].get("args")
-    if not isinstance(arguments, Made) or not isinstance(arguments.state, dict):
-        raise ValueError(f"{folder} does not say with which arguments its model was built: there are no args in it")
-    given = arguments.state
+def _arguments_of(contents: Mapping[tuple[int, int], dict[str, Any]], folder: Path) -> tuple[dict[str, Any], int]:
+    given, iteration = arguments_in(contents[0, 0], folder)
     for name, axis in (("tensor_model_parallel_size", 0), ("pipeline_model_parallel_size", 1)):
         there = max(rank[axis] for rank in contents) + 1
         if given.get(name, there) != there:
             raise ValueError(f"{folder} was saved with {name} {given[name]}, but ranks 0 to {there - 1} are there")
-    return given
+    return given, iteration
 
 
 def _chunks(contents: Mapping[tuple[int, int], dict[str, Any]], folder: Path) -> tuple[int, list[Chunk]]:
@@ -155,10 +148,12 @@ def _chunks(contents: Mapping[tuple[int, int], dict[str, Any]], folder: Path) ->
             raise ValueError(f"the file of rank {tensor_rank}, {pipeline_rank} in {folder} holds no model")
         for virtual, name in enumerate(names):
             tensors = {}
+            if not isinstance(content[name], dict):
+                raise ValueError(f"{name} of rank {tensor_rank}, {pipeline_rank} in {folder} is no dictionary of tensors")
             for key, value in content[name].items():
-                if isinstance(value, RawTensor):
+                if isinstance(value, RawTensor) and isinstance(key, str):
                     tensors[in_engine(key)] = value
-                elif not key.endswith("_extra_state"):
+                elif not str(key).endswith("_extra_state"):
                     raise ValueError(
                         f"{key} in {folder} is no tensor of weights: is it a model from before Megatron core?"
                     )

@@ -301,6 +301,10 @@ def lose_a_shard(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def name_no_shard(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": 1}}))
+
+
 def point(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     tensors.clear()
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
@@ -347,6 +351,7 @@ BAD_FOLDERS = [
     ({}, tokenizer_of(VOCAB + 2), r"has 13 tokens, but the model's vocabulary has 11: its last 2 would have no embed"),
     ({}, point, r"it is a pointer of Git LFS, and `git lfs pull` fetches"),
     ({}, cut_short, r"model\.safetensors is not a whole file of safetensors: .* would end at byte"),
+    ({}, name_no_shard, r"is not an index of weights: it has no weight_map of names of files"),
     ({}, lose_a_shard, r"1 of the 1 files that .* names are not there: model-00002-of-00002\.safetensors"),
 ]
 

@@ -439,6 +439,14 @@ def cut_short(root: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def ask_for_a_later_zip(root: Path) -> None:
+    path = root / "iter_0000005" / "mp_rank_00_000" / "model_optim_rng.pt"
+    content = bytearray(path.read_bytes())
+    # In the archive's directory, the version that a reader needs.
+    content[content.index(b"PK\x01\x02") + 6] = 99
+    path.write_bytes(content)
+
+
 QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
 BAD_FOLDERS = [
     (lose_a_rank, {}, r"lacks mp_rank_01_000, one of 2 tensor and 2 pipeline ranks"),
@@ -448,10 +456,16 @@ BAD_FOLDERS = [
     (change(model={"decoder.extra": torch.zeros(2)}), {}, r"decoder\.extra of shape \[2\] is not of this model"),
     (change(model={"language_model": {"a": 1}}), {}, r"language_model in .* is no tensor of weights"),
     (change(args=None), {}, r"there are no args in it"),
+    (change(model=[1, 2]), {}, r"model of rank 0, 0 in .* is no dictionary of tensors"),
+    (change(model={5: torch.zeros(2)}), {}, r"5 in .* is no tensor of weights"),
+    (ask_for_a_later_zip, {}, r"is not a file of torch's that can be trusted: zip file version 9\.9"),
     (cut_short, {}, r"is not a whole archive of torch's"),
     (None, {"num_experts": 8}, r"num_experts = 8 \(a mixture of experts\)"),
     (None, {"position_embedding_type": "yarn"}, r"position_embedding_type = 'yarn'"),
     (None, {"num_layers": 6}, r"holds 4 layers, but its arguments say 6"),
+    (None, {"num_query_groups": None}, r"the checkpoint's arguments lack num_query_groups"),
+    (None, {"window_size": 5}, r"window_size takes .*, not 5"),
+    (None, {"vocab_size": "x"}, r"the checkpoint's arguments say that vocab_size is 'x', which is no number"),
     (None, {"vocab_size": 17}, r"a vocabulary of 17 is larger than the 16 rows of the embedding"),
 ]
 
@@ -468,6 +482,18 @@ def test_a_bad_folder_is_answered_in_a_sentence(
         pass
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "harm").exists()
+
+
+def test_lists_of_lists_of_one_list_take_no_time(tmp_path: Path) -> None:
+    root = write_torch(tmp_path, 1, 1, 1, True)
+    path = root / "iter_0000005" / "mp_rank_00" / "model_optim_rng.pt"
+    content = torch.load(path, weights_only=False)
+    content["rng_state"] = []
+    for _ in range(60):
+        content["rng_state"] = [content["rng_state"], content["rng_state"]]
+    torch.save(content, path)
+    with opened(root) as weights:
+        assert_is_the_model(weights)
 
 
 def test_what_megatron_lacks_is_refused_by_name(tmp_path: Path) -> None:
