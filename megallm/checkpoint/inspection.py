@@ -57,7 +57,7 @@ def split_name(tensor: str) -> tuple[str, str]:
 def values_of(checkpoint: OpenCheckpoint, tensor: str, progress: Progress = lambda count: None) -> Values:
     """Reads a tensor, named `kind/name`. Raises DamagedError where it is not as it was written."""
     squares, lowest, highest, non_finite = 0.0, math.inf, -math.inf, 0
-    read = _reader(checkpoint, tensor)
+    read = reader(checkpoint, tensor)
     for offset, shape in _pieces(checkpoint.manifest.tensors[tensor].shape):
         piece = read(offset, shape)
         values = piece.double()
@@ -84,7 +84,7 @@ def changes_of_tensors(
         elif old.shape != new.shape:
             found[name] = Change(f"shape {list(old.shape)} -> {list(new.shape)}")
         else:
-            change = change_of_values(old.shape, _reader(before, name), _reader(after, name), progress)
+            change = change_of_values(old.shape, reader(before, name), reader(after, name), progress)
             if old.dtype != new.dtype:
                 found[name] = change or Change("")
                 found[name].what = f"type {old.dtype} -> {new.dtype}"
@@ -140,7 +140,8 @@ def _differs(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return old.view(integers) != new.view(integers)
 
 
-def _reader(checkpoint: OpenCheckpoint, name: str) -> Read:
+def reader(checkpoint: OpenCheckpoint, name: str) -> Read:
+    """Reads boxes of a tensor, named `kind/name`."""
     kind, tensor = split_name(name)
     return lambda offset, shape: checkpoint.read(kind, tensor, offset, shape)
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 
-from megallm.checkpoint.inspection import elements_differ
+from megallm.checkpoint.boxes import WEIGHTS
+from megallm.checkpoint.inspection import change_of_values, elements_differ, reader, split_name
 from megallm.checkpoint.load import newest_checkpoint
 from megallm.checkpoint.manifest import MANIFEST
+from megallm.checkpoint.reading import open_checkpoint
 from megallm.config.tree import ParallelConfig
 from megallm.convert.compare import compare, settings_apart
 from megallm.convert.huggingface import CONFIG, open_folder, write_folder
@@ -169,6 +171,8 @@ def check(
         for name, change in compare(first, second, progress.advance, rounded_to=dtype):
             raise ValueError(f"{name} differs by {change.largest:.3e} at {list(change.element)} after conversion")
         log(f"verified tensor by tensor: all {len(first.shapes)} are equal")
+        if source.kind == target.kind == "megallm":
+            _check_optimizer(source, target, log)
         if "hf" not in (source.kind, target.kind):
             return
         if first.fresh or second.fresh:
@@ -188,6 +192,22 @@ def check(
         )
         if not verdict.share <= bound:
             raise ValueError(f"logits differ by {verdict.share:.2e} of the largest, more than the bound of {bound:.0e}")
+
+
+def _check_optimizer(source: Place, target: Place, log: Callable[[str], None]) -> None:
+    """Raises ValueError where a checkpoint that was written from another holds other moments of the optimizer."""
+    with (
+        open_checkpoint(newest_checkpoint(str(source.path), source.iteration)) as first,
+        open_checkpoint(newest_checkpoint(str(target.path))) as second,
+    ):
+        moments = [name for name in second.manifest.tensors if split_name(name)[0] != WEIGHTS]
+        for name in moments:
+            shape = second.manifest.tensors[name].shape
+            change = change_of_values(shape, reader(first, name), reader(second, name))
+            if change is not None:
+                raise ValueError(f"{name} differs by {change.largest:.3e} at {list(change.element)} after conversion")
+    if moments:
+        log(f"verified the optimizer: all {len(moments)} are equal")
 
 
 def _logits(place: Place, weights: Weights, tokens: torch.Tensor) -> torch.Tensor:

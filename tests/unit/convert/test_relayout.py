@@ -15,7 +15,7 @@ from megallm.checkpoint.reading import open_checkpoint
 from megallm.checkpoint.save import save_stream
 from megallm.config import to_dict
 from megallm.config.tree import ParallelConfig
-from megallm.convert.command import Output, Place, convert, report_comparison
+from megallm.convert.command import Output, Place, check, convert, report_comparison
 from megallm.convert.compare import compare
 from megallm.convert.huggingface import open_folder
 from megallm.convert.native import open_native, write_native
@@ -93,6 +93,28 @@ def test_weights_are_cast_and_moments_are_not(tmp_path: Path, checkpoint: Path) 
         for name, tensor in before.tensors(WEIGHTS):
             assert torch.equal(after.read(WEIGHTS, name), tensor.to(torch.bfloat16))
             assert after.read("first_moment", name).dtype == torch.float32
+
+
+def test_moments_are_verified_too(tmp_path: Path, checkpoint: Path) -> None:
+    source, new = Place("megallm", checkpoint.parent), Place("megallm", tmp_path / "new")
+    relayout(checkpoint, new.path, LAYOUT, torch.bfloat16)
+    lines: list[str] = []
+    check(source, new, torch.bfloat16, None, lines.append)
+    assert lines == ["verified tensor by tensor: all 21 are equal", "verified the optimizer: all 21 are equal"]
+    with open_checkpoint(checkpoint) as before:
+        boxes = [
+            declared_box(kind, name, tensor.dtype, tuple(tensor.shape))
+            for kind in (WEIGHTS, "first_moment")
+            for name, tensor in before.tensors(kind)
+        ]
+        tensors = (before.read(box.kind, box.name) for box in boxes)
+        changed = (
+            tensor + 1 if (box.kind, box.name) == ("first_moment", "output.weight") else tensor
+            for box, tensor in zip(boxes, tensors, strict=True)
+        )
+        save_stream(str(tmp_path / "other"), 7, [boxes], changed, before.manifest.state)
+    with pytest.raises(ValueError, match=r"first_moment/output\.weight differs by 1\.000e\+00 at .* after conversion"):
+        check(source, Place("megallm", tmp_path / "other"), None, None, lines.append)
 
 
 def test_what_an_earlier_save_has_left_for_good_is_told(
