@@ -149,7 +149,9 @@ def _chunks(contents: Mapping[tuple[int, int], dict[str, Any]], folder: Path) ->
         for virtual, name in enumerate(names):
             tensors = {}
             if not isinstance(content[name], dict):
-                raise ValueError(f"{name} of rank {tensor_rank}, {pipeline_rank} in {folder} is no dictionary of tensors")
+                raise ValueError(
+                    f"{name} of rank {tensor_rank}, {pipeline_rank} in {folder} is no dictionary of tensors"
+                )
             for key, value in content[name].items():
                 if isinstance(value, RawTensor) and isinstance(key, str):
                     tensors[in_engine(key)] = value
