@@ -168,7 +168,10 @@ def number_is_in_range(config: Config, world_size: int) -> Iterator[Problem]:
         value, allowed = get(config, entry.path), RANGES[entry.path]
         if value is not None and value not in allowed:
             near = f"{entry.flag} {_nearest(entry, value, allowed)}"
-            yield Problem((entry.flag,), f"{value} is out of range", "", f"it must be {allowed}, such as {near}")
+            finite = "" if math.isfinite(value) else "a finite number, "
+            yield Problem(
+                (entry.flag,), f"{value} is out of range", "", f"it must be {finite}{allowed}, such as {near}"
+            )
 
 
 @rule()

@@ -648,6 +648,11 @@ def test_check_raises_a_numbered_list() -> None:
         check(broken, 1)
 
 
+def test_a_number_that_is_none_is_told_so() -> None:
+    (problem,) = validate(configuration({"optimizer.lr": math.inf}), 1)
+    assert "inf is out of range; it must be a finite number, above 0, such as" in str(problem)
+
+
 def test_uneven_layers_and_fewer_groups_than_tensor_ranks_are_accepted() -> None:
     assert validate(configuration({"model.num_layers": 5, PIPELINE: 2, VIRTUAL: 2}), 4) == []
     grouped = {"model.group_query_attention": True, "model.num_query_groups": 2, TENSOR: 4}
