@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megallm.config import fail
-from megallm.config.report import interrupted
+from megallm.config.report import interrupted, why_unreadable
 from megallm.data.command_line import ToolParser
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def documents(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[np.nd
         try:
             text = Path(arguments.text).read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--text {arguments.text} cannot be read: {error}") from None
+            raise ValueError(f"--text {arguments.text} cannot be read: {why_unreadable(error)}") from None
         return [np.array(tokenizer.encode(text), dtype=np.int64)]
     check_records([arguments.data_path], tokenizer)
     dataset = IndexedDataset(arguments.data_path)

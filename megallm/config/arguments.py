@@ -246,7 +246,13 @@ def _assemble(line: _Line, architecture: str | None) -> Config:
     """The tree of the file and the flags, of a model of this architecture."""
     values: dict[str, Any] = {}
     if _FILE in line.settings:
-        values, problems = read_yaml(line.settings[_FILE][-1][1])
+        files = [file for _, file in line.settings[_FILE]]
+        if len(files) > 1:
+            line.problems.append(
+                f"--config is given {len(files)} times ({', '.join(files)}), but a run has one file; "
+                "flags beside it win over what it says"
+            )
+        values, problems = read_yaml(files[-1])
         line.problems += problems
     yielding = {alias.flag for alias in ALIASES if alias.yields}
     for path, settings in line.settings.items():

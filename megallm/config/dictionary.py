@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megallm.config.fields import Field, all_fields, from_plain, get, nearest_hint, sections
-from megallm.config.report import numbered
+from megallm.config.report import numbered, why_unreadable
 from megallm.config.tree import Config
 
 
@@ -50,13 +50,28 @@ def read_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
 
     try:
         with open(path, encoding="utf-8") as file:
+            problems = _repeated_keys(yaml.compose(file, yaml.SafeLoader))
+            file.seek(0)
             tree = yaml.safe_load(file)
     except (OSError, UnicodeDecodeError) as error:
-        return {}, [f"--config {path} cannot be read: {error}"]
+        return {}, [f"--config {path} cannot be read: {why_unreadable(error)}"]
     except yaml.YAMLError as error:
         return {}, [f"--config {path} is not valid YAML: {' '.join(str(error).split())}"]
-    values, problems = read_tree({} if tree is None else tree)
-    return values, [f"in {path}: {problem}" for problem in problems]
+    values, mistakes = read_tree({} if tree is None else tree)
+    return values, [f"in {path}: {problem}" for problem in (*problems, *mistakes)]
+
+
+def _repeated_keys(node: Any) -> list[str]:
+    """A sentence for each name that stands twice in one mapping of a YAML tree: PyYAML would take the last silently."""
+    problems: list[str] = []
+    lines: dict[str, int] = {}
+    for key, value in node.value if node is not None and node.id == "mapping" else ():
+        name, line = str(key.value), key.start_mark.line + 1
+        if name in lines:
+            problems.append(f"{name} stands in line {lines[name]} and again in line {line}; keep one")
+        lines[name] = line
+        problems += _repeated_keys(value)
+    return problems
 
 
 def read_tree(tree: Any) -> tuple[dict[str, Any], list[str]]:

@@ -37,6 +37,13 @@ def interrupted(prog: str, sentence: str = "") -> NoReturn:
     os._exit(128 + signal.SIGINT)
 
 
+def why_unreadable(error: OSError | UnicodeDecodeError) -> str:
+    """What is wrong with a file of text, for a sentence that has named the file already."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is no text in UTF-8, with its byte 0x{error.object[error.start]:02x}"
+    return error.strerror or str(error)
+
+
 def _leave(text: str, code: int = 2) -> NoReturn:
     """Prints and exits without a traceback.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megallm.agreement import on_every_rank
+from megallm.config.report import why_unreadable
 from megallm.data.tokenizer.base import Tokenizer
 from megallm.generate.choice import SamplingSettings
 from megallm.generate.sampling import generate_tokens
@@ -93,7 +94,7 @@ def _read(source: str) -> str:
         try:
             text = Path(source).read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--prompts {source} cannot be read: {error}") from None
+            raise ValueError(f"--prompts {source} cannot be read: {why_unreadable(error)}") from None
     if not text.strip():
         raise ValueError(f"--prompts {source} holds no text")
     return text

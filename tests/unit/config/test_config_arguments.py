@@ -126,7 +126,29 @@ def test_a_file_that_is_no_tree_is_a_sentence(text: str, tmp_path: Path, capsys:
     file = tmp_path / "run.yaml"
     file.write_text(text)
     assert str(file) in refused(capsys, "--config", str(file))
-    assert "cannot be read" in refused(capsys, "--config", str(tmp_path / "missing.yaml"))
+
+
+def test_a_file_that_cannot_be_read_is_told_without_the_machines_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    assert f"--config {file} cannot be read: No such file or directory\n" in refused(capsys, "--config", str(file))
+    file.write_bytes(b"model:\n\xdf")
+    assert f"--config {file} cannot be read: it is no text in UTF-8, with its byte 0xdf" in refused(
+        capsys, "--config", str(file)
+    )
+
+
+def test_what_is_said_twice_in_a_file_or_by_two_files_is_not_dropped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model:\n  num_layers: 2\n  num_layers: 3\ndata: {seq_length: 8}\nmodel: {}\n")
+    message = refused(capsys, "--config", str(file))
+    assert "num_layers stands in line 2 and again in line 3; keep one" in message
+    assert "model stands in line 1 and again in line 5; keep one" in message
+    message = refused(capsys, "--config", "one.yaml", "--config", str(file))
+    assert f"--config is given 2 times (one.yaml, {file}), but a run has one file" in message
 
 
 @pytest.mark.parametrize(
