@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megallm.config import Config, PlanConfig, difference_yaml, fail, parse_arguments, stop
+from megallm.config.environment import launcher_problem
 from megallm.config.report import interrupted, warn_once, while_somebody_reads
 from megallm.plan.validate import validate
 
@@ -41,6 +42,9 @@ def main(program: Program, arguments: list[str] | None = None) -> None:
 
 
 def _run(program: Program, arguments: list[str]) -> None:
+    problem = launcher_problem(os.environ)
+    if problem:
+        fail(program.name, ValueError(problem))
     with while_somebody_reads():
         config = parse_arguments(
             arguments,
@@ -75,7 +79,8 @@ def _tell(program: Program, config: Config) -> None:
 
 def _check(program: Program, config: Config) -> int:
     """The number of processes, for which the configuration must be right."""
-    world_size = config.plan.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    # A size below 1 is among the problems that are found, for any size.
+    world_size = max(1, config.plan.world_size or int(os.environ.get("WORLD_SIZE", "1")))
     problems = validate(config, world_size)
     if problems:
         stop(program.name, [str(problem) for problem in problems])
@@ -83,11 +88,15 @@ def _check(program: Program, config: Config) -> int:
 
 
 def _train(program: Program, config: Config) -> None:
-    from megallm.train.saving import SaveError
-    from megallm.train.stopping import ExitCode
-
     try:
-        code = program.train(config)
+        # The operators are loaded here, as MEGALLM_OPS says.
+        from megallm.train.saving import SaveError
+        from megallm.train.stopping import ExitCode
+    except ValueError as error:
+        fail(program.name, error)
+    try:
+        with while_somebody_reads():
+            code = program.train(config)
     except SaveError as error:
         fail(program.name, error, ExitCode.NOT_SAVED)
     except ValueError as error:
