@@ -19,6 +19,7 @@ import torch
 from megallm.checkpoint.boxes import LocalBox, shard_boxes
 from megallm.config import resolve
 from megallm.config.dictionary import build
+from megallm.config.report import counted
 from megallm.mesh import Mesh, MeshShape
 from megallm.train.engine import Engine, build_engine
 from megallm.train.step import train_step
@@ -299,6 +300,9 @@ def main() -> int:
     parser.add_argument("words", nargs="*", help="only the cases whose names hold all of these")
     parser.add_argument("--ops", nargs="+", default=[], help="implementations of operators, as of a training run")
     arguments = parser.parse_args()
+    chosen = [case for case in CASES if all(word in case.name for word in arguments.words)]
+    if not chosen:
+        parser.error(f"none of the {len(CASES)} cases has {' and '.join(arguments.words)} in its name")
     pool = WorkerPool()
     references = References(pool)
     print(
@@ -310,7 +314,6 @@ def main() -> int:
         f"{'seconds':>8}  worst gradient"
     )
     failed = 0
-    chosen = [case for case in CASES if all(word in case.name for word in arguments.words)]
     for case in chosen:
         case = replace(case, features=case.features | {"training.ops": arguments.ops})
         begin = time.monotonic()
@@ -323,7 +326,7 @@ def main() -> int:
             f"{'' if difference.passes else '   FAILED'}",
             flush=True,
         )
-    print(f"{len(chosen)} cases, {failed} failed")
+    print(f"{counted(len(chosen), 'case')}, {failed} failed")
     pool.close()
     return 1 if failed else 0
 
