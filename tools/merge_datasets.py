@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+from megallm.config.report import counted
 from megallm.data.command_line import ToolParser, output_prefix, progress_of
 from megallm.data.indexed.merge import datasets_in, merge_datasets
 from megallm.data.indexed.transfer import bytes_of
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             print(
                 f"{options.output_prefix}.bin, .idx: {merged.num_documents} documents, {merged.num_tokens} tokens "
-                f"from {len(prefixes)} datasets; {size / 1e6:.1f} MB in {seconds:.1f} s, "
+                f"from {counted(len(prefixes), 'dataset')}; {size / 1e6:.1f} MB in {seconds:.1f} s, "
                 f"{size / 1e6 / seconds:.0f} MB/s"
             )
 

@@ -17,9 +17,14 @@ def numbered(problems: Sequence[str]) -> str:
     return "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, start=1))
 
 
+def counted(number: int, thing: str, things: str | None = None) -> str:
+    """A number with what it counts: "1 process", "2 processes"; `things` is `thing` with an s by default."""
+    return f"{number:,} {thing if number == 1 else things or thing + 's'}"
+
+
 def stop(prog: str, problems: Sequence[str]) -> NoReturn:
     """Leave because of a configuration, with all its problems on the standard error stream and exit code 2."""
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    count = counted(len(problems), "problem")
     text = f"{prog}: {count} in the configuration; nothing was started.\n{numbered(problems)}"
     _leave(f"{text}\n`{prog} --help` lists every flag.")
 
@@ -51,7 +56,7 @@ def _leave(text: str, code: int = 2) -> NoReturn:
     by the launcher: it ends all processes as soon as one fails, and would cut the first one short if they left before.
     One that is not ended by then was alone with its problem, and tells it.
     """
-    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+    if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10.0)
     print(text, file=sys.stderr, flush=True)
     raise SystemExit(code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megallm.config.batch_sizes import BatchSizes, batch_sizes_of
+from megallm.config.report import counted
 from megallm.config.tree import Config, ModelConfig, ParallelConfig
 
 PROGRAMS = {"gpt": "pretrain_gpt.py", "bert": "pretrain_bert.py"}
@@ -110,7 +111,7 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     if model_parallel < 1 or world_size < 1 or world_size % model_parallel:
         raise ValueError(
-            f"{world_size} processes cannot be laid out: a copy of the model takes "
+            f"{counted(world_size, 'process', 'processes')} cannot be laid out: a copy of the model takes "
             f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} x "
             f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size} = {model_parallel} of them; "
             f"start a multiple of {model_parallel}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megallm.config.batch_sizes import BatchSizes, ramped, stepped
+from megallm.config.report import counted
 from megallm.config.resolve import resolved_batch_sizes, train_samples
 from megallm.config.tree import Config
 from megallm.plan.problem import Problem, divisors_near, multiples_near, rule
@@ -97,8 +98,8 @@ def global_batch_divides(config: Config, world_size: int) -> Iterator[Problem]:
         ways.append(f"--micro-batch-size {divisors_near(batch // replicas, micro_batch)}")
     yield Problem(
         ("--global-batch-size", "--micro-batch-size"),
-        f"a batch of {batch} sequences cannot be cut into micro-batches of {micro_batch} on each of {replicas} data "
-        "parallel ranks",
+        f"a batch of {batch} sequences cannot be cut into micro-batches of {micro_batch} on each of "
+        f"{counted(replicas, 'data parallel rank')}",
         f"{batch} % ({micro_batch} x {replicas}) = {batch % (micro_batch * replicas)}",
         ", or ".join(ways),
     )
@@ -123,7 +124,7 @@ def changing_batches_divide(config: Config, world_size: int) -> Iterator[Problem
             yield Problem(
                 (flag, "--micro-batch-size"),
                 f"on the way there are batches of {size} sequences, which cannot be cut into micro-batches of "
-                f"{training.micro_batch_size} on each of {replicas} data parallel ranks",
+                f"{training.micro_batch_size} on each of {counted(replicas, 'data parallel rank')}",
                 f"{size} % ({training.micro_batch_size} x {replicas}) = {size % group}",
                 f"use sizes and increments that {group} divides, or --micro-batch-size 1 with fewer processes",
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megallm.config.report import counted
 from megallm.config.tree import Config
 from megallm.plan.problem import Problem, divisors_near, multiples_near, rule
 
@@ -22,7 +23,8 @@ def layout_divides_world(config: Config, world_size: int) -> Iterator[Problem]:
         ways.append(f"use --pipeline-model-parallel-size {divisors_near(world_size // tensor, pipeline)}")
     yield Problem(
         ("--tensor-model-parallel-size", "--pipeline-model-parallel-size"),
-        f"{world_size} processes do not make whole copies of a model that takes {model_parallel}",
+        f"{counted(world_size, 'process does', 'processes do')} not make whole copies of a model that takes "
+        f"{model_parallel}",
         f"{world_size} % ({tensor} x {pipeline}) = {world_size % model_parallel}",
         ", or ".join(ways),
     )

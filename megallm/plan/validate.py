@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megallm.config.report import numbered
+from megallm.config.report import counted, numbered
 from megallm.config.tree import Config
 from megallm.plan import (
     rules_batches,
@@ -115,7 +115,7 @@ def check(config: Config, world_size: int) -> None:
     """Raise ValueError with a numbered list of every error of `config` for `world_size` processes, if there is one."""
     problems = validate(config, world_size)
     if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        count = counted(len(problems), "problem")
         raise ValueError(f"{count} in the configuration:\n{numbered(list(map(str, problems)))}")
 
 

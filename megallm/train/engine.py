@@ -11,6 +11,7 @@ from torch import nn
 from megallm.agreement import on_every_rank
 from megallm.config.batch_sizes import BatchSizes, batch_sizes_of
 from megallm.config.operators import parse_choices
+from megallm.config.report import counted
 from megallm.config.tree import Config, OptimizerConfig, TrainingConfig
 from megallm.data.feeding.orders import DataShare
 from megallm.data_parallel.optimizer import BucketOptimizer
@@ -95,7 +96,7 @@ class Engine(Model):
         if batch_size % (micro_batch_size * replicas):
             raise ValueError(
                 f"a batch of {batch_size} sequences cannot be cut into micro-batches of {micro_batch_size} on each of "
-                f"{replicas} data parallel ranks: {batch_size} % ({micro_batch_size} x {replicas}) = "
+                f"{counted(replicas, 'data parallel rank')}: {batch_size} % ({micro_batch_size} x {replicas}) = "
                 f"{batch_size % (micro_batch_size * replicas)}"
             )
         return batch_size // (micro_batch_size * replicas)

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from pathlib import Path
 
 from megallm.agreement import on_every_rank
+from megallm.config.report import counted
 from megallm.config.resolve import train_samples
 from megallm.config.tree import Config
 from megallm.device import Measures
@@ -334,9 +335,10 @@ def _describe(engine: Engine, log: Callable[[str], None]) -> None:
     count = parameter_count(config.model).total
     layers = [len(layers) for layers in engine.layers.values()]
     log(
-        f"{count:,} parameters in {config.model.num_layers} layers over {shape.world_size} processes: tensor {shape.tp}"
+        f"{count:,} parameters in {counted(config.model.num_layers, 'layer')} over "
+        f"{counted(shape.world_size, 'process', 'processes')}: tensor {shape.tp}"
         f"{' with sequence parallelism' if engine.context.sequence_parallel else ''}, pipeline {shape.pp} with "
-        f"{config.parallel.num_virtual_stages_per_pipeline_rank} stages each ({layers} layers on the "
+        f"{counted(config.parallel.num_virtual_stages_per_pipeline_rank, 'stage')} each ({layers} layers on the "
         f"first rank), data {shape.dp}"
         f"{' with the distributed optimizer' if config.parallel.use_distributed_optimizer else ''}, "
         f"{str(engine.context.dtype).removeprefix('torch.')} on {engine.mesh.device.type}"
@@ -353,12 +355,13 @@ def _describe_batches(
     sizes = engine.batch_sizes.sizes_within(last_sample, consumed)
     if len(sizes) > 1:
         log(
-            f"global batch size {sizes[0]} after {consumed} samples, changing to {sizes[-1]} in {len(sizes) - 1} "
-            f"step{'s' if len(sizes) > 2 else ''}"
+            f"global batch size {sizes[0]} after {consumed} samples, changing to {sizes[-1]} in "
+            f"{counted(len(sizes) - 1, 'step')}"
         )
     lowered = engine.schedule(micro_batch_numbers[-1])
     numbers = " to ".join(str(number) for number in sorted({min(micro_batch_numbers), max(micro_batch_numbers)}))
     log(
-        f"schedule {lowered.schedule.name} with {numbers} micro-batches verified; planned bubble "
-        f"{simulate(lowered).bubble:.1%} where a backward pass takes twice a forward pass and messages nothing"
+        f"schedule {lowered.schedule.name} with {numbers} micro-batch{'' if numbers == '1' else 'es'} verified; "
+        f"planned bubble {simulate(lowered).bubble:.1%} where a backward pass takes twice a forward pass "
+        "and messages nothing"
     )

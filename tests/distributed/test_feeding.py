@@ -190,7 +190,7 @@ def test_what_deals_the_data_anew_is_refused_unless_allowed(pool: WorkerPool, tm
     save = {"checkpoint.save": str(tmp_path / "checkpoints"), "training.exit_interval": 3}
     train(pool, tmp_path / "metrics", sharded | save, LAYOUTS["dp2"])
     load = {"checkpoint.load": str(tmp_path / "checkpoints")}
-    sentence = "micro-batches of 1 on 2 data parallel ranks there, micro-batches of 1 on 1 data parallel ranks here"
+    sentence = "micro-batches of 1 on 2 data parallel ranks there, micro-batches of 1 on 1 data parallel rank here"
     with pytest.raises(RuntimeError, match=f"read its data in another order.*{sentence}.*--allow-data-change"):
         train(pool, tmp_path / "refused", sharded | load, ALONE)
     with pytest.raises(RuntimeError, match="seed: 1234 there, 1 here"):

@@ -12,6 +12,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from megallm.config.report import counted
+
 
 @dataclass(frozen=True)
 class DataShare:
@@ -83,7 +85,7 @@ class CyclicOrder:
         if not self.epoch_length:
             raise ValueError(
                 f"{num_samples} samples do not fill one micro-batch of {share.micro_batch_size} on each of "
-                f"{share.size} data parallel ranks ({share.micro_batch_size} x {share.size} = {share.group})"
+                f"{counted(share.size, 'data parallel rank')} ({share.micro_batch_size} x {share.size} = {share.group})"
             )
         order = np.arange(share.micro_batch_size)
         if sharding:
@@ -129,6 +131,6 @@ def layout_in_order(kind: str, num_samples: int, share: DataShare, *, sharding: 
     if kind == "single":
         return ""
     if sharding:
-        return f"micro-batches of {share.micro_batch_size} on {share.size} data parallel ranks"
+        return f"micro-batches of {share.micro_batch_size} on {counted(share.size, 'data parallel rank')}"
     whole = num_samples // share.micro_batch_size * share.micro_batch_size
     return f"epochs of {num_samples // share.group * share.group} of {whole} samples"

@@ -648,6 +648,13 @@ def test_check_raises_a_numbered_list() -> None:
         check(broken, 1)
 
 
+def test_one_is_told_in_the_singular() -> None:
+    (problem,) = validate(configuration({"parallel.tensor_model_parallel_size": 2}), 1)
+    assert "1 process does not make whole copies of a model that takes 2 (1 % (2 x 1) = 1)" in str(problem)
+    (problem,) = validate(configuration({"training.micro_batch_size": 5, "training.global_batch_size": 8}), 1)
+    assert "micro-batches of 5 on each of 1 data parallel rank (" in str(problem)
+
+
 def test_a_number_that_is_none_is_told_so() -> None:
     (problem,) = validate(configuration({"optimizer.lr": math.inf}), 1)
     assert "inf is out of range; it must be a finite number, above 0, such as" in str(problem)
