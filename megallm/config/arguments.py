@@ -53,7 +53,12 @@ def _help(prog: str, description: str, words: list[str]) -> str:
         for entry in (*IGNORED, *REFUSED)
         if _is_about(words, entry.flag, entry.reason)
     ]
-    return text + ("\nMegatron's flags that are answered only:\n" + "\n".join(foreign) if foreign else "")
+    if foreign:
+        return text + "\nMegatron's flags that are answered only:\n" + "\n".join(foreign)
+    if text.count("\n  --") > 1:  # more than --config, which is always there
+        return text
+    parts = sorted({part for flag in all_flags() for part in flag.removeprefix("--").split("-")})
+    return text + f"\nno flag has to do with {' '.join(words)}{nearest_hint(' '.join(words).lower(), parts)}"
 
 
 def _is_about(words: Sequence[str], flag: str, text: str) -> bool:

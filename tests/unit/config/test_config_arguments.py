@@ -471,6 +471,9 @@ def test_help_on_a_word_shows_what_has_to_do_with_it(capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         parse("--help", "moe")
     assert "  --moe-* is not supported: layers are dense; leave it out" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parse("--help", "Rotray")
+    assert capsys.readouterr().out.endswith("\nno flag has to do with Rotray; did you mean rotary?\n")
 
 
 @pytest.mark.parametrize(
