@@ -74,7 +74,7 @@ def test_stairs():
         (500 * 10**9 // 2048, 3072),
         (750 * 10**9 // 2048, 6144),
     )
-    assert stepped("1K:16 0:8", 100).stairs == ((0, 8), (10, 16))
+    assert stepped("1K:16 0:8 2M:24", 10).stairs == ((0, 8), (100, 16), (200_000, 24))
 
 
 @pytest.mark.parametrize(

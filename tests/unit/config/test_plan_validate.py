@@ -601,6 +601,10 @@ def test_rule_fires_and_its_way_out_works(name: str, world_size: int, broken: di
     problem = found[0]
     assert problem.flags
     assert all(flag in str(problem) for flag in problem.flags)
+    # It names one that was touched, or that the rest of the sentence speaks of.
+    spoken_of = f"{problem.wrong} {problem.arithmetic} {problem.way_out}"
+    touched = {flag for path in broken | proposal for flag in (BY_PATH[path].flag, BY_PATH[path].off_flag)}
+    assert any(flag in touched or flag in spoken_of for flag in problem.flags)
     for path, value in proposal.items():
         for word in words_of(path, value):
             assert word in problem.way_out
