@@ -16,7 +16,8 @@ from megallm.schedule import lower, simulate, text_grid
 
 WIDTH = 100
 _MARGIN = 12
-_MOST_DRAWN_RANKS = 8
+_MOST_DRAWN_RANKS = 32
+_MOST_LINES_DRAWN = 8
 
 
 def plan_text(plan: Plan, others: Sequence[Plan], changes: Sequence[Change], notes: Sequence[str] = ()) -> str:
@@ -119,13 +120,17 @@ def _schedule(plan: Plan) -> str:
 def _picture(plan: Plan) -> list[str]:
     layout = plan.layout
     if layout.pipeline > _MOST_DRAWN_RANKS:
-        return []
+        return [f"more than {_MOST_DRAWN_RANKS} ranks are not drawn"]
     number = layout.num_micro_batches
     most = max(layout.pipeline, 2 * layout.pipeline if layout.virtual == 1 else layout.pipeline)
     drawn = min(number, most)
     lowered = lower(schedule_of(layout.config.parallel, drawn))
     lines = text_grid(simulate(lowered, stage_costs(layout, plan.gpu)), width=WIDTH - _MARGIN).splitlines()[:-1]
     note = f"{drawn} of {number:,} micro-batches drawn; " if drawn < number else ""
+    if len(lines) > _MOST_LINES_DRAWN:
+        last = _MOST_LINES_DRAWN - 1
+        lines = [lines[number * (layout.pipeline - 1) // last] for number in range(_MOST_LINES_DRAWN)]
+        note = f"{_MOST_LINES_DRAWN} of {layout.pipeline} ranks and " + (note or f"all {drawn} micro-batches drawn; ")
     return [*lines, f"{note}F forward, B backward, with the micro-batch's number"]
 
 

@@ -21,6 +21,7 @@ from megallm.plan.flops import parameter_count
 from megallm.plan.gpus import GPUS, SAFE_SHARE
 from megallm.plan.memory import KINDS, peak_of_step, state_bytes
 from megallm.plan.plan import Plan, make_plan
+from megallm.plan.report import plan_text
 from megallm.plan.schedule import schedule_of
 from megallm.plan.stages import Layout
 from megallm.plan.timing import end_of_step, stage_costs
@@ -237,6 +238,18 @@ def test_changes_that_fit_do_and_other_layouts_are_valid() -> None:
     assert [other.step.total for other in others] == sorted(other.step.total for other in others)
     assert all(other.fits and validate(other.layout.config, 8) == [] for other in others)
     assert changes_that_fit(plan, memory=2**30) == []
+
+
+@pytest.mark.slow
+def test_of_many_ranks_some_are_drawn() -> None:
+    def picture(ranks: int) -> str:
+        layout = Layout(resolve(configuration({PIPELINE: ranks, "model.num_layers": 64}), ranks), ranks)
+        return plan_text(make_plan(layout, GPUS["H100"]), [], []).split("schedule ")[1].split("\n\n")[0]
+
+    lines = picture(16).splitlines()
+    assert [int(line.split()[1]) for line in lines[1:-1]] == [0, 2, 4, 6, 8, 10, 12, 15]
+    assert lines[-1].strip().startswith("8 of 16 ranks and 32 of 128 micro-batches drawn; ")
+    assert picture(64).endswith("more than 32 ranks are not drawn")
 
 
 @pytest.mark.slow
