@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from megallm.config import resolve
 from megallm.config.batch_sizes import batch_sizes_of
 from megallm.config.data_sources import read_sources
+from megallm.config.report import counted
 from megallm.config.resolve import train_samples
 from megallm.config.tree import Config
 from megallm.data.feeding.loader import SampleSource
@@ -120,6 +121,8 @@ def build_datasets(
         without_test = f"it has {len(test)} samples, fewer than one global batch of {batch}"
         test = None
     notes = [f"special tokens: {state_special_tokens(tokenizer)}"] if tokenizer is not None else []
+    if config.model.architecture == "gpt" and decoder_seq_length is None:
+        notes += _sentences_noted(built.train)
     if without_test:
         notes.append(f"no evaluation on test data: {without_test}")
     checksum = describe(tokenizer)["checksum"] if tokenizer else ""
@@ -129,8 +132,24 @@ def build_datasets(
 
 
 def _content(train: Part | BlendedDataset) -> str:
-    parts = train.datasets if isinstance(train, BlendedDataset) else [train]
+    parts = _parts(train)
     return content_digest((part.indexed_dataset for part in parts), len(parts))
+
+
+def _parts(train: Part | BlendedDataset) -> Sequence[Part]:
+    return train.datasets if isinstance(train, BlendedDataset) else [train]
+
+
+def _sentences_noted(train: Part | BlendedDataset) -> list[str]:
+    """A sentence on the first dataset whose documents are in pieces: a language model's samples tear them apart."""
+    for indexed in (part.indexed_dataset for part in _parts(train)):
+        if len(indexed) > indexed.num_documents:
+            return [
+                f"{indexed.path_prefix} has {counted(indexed.num_documents, 'document')} in {len(indexed):,} pieces, "
+                "as --split-sentences makes them for BERT: each piece is taken for a document of its own, and the text "
+                "around it is lost; make the data again without --split-sentences to learn from whole documents"
+            ]
+    return []
 
 
 def _mock_data(config: Config, num_samples: int, number: int) -> SampleSource:

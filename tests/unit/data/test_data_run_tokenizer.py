@@ -6,6 +6,8 @@ import pytest
 from small_data import write_dataset
 
 from megallm.config.tree import Config
+from megallm.data.indexed.format import token_dtype
+from megallm.data.indexed.writer import IndexedDatasetWriter
 from megallm.data.tokenizer.base import TokenizerSettings
 from megallm.data.tokenizer.build import TOKENIZER_TYPES, build_tokenizer
 from megallm.data.tokenizer.record import describe, write_record
@@ -49,6 +51,21 @@ def test_data_of_another_tokenizer_is_refused(tmp_path, tokenizer_json):
     with pytest.raises(ValueError, match="data was made with another tokenizer than this run's"):
         build_datasets(other, build_tokenizer_of(other))
     assert "special tokens: end of document <|endoftext|> = 0" in build_datasets(same, build_tokenizer_of(same)).notes
+
+
+def test_a_language_model_is_told_that_its_documents_are_in_sentences(tmp_path):
+    def notes(**lengths):
+        prefix = str(tmp_path / "data")
+        with IndexedDatasetWriter(prefix, token_dtype(100)) as writer:
+            for _ in range(10):
+                writer.add_document([5, 6, 7, 8], **lengths)
+        config, tokenizer = resolved(config_of(100, tokenizer_type="NullTokenizer", data_path=[prefix]))
+        return " ".join(build_datasets(config, tokenizer).notes)
+
+    assert "pieces" not in notes()
+    assert f"{tmp_path}/data has 10 documents in 20 pieces, as --split-sentences makes" in notes(
+        sequence_lengths=[2, 2]
+    )
 
 
 def test_flags_name_what_there_is():
