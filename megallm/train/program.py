@@ -14,6 +14,7 @@ from megallm.config import Config, PlanConfig, difference_yaml, fail, parse_argu
 from megallm.config.environment import launcher_problem
 from megallm.config.report import interrupted, warn_once, while_somebody_reads
 from megallm.plan.validate import validate
+from megallm.train.before_steps import sigterm_is_told
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def _run(program: Program, arguments: list[str]) -> None:
     if not config.checkpoint.gives_model:
         _check(program, config)
     # Else the processes read the model's folder, and check the rest, once they have joined: one tells the others.
-    _train(program, config)
+    with sigterm_is_told(program.name):
+        _train(program, config)
 
 
 def _tell(program: Program, config: Config) -> None:
