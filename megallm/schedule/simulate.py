@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from megallm.schedule.action import (
@@ -57,9 +58,9 @@ class Timeline:
         """The F, B, I and W events, by start."""
         return sorted((event for event in self.events if event.action.kind in COMPUTE_KINDS), key=lambda e: e.start)
 
-    @property
+    @cached_property
     def start(self) -> float:
-        """When the first compute starts."""
+        """When the first compute starts. Kept: whoever draws asks for every event."""
         return min((event.start for event in self.compute), default=0.0)
 
     @property

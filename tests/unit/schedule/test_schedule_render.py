@@ -142,3 +142,11 @@ def test_chrome_trace():
     seconds = Timeline("measured", timeline.events, "s")
     records = json.loads(chrome_trace(seconds))["traceEvents"]
     assert next(record["dur"] for record in records if record["name"] == "1F0") == 1e6
+
+
+def test_a_drawing_does_not_sort_the_events_for_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    timeline = simulate(lower(build_schedule("1f1b", 4, 1, 16)))
+    sort, sorted_times = Timeline.compute.fget, []
+    monkeypatch.setattr(Timeline, "compute", property(lambda self: sorted_times.append(1) or sort(self)))
+    text_grid(timeline)
+    assert len(sorted_times) < 10
