@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megallm.config import fail
-from megallm.config.report import while_somebody_reads
+from megallm.config.report import while_somebody_reads, why_unreadable
 from megallm.schedule import (
     BUILDERS,
     Costs,
@@ -60,9 +60,23 @@ def main(arguments: list[str] | None = None) -> int:
             options = _parser().parse_args(arguments)
             options.run(options)
     except (ValueError, ScheduleError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name} {options.command}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name} {options.command}: {_told(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _told(error: Exception) -> str:
+    """An error as a sentence: of a file its name, and why it cannot be read or written."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} cannot be read or written: {error.strerror}"
+    return str(error)
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} cannot be read: {why_unreadable(error)}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -167,7 +181,7 @@ def _schedule_of(options: argparse.Namespace) -> Schedule:
             flags = ", ".join("--" + name.replace("_", "-") for name in given)
             raise ValueError(f"--from-csv holds the whole schedule; leave out {flags}")
         path = Path(options.from_csv)
-        return Schedule.from_csv(path.read_text(), name=path.stem)
+        return Schedule.from_csv(_read(options.from_csv), name=path.stem)
     num_virtual_stages = given.pop("num_virtual_stages", 1)
     name = given.pop("schedule", "1f1b" if num_virtual_stages == 1 else "interleaved")
     num_ranks, num_micro_batches = given.pop("num_ranks", 4), given.pop("num_micro_batches", 8)
@@ -264,7 +278,7 @@ def draw_schedule(options: argparse.Namespace) -> None:
     schedule = _schedule_of(options)
     measured = None
     if options.measured:
-        measured = Timeline.from_json("".join(Path(file).read_text() for file in options.measured))
+        measured = Timeline.from_json("".join(_read(file) for file in options.measured))
     planned = simulate(_verified(schedule), _costs_of(options, measured, schedule))
     if measured is not None:
         # Costs that the user gave are taken as seconds too.

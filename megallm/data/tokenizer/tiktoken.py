@@ -147,7 +147,8 @@ def _read_list(path: Path, settings: TokenizerSettings) -> tuple[str, dict[bytes
         in_file = content.get("special_tokens") if isinstance(content, dict) else None
         named = [entry["token_str"] for entry in sorted(in_file, key=lambda entry: entry["rank"])] if in_file else None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no list of tokens with rank and token_bytes: {error!r}.") from None
+        reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path} is no list of tokens with rank and token_bytes: {reason}.") from None
     if not in_order:
         raise ValueError(f"{path}: the ranks do not count up from 0.")
     num_special = settings.tiktoken_num_special_tokens

@@ -281,7 +281,7 @@ def test_mistakes(tokenizer_json, sentencepiece_model, files, tmp_path):
         ("Llama2Tokenizer", {"tokenizer_model": broken, "vocab_extra_ids": 5}, "--vocab-extra-ids 5 does not act on"),
         ("TikTokenizer", {"tokenizer_model": empty / "x"}, "There is no tokenizer file"),
         ("TikTokenizer", {"tokenizer_model": broken}, "is no list of tokens"),
-        ("TikTokenizer", {"tokenizer_model": tokenizer_json}, "is no list of tokens"),
+        ("TikTokenizer", {"tokenizer_model": tokenizer_json}, "rank and token_bytes: there is no 'config'"),
         ("TikTokenizer", {"tokenizer_model": tmp_path / "reordered.json"}, "do not count up from 0"),
         ("TikTokenizer", {"tokenizer_model": tmp_path / "ranks.tiktoken"}, "line 3: no token and rank"),
         ("TikTokenizer", {"tokenizer_model": files / "ranks.tiktoken"}, "give --tiktoken-pattern, one of v1, v2"),

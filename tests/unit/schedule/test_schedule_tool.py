@@ -207,3 +207,14 @@ def test_unknown_options_exit_with_two(tool):
     with pytest.raises(SystemExit) as stop:
         tool.main(["print", "--what"])
     assert stop.value.code == 2
+
+
+def test_files_that_cannot_be_used_are_named(run, tmp_path):
+    binary, missing = tmp_path / "binary", tmp_path / "missing" / "file"
+    binary.write_bytes(b"\xdf\x00")
+    for arguments in (("print", "--from-csv"), ("draw", "--measured")):
+        code, _, errors = run(*arguments, binary)
+        assert code == 2 and f"{binary} cannot be read: it is no text in UTF-8" in errors
+    for arguments in (("print", "--from-csv"), ("draw", "--measured"), ("draw", "--svg")):
+        code, _, errors = run(*arguments, missing)
+        assert code == 2 and f"{missing} cannot be read or written: No such file or directory" in errors
