@@ -49,11 +49,20 @@ def select_backend(device: torch.device, local_world_size: int, requested: str |
 
 
 def use_one_thread_per_process(local_world_size: int) -> None:
-    """Threads of several CPU processes that spin for the same cores make each other several times slower."""
+    """Threads of several CPU processes that spin for the same cores make each other several times slower.
+
+    Raises ValueError where OMP_NUM_THREADS is no number.
+    """
     if local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     elif local_world_size > 1:
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        threads = os.environ["OMP_NUM_THREADS"]
+        if not threads.isdecimal() or int(threads) < 1:
+            raise ValueError(
+                f"OMP_NUM_THREADS is {threads!r}, no number of threads for each of the {local_world_size} processes on "
+                "this machine: give 1, or leave it unset, which means the same"
+            )
+        torch.set_num_threads(int(threads))
 
 
 def compute_deterministically() -> None:

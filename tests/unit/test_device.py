@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from megallm.device import use_one_thread_per_process
+
 # Page faults of one tensor after another, each as large as what the one before gave back. The first ones may lie side
 # by side: glibc needs room for their alignment.
 PROGRAM = """
@@ -39,3 +41,10 @@ def test_what_a_training_process_frees_is_not_zeroed_by_the_system_again() -> No
     pages = 2**26 // 4096
     assert faults[0] > pages / 2
     assert sum(faults[10:]) < pages / 10
+
+
+@pytest.mark.parametrize("threads", ["abc", "", "0", "4,2"])
+def test_threads_that_are_no_number_are_a_sentence(threads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    with pytest.raises(ValueError, match=f"OMP_NUM_THREADS is '{threads}', no number of threads for each of the 2"):
+        use_one_thread_per_process(2)
