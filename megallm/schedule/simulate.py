@@ -293,8 +293,7 @@ class _Clock:
             channel.sends.append((self.now[rank], rank, action))
         else:
             channel.receives.append(self.now[rank])
-        while len(channel.ends) < min(len(channel.sends), len(channel.receives)):
-            number = len(channel.ends)
+        while (number := len(channel.ends)) < len(channel.sends) and number < len(channel.receives):
             posted, sender, send = channel.sends[number]
             start = max(posted, channel.receives[number], channel.ends[-1] if number else 0.0)
             channel.ends.append(start + self.message)
