@@ -75,6 +75,10 @@ class Transport:
         handle = self.journal.wait(entry, lambda: operation(asynchronous))
         return self._work(entry, handle.wait) if asynchronous and handle is not None else Work()
 
+    def stages(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` goes through a copy in the host's memory."""
+        return self.staged and tensor.is_cuda
+
     def _work(self, entry: Operation, wait: Callable[[], object]) -> Work:
         return Work(lambda: self.journal.wait(entry, wait))
 
@@ -180,9 +184,9 @@ class Group:
         asynchronous: bool,
         name: str,
     ) -> Work:
-        if not (self._transport.staged and tensors[0].is_cuda):
+        if not self._transport.stages(tensors[0]):
             return self._transport.start(lambda late: operation(tensors, late), asynchronous, name)
-        host = [tensor.cpu() for tensor in tensors]
+        host = [tensor.to("cpu", copy=True) for tensor in tensors]
         work = self._transport.start(lambda late: operation(host, late), asynchronous, name)
 
         def finish() -> None:
@@ -219,15 +223,15 @@ class Channel:
     def send(self, tensor: torch.Tensor) -> Work:
         """Starts sending; `tensor` must not change before the work is waited for."""
         sent = tensor.detach()
-        if self._transport.staged and sent.is_cuda:
-            sent = sent.cpu()
+        if self._transport.stages(sent):
+            sent = sent.to("cpu", copy=True)
         name = f"send to rank {self.destination}"
         return self._transport.start(lambda late: self._post(dist.isend, sent, self.destination, late), True, name)
 
     def receive(self, tensor: torch.Tensor) -> Work:
         """Starts receiving into `tensor`, which holds the message once the work is waited for."""
         assert tensor.is_contiguous(), "a message is received into contiguous memory"
-        staged = self._transport.staged and tensor.is_cuda
+        staged = self._transport.stages(tensor)
         target = torch.empty_like(tensor, device="cpu") if staged else tensor
         name = f"receive from rank {self.source}"
         work = self._transport.start(lambda late: self._post(dist.irecv, target, self.source, late), True, name)

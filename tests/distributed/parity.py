@@ -66,7 +66,10 @@ LLAMA = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model and batch (`features`), and a layout of it. `kind` is "gpt" or "bert"."""
+    """A model and batch (`features`), and a layout of it. `kind` is "gpt" or "bert".
+
+    On the device "cuda" all processes share one GPU.
+    """
 
     name: str
     features: dict[str, Any]
@@ -78,6 +81,7 @@ class Case:
     delayed: bool = False
     num_steps: int = NUM_STEPS
     kind: str = "gpt"
+    device: str = "cpu"
 
     @property
     def world_size(self) -> int:
@@ -98,8 +102,8 @@ class Case:
 
     def reference(self) -> Case:
         """The same model and batch in one process, all at once."""
-        layout = {"training.micro_batch_size": 8}
-        return Case("reference", self.features, mask=self.mask, layout=layout, num_steps=self.num_steps, kind=self.kind)
+        alone: dict[str, Any] = {"tp": 1, "pp": 1, "dp": 1, "layout": {"training.micro_batch_size": 8}}
+        return replace(self, name="reference", delayed=False, **alone)
 
 
 @dataclass
@@ -155,7 +159,7 @@ def micro_batches(engine: Engine, batch: dict[str, torch.Tensor]) -> list[dict[s
     """This data parallel rank's share, in Megatron's order."""
     size, dp = engine.config.training.micro_batch_size, engine.mesh.dp
     rows = [torch.arange(size) + (k * dp.size + dp.rank) * size for k in range(engine.num_micro_batches)]
-    return [{name: tensor[row] for name, tensor in batch.items()} for row in rows]
+    return [{name: tensor[row].to(engine.mesh.device) for name, tensor in batch.items()} for row in rows]
 
 
 def make_engine(rank: int, case: Case) -> Engine:
@@ -164,7 +168,7 @@ def make_engine(rank: int, case: Case) -> Engine:
     if case.delayed:
         generator = Random(rank)
         delay = lambda: generator.choice((0.0, 0.002, 0.01))  # noqa: E731
-    mesh = Mesh(MeshShape(tp=case.tp, pp=case.pp, dp=case.dp), rank, torch.device("cpu"), delay=delay)
+    mesh = Mesh(MeshShape(tp=case.tp, pp=case.pp, dp=case.dp), rank, torch.device(case.device), delay=delay)
     make_task = BERTTask.from_config if case.kind == "bert" else GPTTask.from_config
     return build_engine(config, make_task(config), mesh)
 
@@ -201,7 +205,7 @@ def _boxes(engine: Engine, select: Callable[[Any], torch.Tensor]) -> list[Any]:
     boxes: list[LocalBox] = []
     for shard in engine.optimizer.shards:
         boxes += shard_boxes("", shard, select(shard))
-    return [(box.name, box.global_shape, box.offset, box.tensor.numpy().copy(), box.saves) for box in boxes]
+    return [(box.name, box.global_shape, box.offset, box.tensor.numpy(force=True).copy(), box.saves) for box in boxes]
 
 
 def assemble(outcomes: list[Outcome], what: str) -> dict[str, np.ndarray]:
@@ -286,7 +290,8 @@ class References:
 
     def of(self, case: Case) -> list[Outcome]:
         reference = case.reference()
-        key = repr((sorted(reference.settings().items()), reference.mask, reference.num_steps, reference.kind))
+        beside = (reference.mask, reference.num_steps, reference.kind, reference.device)
+        key = repr((sorted(reference.settings().items()), beside))
         if key not in self._known:
             self._known[key] = self.pool.run(1, run_case, reference)
         return self._known[key]

@@ -28,8 +28,7 @@ def losses(case: Case, device: str, num_steps: int = 5, **settings: bool) -> lis
     found = []
     for step in range(num_steps):
         batch = global_batch(step, 8, config.data.seq_length, config.model.vocab_size, case.mask)
-        moved = [{name: tensor.to(device) for name, tensor in part.items()} for part in micro_batches(engine, batch)]
-        found.append(float(train_step(engine, moved).losses[0]))
+        found.append(float(train_step(engine, micro_batches(engine, batch)).losses[0]))
     return found
 
 
@@ -56,8 +55,7 @@ def test_a_step_waits_for_nothing(precision, features):
     config = resolve(build(settings), 1)
     assert config.model.vocab_size
     engine = build_engine(config, GPTTask(config.model.vocab_size), Mesh(MeshShape(), 0, torch.device("cuda")))
-    batch = {name: tensor.cuda() for name, tensor in global_batch(0, 8, 16, config.model.vocab_size, "full").items()}
-    parts = micro_batches(engine, batch)
+    parts = micro_batches(engine, global_batch(0, 8, 16, config.model.vocab_size, "full"))
     train_step(engine, parts)
     torch.cuda.set_sync_debug_mode("error")
     try:

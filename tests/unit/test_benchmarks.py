@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -68,3 +70,11 @@ def test_start_up_waits_for_what_is_said_and_else_for_the_end() -> None:
         start_up.seconds(start_up.Command("pretrain_gpt.py", "--help", start_up.FIRST_STEP))
     with pytest.raises(RuntimeError, match="1 problem in the configuration"):
         start_up.seconds(start_up.Command("pretrain_gpt.py", start_up.GPT + " --num-layers -1"))
+
+
+def test_on_a_bare_checkout_they_find_the_package() -> None:
+    """With a program in Python's place that says where it would look for packages."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = ["make", "--silent", "gpu-bench", "PYTHON=printenv PYTHONPATH; true"]
+    ran = subprocess.run(command, cwd=BENCHMARKS.parent, env=environment, capture_output=True, text=True)
+    assert ran.stdout.split() == ["."] * 5, ran.stderr

@@ -1,0 +1,41 @@
+"""`--results FILE`: what a run of these tests found, and on which GPU, to be kept beside the measurements."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from record import machine, write
+
+SLOWEST = 15
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", type=Path, help="write counts, failures and times of the tests as JSON")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    path = config.getoption("--results")
+    if path is None:
+        return
+    reports = {what: terminalreporter.stats.get(what, []) for what in ("passed", "failed", "error", "skipped")}
+    times = {report.nodeid: round(report.duration, 2) for report in reports["passed"] + reports["failed"]}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    write(
+        path,
+        {
+            "machine": machine("torch"),
+            "gpu": gpu,
+            "counts": {what: len(found) for what, found in reports.items()},
+            "failures": [report.nodeid for report in reports["failed"] + reports["error"]],
+            "reasons_of_skips": sorted({report.longrepr[-1] for report in reports["skipped"]}),
+            "seconds": round(sum(times.values()), 1),
+            "slowest": dict(sorted(times.items(), key=lambda item: -item[1])[:SLOWEST]),
+        },
+    )
