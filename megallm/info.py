@@ -1,5 +1,7 @@
 """`python -m megallm.info`: what this machine has and what megallm uses of it, as text or (`--json`) for programs."""
 
+from __future__ import annotations
+
 import argparse
 import importlib
 import importlib.metadata
@@ -7,14 +9,18 @@ import importlib.util
 import json
 import os
 import platform
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
 
 import megallm
+from megallm.config import fail
 from megallm.config.operators import OPERATORS, OTHERS
-from megallm.ops.library import NATIVE, other_library
+from megallm.config.report import while_somebody_reads
+
+if TYPE_CHECKING:
+    from megallm.ops.library import NativeLibrary
 
 # Import name and the name it is distributed under.
 OPTIONAL_PACKAGES = {
@@ -32,7 +38,12 @@ OPTIONAL_PACKAGES = {
 
 
 def collect() -> dict[str, Any]:
-    """Everything that is reported, in values that JSON knows. Needs no extension and no GPU."""
+    """Everything that is reported, in values that JSON knows. Needs no extension and no GPU.
+
+    Raises ValueError with a sentence where MEGALLM_OPS cannot be followed.
+    """
+    from megallm.ops.library import NATIVE as native
+
     return {
         "versions": {
             "megallm": megallm.__version__,
@@ -40,19 +51,19 @@ def collect() -> dict[str, Any]:
             "torch": torch.__version__,
             "numpy": numpy.__version__,
         },
-        "devices": _devices(),
+        "devices": _devices(native),
         "processor": {
             "cores": os.cpu_count(),
             "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
         },
         "native_operators": {
-            "built": NATIVE.loaded,
-            "in_use": NATIVE.in_use,
-            "reason": NATIVE.reason,
-            "cuda_architectures": list(NATIVE.cuda_architectures),
+            "built": native.loaded,
+            "in_use": native.in_use,
+            "reason": native.reason,
+            "cuda_architectures": list(native.cuda_architectures),
         },
-        "operators": {operator: _operator(operator) for operator in OPERATORS},
+        "operators": {operator: _operator(operator, native) for operator in OPERATORS},
         "data_helpers": {"built": _imports("megallm.data.samples._helpers")},
         "communication": {
             "gloo": torch.distributed.is_available() and torch.distributed.is_gloo_available(),
@@ -62,7 +73,7 @@ def collect() -> dict[str, Any]:
     }
 
 
-def _devices() -> list[dict[str, Any]]:
+def _devices(native: NativeLibrary) -> list[dict[str, Any]]:
     """The GPUs that torch can use."""
     devices = []
     for index in range(torch.cuda.device_count()):
@@ -73,19 +84,21 @@ def _devices() -> list[dict[str, Any]]:
                 "name": properties.name,
                 "memory_gib": round(properties.total_memory / 2**30, 1),
                 "capability": f"{capability[0]}.{capability[1]}",
-                "native_operators": NATIVE.in_use and NATIVE.covers(capability),
+                "native_operators": native.in_use and native.covers(capability),
             }
         )
     return devices
 
 
-def _operator(operator: str) -> dict[str, Any]:
+def _operator(operator: str, native: NativeLibrary) -> dict[str, Any]:
     """For which devices an operator is built, what runs unless `--ops` says otherwise, and what else there is."""
-    built = [name for name, operators in (("CPU", NATIVE.on_cpu), ("CUDA", NATIVE.on_cuda)) if operator in operators]
+    from megallm.ops.library import other_library
+
+    built = [name for name, operators in (("CPU", native.on_cpu), ("CUDA", native.on_cuda)) if operator in operators]
     others = [name for name, operators in OTHERS.items() if operator in operators and other_library(name)]
     return {
         "built_for": built,
-        "in_use": "native" if built and NATIVE.in_use else "reference",
+        "in_use": "native" if built and native.in_use else "reference",
         "choices": [*(["native"] if built else []), "reference", *others],
     }
 
@@ -154,8 +167,13 @@ def main() -> None:
         prog="python -m megallm.info", description="Says what this machine has and what is used."
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    info = collect()
-    print(json.dumps(info, indent=2) if parser.parse_args().json else describe(info))
+    arguments = parser.parse_args()
+    try:
+        info = collect()
+    except ValueError as error:
+        fail(parser.prog, error)
+    with while_somebody_reads():
+        print(json.dumps(info, indent=2) if arguments.json else describe(info))
 
 
 if __name__ == "__main__":

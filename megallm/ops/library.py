@@ -87,8 +87,8 @@ def _covers(architecture: str, capability: tuple[int, int]) -> bool:
 def load(choice: str) -> NativeLibrary:
     """Loads the compiled library, which registers it with torch; says on one process of a machine when it is missing.
 
-    `choice` is "auto", "native" (its absence raises ImportError) or "reference" (loaded all the same, for comparison,
-    but not used). Raises ValueError for anything else.
+    `choice` is "auto", "native" or "reference" (loaded all the same, for comparison, but not used). Raises ValueError
+    where "native" is not there, and for anything else.
     """
     if choice not in ("auto", "native", "reference"):
         raise ValueError(f"MEGALLM_OPS={choice!r} is not known: use auto, native or reference.")
@@ -97,7 +97,7 @@ def load(choice: str) -> NativeLibrary:
     except ImportError as error:
         reason = f"the compiled library is not there ({error})"
         if choice == "native":
-            raise ImportError(f"MEGALLM_OPS=native, but {reason}. Build it with: pip install .") from error
+            raise ValueError(f"MEGALLM_OPS=native, but {reason}. Build it with: pip install .") from error
         if choice == "auto" and os.environ.get("LOCAL_RANK", "0") == "0":
             logging.getLogger("megallm").warning(
                 "Native operators are not in use: %s. Everything works without them, slower.", reason

@@ -201,6 +201,29 @@ def check_views(case: Case, device: str, *, exact: bool = True) -> None:
             check_same(found, expected, exact=exact, what=f"{case.name}: {name} {dtype} {width}")
 
 
+# What works on flat tensors makes one that is not so, and a matrix of scores comes whole from the product before it.
+COPIES = ("accumulate", "adamw", "sum_of_squares", "softmax causal")
+TABLES = ("cosines", "sines")
+
+
+def check_no_copies(case: Case) -> None:
+    """Slices of packed tensors, of inputs and of gradients, are read where they lie."""
+
+    def sliced(tensor: Tensor) -> Tensor:
+        long = tensor.is_floating_point() and tensor.dim() > 1 and tensor.shape[-1] > 1
+        return _in_a_packed_tensor(tensor, 32, 32) if long else tensor
+
+    inputs = case.inputs((6, 5, 64), case.dtypes[0], "cpu")
+    grads = case.output_gradients(inputs)
+    slices = {name: tensor if name in (*TABLES, *case.shared) else sliced(tensor) for name, tensor in inputs.items()}
+    numbers = []
+    for tensors, gradients in ((inputs, grads), (slices, [sliced(grad) for grad in grads])):
+        with torch.profiler.profile() as profile:
+            case.results(tensors, gradients, "native")
+        numbers.append([event.name for event in profile.events()].count("aten::copy_"))
+    assert numbers[0] == numbers[1], f"{case.name}: {numbers[1] - numbers[0]} copies of slices"
+
+
 def check_views_of_kernels(case: Case, device: str) -> None:
     """Within rounding: narrow accesses may change which thread of a kernel adds what, and with it the order."""
     check_views(case, device, exact=False)

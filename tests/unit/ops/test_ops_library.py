@@ -1,6 +1,7 @@
 """Which GPUs a compiled architecture serves, and what the report of the machine says."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -111,3 +112,11 @@ def test_info_says_what_is_missing():
     assert "not in use: hidden" in text
     assert re.search("  rms_norm +not built, in use: reference, choices: reference", text)
     assert "not built; numpy does their work" in text
+
+
+@pytest.mark.slow
+def test_info_tells_what_the_environment_asks_for_in_vain():
+    command, environment = [sys.executable, "-m", "megallm.info"], {**os.environ, "MEGALLM_OPS": "fast"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 2
+    assert ran.stderr == "python -m megallm.info: MEGALLM_OPS='fast' is not known: use auto, native or reference.\n"

@@ -55,6 +55,12 @@ def test_views_give_the_bits_of_their_copies(case: Case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in BUILT if not case.name.startswith(accuracy.COPIES)], ids=str)
+def test_slices_are_not_copied(case: Case):
+    accuracy.check_no_copies(case)
+
+
+@pytest.mark.slow
 @every_case
 def test_deterministic_and_independent_of_the_batch(case: Case):
     accuracy.check_determinism(case, "cpu")

@@ -31,9 +31,10 @@ def accumulated(inputs: Inputs, implementation: str) -> Tensor:
     wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
     target = torch.full((count * ENTRIES, width), 0.5, dtype=wide, device=gradient.device)
     own = torch.arange(count, device=rows.device).view(rows.shape) * ENTRIES + rows
+    numbers = torch.where(rows < 0, -1, own)
+    accumulate_rows(target, gradient, numbers, implementation)
     # Twice each, in two places of the order: what is equal is summed in its order.
-    numbers = torch.cat((torch.where(rows < 0, -1, own), torch.where(rows < 0, -1, own)))
-    accumulate_rows(target, torch.cat((gradient, gradient * 0.25)), numbers, implementation)
+    accumulate_rows(target, torch.cat((gradient * 0.5, gradient * 0.25)), torch.cat((numbers, numbers)), implementation)
     return target.view(*rows.shape, ENTRIES * width)
 
 
