@@ -14,11 +14,16 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
-from megallm.schedule.action import SEND_KINDS, Action, Kind, Schedule, ScheduleError
+from megallm.schedule.action import Action, Kind, Schedule, ScheduleError
+
+# To look up a member of an enumeration takes longer than to compare with it, and the walk does little else.
+_F, _W, _SEND_F, _RECV_F, _SEND_B, _RECV_B = Kind.F, Kind.W, Kind.SEND_F, Kind.RECV_F, Kind.SEND_B, Kind.RECV_B
+_CLOSING = (Kind.B, Kind.W)  # what ends a micro-batch on a stage
 
 # Sends that may be under way at once per directed edge and kind. One would expose every message; more hold more memory.
 MAX_OUTSTANDING_SENDS = 2
@@ -28,8 +33,7 @@ MAX_OUTSTANDING_SENDS = 2
 MAX_UNREAD_ACTIVATIONS = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One action of a lowered schedule.
 
     Attributes:
@@ -75,16 +79,13 @@ def lower(schedule: Schedule) -> LoweredSchedule:
     Raises:
         ScheduleError: the compute order waits for itself or for something that never runs.
     """
-    rank_actions = _Walk(schedule).run()
-    steps, activation_slots, gradient_slots = [], [], []
-    for actions in rank_actions:
-        actions = _with_gradient_sync(actions)
-        slots, num_activation_slots, num_gradient_slots = _assign_slots(schedule, actions)
-        awaits = _place_waits(schedule, actions)
-        steps.append(tuple(map(Step, actions, slots, awaits)))
-        activation_slots.append(num_activation_slots)
-        gradient_slots.append(num_gradient_slots)
-    return LoweredSchedule(schedule, tuple(steps), tuple(activation_slots), tuple(gradient_slots))
+    ranks = _Walk(schedule).run()
+    return LoweredSchedule(
+        schedule,
+        tuple(tuple(rank.steps) for rank in ranks),
+        tuple(rank.activations.size for rank in ranks),
+        tuple(rank.gradients.size for rank in ranks),
+    )
 
 
 class _Walk:
@@ -92,73 +93,72 @@ class _Walk:
 
     def __init__(self, schedule: Schedule):
         self.schedule = schedule
-        self.pending = [deque(actions) for actions in schedule.actions]
-        self.walked: list[list[Action]] = [[] for _ in schedule.actions]
-        self.finished: set[tuple[Kind, int, int | None]] = set()
+        self.ranks = [_Rank(schedule, rank) for rank in range(schedule.num_ranks)]
+        # Flags by stage and micro-batch, stage after stage.
+        self.forwards_done = bytearray(schedule.num_stages * schedule.num_micro_batches)
+        self.gradients_done = bytearray(schedule.num_stages * schedule.num_micro_batches)
+        stages = range(schedule.num_stages)
+        self.has_backward = [schedule.has_backward(stage) for stage in stages]
+        # The rank that a stage's output, or the gradient of its input, is sent to.
+        placement = schedule.placement
+        self.reads_output = [placement[stage + 1] if schedule.sends_activation(stage) else None for stage in stages]
+        self.reads_gradient = [placement[stage - 1] if schedule.sends_gradient(stage) else None for stage in stages]
         # Activations received and not yet consumed, by the stage that receives them.
-        self.unread: Counter[int] = Counter()
+        self.unread = [0] * schedule.num_stages
 
-    def run(self) -> list[list[Action]]:
-        ranks = range(self.schedule.num_ranks)
+    def run(self) -> list[_Rank]:
         moved = True
         while moved:
-            round_of_moves = [self._do_next(rank) for rank in ranks]
-            moved = any(round_of_moves) or any(self._do_next(rank, hold_back=False) for rank in ranks)
-        stuck = [f"rank {rank} at {actions[0]}" for rank, actions in enumerate(self.pending) if actions]
+            round_of_moves = [self._do_next(rank) for rank in self.ranks]
+            moved = any(round_of_moves) or any(self._do_next(rank, hold_back=False) for rank in self.ranks)
+        stuck = [f"rank {number} at {rank.pending[-1]}" for number, rank in enumerate(self.ranks) if rank.pending]
         if stuck:
             raise ScheduleError(f"the compute order cannot run: inputs never arrive for {', '.join(stuck)}")
-        return self.walked
+        return self.ranks
 
-    def _do_next(self, rank: int, hold_back: bool = True) -> bool:
+    def _do_next(self, rank: _Rank, hold_back: bool = True) -> bool:
         """Appends the rank's next action, its SEND, and the RECV on the consumer; False if it has to wait."""
-        if not self.pending[rank] or not self._has_inputs(self.pending[rank][0]):
+        if not rank.pending:
             return False
-        action = self.pending[rank][0]
-        receive = self._receive_of(action)
-        unpaced = receive is not None and not self.schedule.has_backward(action.stage)
-        if hold_back and unpaced and self.unread[action.stage + 1] >= MAX_UNREAD_ACTIVATIONS:
+        action = rank.pending[-1]
+        kind, stage, micro_batch = action
+        assert micro_batch is not None, "compute has a micro-batch"
+        place = stage * self.schedule.num_micro_batches + micro_batch
+        if not self._has_inputs(kind, stage, place):
             return False
-        self.pending[rank].popleft()
-        self.walked[rank].append(action)
-        self.finished.add((Kind.I if action.kind is Kind.B else action.kind, action.stage, action.micro_batch))
-        if action.kind is Kind.F:
-            self.unread[action.stage] -= 1
-        if receive is not None:
-            send_kind = Kind.SEND_F if receive.kind is Kind.RECV_F else Kind.SEND_B
-            self.walked[rank].append(Action(send_kind, action.stage, action.micro_batch))
-            self.walked[self.schedule.placement[receive.stage]].append(receive)
-            self.unread[receive.stage] += receive.kind is Kind.RECV_F
+        if kind is _F:
+            consumer = self.reads_output[stage]
+            unpaced = consumer is not None and not self.has_backward[stage]
+            if hold_back and unpaced and self.unread[stage + 1] >= MAX_UNREAD_ACTIVATIONS:
+                return False
+            rank.compute(action)
+            self.forwards_done[place] = True
+            self.unread[stage] -= 1
+            if consumer is not None:
+                rank.send(Action(_SEND_F, stage, micro_batch), consumer)
+                self.ranks[consumer].receive(Action(_RECV_F, stage + 1, micro_batch))
+                self.unread[stage + 1] += 1
+            return True
+        rank.compute(action)
+        if kind is not _W:
+            self.gradients_done[place] = True
+            consumer = self.reads_gradient[stage]
+            if consumer is not None:
+                rank.send(Action(_SEND_B, stage, micro_batch), consumer)
+                self.ranks[consumer].receive(Action(_RECV_B, stage - 1, micro_batch))
         return True
 
-    def _has_inputs(self, action: Action) -> bool:
-        stage, micro_batch, finished = action.stage, action.micro_batch, self.finished
-        if action.kind is Kind.F:
-            return stage == 0 or (Kind.F, stage - 1, micro_batch) in finished
-        if action.kind is Kind.W:
-            return (Kind.I, stage, micro_batch) in finished
-        if (Kind.F, stage, micro_batch) not in finished:
+    def _has_inputs(self, kind: Kind, stage: int, place: int) -> bool:
+        """`place` is that of stage and micro-batch among the flags."""
+        number = self.schedule.num_micro_batches
+        if kind is _F:
+            return stage == 0 or bool(self.forwards_done[place - number])
+        if kind is _W:
+            return bool(self.gradients_done[place])
+        if not self.forwards_done[place]:
             return False
-        # I stands for B too: what the stage before needs is the gradient of the input.
-        return stage + 1 == self.schedule.num_stages or (Kind.I, stage + 1, micro_batch) in finished
-
-    def _receive_of(self, action: Action) -> Action | None:
-        """The RECV on another rank that the result of `action` goes to."""
-        if action.kind is Kind.F and self.schedule.sends_activation(action.stage):
-            return Action(Kind.RECV_F, action.stage + 1, action.micro_batch)
-        if action.kind in (Kind.B, Kind.I) and self.schedule.sends_gradient(action.stage):
-            return Action(Kind.RECV_B, action.stage - 1, action.micro_batch)
-        return None
-
-
-def _with_gradient_sync(actions: list[Action]) -> list[Action]:
-    """Inserts GRAD_SYNC directly after the last B or W of each stage."""
-    last = {action.stage: index for index, action in enumerate(actions) if action.kind in (Kind.B, Kind.W)}
-    result = []
-    for index, action in enumerate(actions):
-        result.append(action)
-        if last.get(action.stage) == index:
-            result.append(Action(Kind.GRAD_SYNC, action.stage))
-    return result
+        # What the stage before needs is the gradient of the input: of a whole backward, or of I alone.
+        return stage + 1 == self.schedule.num_stages or bool(self.gradients_done[place + number])
 
 
 class _SlotPool:
@@ -173,8 +173,8 @@ class _SlotPool:
         if not self.free:
             self.free.append(self.size)
             self.size += 1
-        self.held[key] = heapq.heappop(self.free)
-        return self.held[key]
+        slot = self.held[key] = heapq.heappop(self.free)
+        return slot
 
     def release(self, key: tuple[int, int | None]) -> None:
         slot = self.held.pop(key, None)
@@ -182,44 +182,54 @@ class _SlotPool:
             heapq.heappush(self.free, slot)
 
 
-def _assign_slots(schedule: Schedule, actions: list[Action]) -> tuple[list[int | None], int, int]:
-    """The slot of each action and the numbers of activation and gradient slots, by liveness along the rank's order."""
-    activations, gradients = _SlotPool(), _SlotPool()
-    slots: list[int | None] = []
-    for action in actions:
-        key = (action.stage, action.micro_batch)
-        slot = None
-        if action.kind is Kind.RECV_F:
-            slot = activations.take(key)
-        elif action.kind is Kind.RECV_B:
-            slot = gradients.take(key)
-        elif action.kind is Kind.F:
-            slot = activations.held.get(key)
-            if not schedule.has_backward(action.stage):
-                activations.release(key)
-        elif action.kind in (Kind.B, Kind.I):
-            slot = gradients.held.get(key)
-        if action.kind in (Kind.B, Kind.W):
-            activations.release(key)
-            gradients.release(key)
-        slots.append(slot)
-    return slots, activations.size, gradients.size
+class _Rank:
+    """One rank's steps, appended in its order: slots by liveness, waits, and GRAD_SYNC after a stage's last backward.
 
-
-def _place_waits(schedule: Schedule, actions: list[Action]) -> list[tuple[Action, ...]]:
-    """For each action the sends to wait for: the oldest of its edge and kind, when a further one would be too many.
-
-    Later would be too late for the bound, and earlier could only wait longer. The awaited message stands earlier in the
-    global walk than the send that awaits it, and so does its RECV: the wait closes no circle.
+    Attributes:
+        pending: compute that is not yet appended, the next one last.
+        steps: what was appended.
+        activations, gradients: the receive buffers.
     """
-    outstanding: dict[tuple[Kind, int], deque[Action]] = {}
-    awaits: list[tuple[Action, ...]] = []
-    for action in actions:
-        if action.kind not in SEND_KINDS:
-            awaits.append(())
-            continue
-        consumer = action.stage + 1 if action.kind is Kind.SEND_F else action.stage - 1
-        edge = outstanding.setdefault((action.kind, schedule.placement[consumer]), deque())
-        awaits.append((edge.popleft(),) if len(edge) == MAX_OUTSTANDING_SENDS else ())
+
+    def __init__(self, schedule: Schedule, rank: int):
+        actions = schedule.actions[rank]
+        self.pending = list(reversed(actions))
+        self.steps: list[Step] = []
+        self.activations, self.gradients = _SlotPool(), _SlotPool()
+        self.has_backward = {stage: schedule.has_backward(stage) for stage in schedule.stages_of(rank)}
+        self.backwards_left = Counter(action.stage for action in actions if action.kind in _CLOSING)
+        # Sends under way, the oldest first, by kind and consumer.
+        self.outstanding: defaultdict[tuple[Kind, int], deque[Action]] = defaultdict(deque)
+
+    def compute(self, action: Action) -> None:
+        """Appends the next of `pending`, and GRAD_SYNC where it closes its stage."""
+        kind, stage, micro_batch = self.pending.pop()
+        key = (stage, micro_batch)
+        if kind is _F:
+            self.steps.append(Step(action, self.activations.held.get(key)))
+            if not self.has_backward[stage]:
+                self.activations.release(key)
+            return
+        self.steps.append(Step(action, None if kind is _W else self.gradients.held.get(key)))
+        if kind in _CLOSING:
+            self.activations.release(key)
+            self.gradients.release(key)
+            self.backwards_left[stage] -= 1
+            if not self.backwards_left[stage]:
+                self.steps.append(Step(Action(Kind.GRAD_SYNC, stage)))
+
+    def receive(self, action: Action) -> None:
+        """Appends a RECV, which takes a slot."""
+        pool = self.activations if action.kind is _RECV_F else self.gradients
+        self.steps.append(Step(action, pool.take((action.stage, action.micro_batch))))
+
+    def send(self, action: Action, consumer: int) -> None:
+        """Appends a SEND. It waits for the oldest of its edge and kind, where one more would be too many.
+
+        Later would be too late for the bound, and earlier could only wait longer. The awaited message stands earlier in
+        the global walk than the send that awaits it, and so does its RECV: the wait closes no circle.
+        """
+        edge = self.outstanding[action.kind, consumer]
+        awaits = (edge.popleft(),) if len(edge) == MAX_OUTSTANDING_SENDS else ()
         edge.append(action)
-    return awaits
+        self.steps.append(Step(action, None, awaits))

@@ -8,14 +8,14 @@ destination rank) is one channel, in order, for activations and gradients alike.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 from megallm.schedule.action import (
     COMPUTE_KINDS,
-    RECV_KINDS,
     SEND_KINDS,
     Action,
     Kind,
@@ -24,6 +24,10 @@ from megallm.schedule.action import (
     parse_action,
 )
 from megallm.schedule.lowering import LoweredSchedule
+
+_GRAD_SYNC = Kind.GRAD_SYNC
+_Message = tuple[Kind, int, int | None]  # an Action, or a plain tuple with the same, which is quicker made
+_TO_NEXT_STAGE = frozenset({Kind.SEND_F, Kind.RECV_B})
 
 
 class Event(NamedTuple):
@@ -56,17 +60,20 @@ class Timeline:
     @property
     def compute(self) -> list[Event]:
         """The F, B, I and W events, by start."""
-        return sorted((event for event in self.events if event.action.kind in COMPUTE_KINDS), key=lambda e: e.start)
+        return sorted(self._compute(), key=lambda event: event.start)
+
+    def _compute(self) -> Iterator[Event]:
+        return (event for event in self.events if event.action.kind in COMPUTE_KINDS)
 
     @cached_property
     def start(self) -> float:
         """When the first compute starts. Kept: whoever draws asks for every event."""
-        return min((event.start for event in self.compute), default=0.0)
+        return min((event.start for event in self._compute()), default=0.0)
 
     @property
     def makespan(self) -> float:
         """From the start of the first compute to the end of the last."""
-        return max((event.end for event in self.compute), default=0.0) - self.start
+        return max((event.end for event in self._compute()), default=0.0) - self.start
 
     @property
     def rank_bubbles(self) -> tuple[float, ...]:
@@ -203,33 +210,47 @@ def simulate(lowered: LoweredSchedule, costs: Costs | None = None) -> Timeline:
 
 @dataclass
 class _Channel:
-    """One directed edge: messages in order, each beginning when both ends are posted and the one before is through."""
+    """One directed edge: messages in order, each beginning when both ends are posted and the one before is through.
 
-    sends: list[tuple[float, int, Action]] = field(default_factory=list)
-    receives: list[float] = field(default_factory=list)
-    ends: list[float] = field(default_factory=list)
+    Of the ends that wait for their other one, each with the time of its posting, all are sends or all are receives.
+    """
+
+    sends: deque[tuple[float, Action]] = field(default_factory=deque)
+    receives: deque[tuple[float, Action]] = field(default_factory=deque)
+    free: float = 0.0
 
 
 class _Clock:
     def __init__(self, lowered: LoweredSchedule, costs: Costs):
-        self.schedule = lowered.schedule
+        schedule = lowered.schedule
         self.steps = lowered.steps
-        forward, backward = costs.per_stage(self.schedule)
-        half = [cost / 2 for cost in backward]
-        self.costs = {Kind.F: forward, Kind.B: backward, Kind.I: half, Kind.W: half}
+        self.placement = schedule.placement
         self.message = costs.message
-        self.channels: dict[tuple[int, int], _Channel] = {}
+        forward, backward = costs.per_stage(schedule)
+        half = [cost / 2 for cost in backward]
+        stages = range(schedule.num_stages)
+        activations = [Kind.RECV_F if schedule.receives_activation(stage) else None for stage in stages]
+        gradients = [Kind.RECV_B if schedule.receives_gradient(stage) else None for stage in stages]
+        # Of each kind of compute, by stage: the message that brings its input, if one does, and what it costs.
+        self.compute: dict[Kind, list[tuple[Kind | None, float]]] = {
+            Kind.F: list(zip(activations, forward, strict=True)),
+            Kind.B: list(zip(gradients, backward, strict=True)),
+            Kind.I: list(zip(gradients, half, strict=True)),
+            Kind.W: [(None, cost) for cost in half],
+        }
+        self.channels: defaultdict[tuple[int, int], _Channel] = defaultdict(_Channel)
         self.position = [0] * len(self.steps)
         self.now = [0.0] * len(self.steps)
-        # Where a message is: its channel and its number in it, by the kind of this rank's end, stage and micro-batch.
-        self.message_at: dict[tuple[Kind, int, int | None], tuple[_Channel, int]] = {}
+        self.awake = deque(range(len(self.steps)))
+        # The rank that waits for a message, and when a message is through; by its SEND and by its RECV.
+        self.waiting: dict[_Message, int] = {}
+        self.ends: dict[_Message, float] = {}
         self.events: list[Event] = []
 
     def run(self) -> Iterable[Event]:
         # Who waits for whom decides the times, not the order in which ranks are advanced here.
-        moved = [True]
-        while any(moved):
-            moved = [self._advance(rank) for rank in range(len(self.steps))]
+        while self.awake:
+            self._advance(self.awake.popleft())
         stuck = [
             f"rank {rank}, step {index} ({self.steps[rank][index].action})"
             for rank, index in enumerate(self.position)
@@ -239,62 +260,48 @@ class _Clock:
             raise ScheduleError(f"the ranks wait for each other for ever: {'; '.join(stuck)}")
         return self.events
 
-    def _advance(self, rank: int) -> bool:
-        """Does the rank's steps until one has to wait for something that has not happened; whether it did any."""
-        begin, steps = self.position[rank], self.steps[rank]
-        for index in range(begin, len(steps)):
+    def _advance(self, rank: int) -> None:
+        """Does the rank's steps until one has to wait for a message that is not through."""
+        steps, ends, now = self.steps[rank], self.ends, self.now[rank]
+        for index in range(self.position[rank], len(steps)):
             action = steps[index].action
-            ready = self.now[rank]
-            for send in steps[index].awaits:
-                end = self._message_end((send.kind, send.stage, send.micro_batch))
-                if end is None:
-                    break
-                ready = max(ready, end)
-            else:
-                if action.kind in SEND_KINDS or action.kind in RECV_KINDS:
-                    self.now[rank] = ready
-                    self._post(rank, action)
-                elif action.kind is not Kind.GRAD_SYNC and not self._compute(rank, action, ready):
-                    break
-                self.position[rank] += 1
-                continue
-            break
-        return self.position[rank] > begin
+            kind, stage, micro_batch = action
+            awaited: tuple[_Message, ...] = steps[index].awaits
+            cost = None
+            if kind in self.compute:
+                incoming, cost = self.compute[kind][stage]
+                if incoming is not None:
+                    awaited = (*awaited, (incoming, stage, micro_batch))
+            ready = now
+            for message in awaited:
+                if message not in ends:
+                    self.waiting[message] = rank
+                    self.position[rank], self.now[rank] = index, now
+                    return
+                ready = max(ready, ends[message])
+            now = ready
+            if cost is not None:
+                now = ready + cost
+                self.events.append(Event(rank, action, ready, now))
+            elif kind is not _GRAD_SYNC:
+                self._post(rank, action, now)
+        self.position[rank] = len(steps)
 
-    def _compute(self, rank: int, action: Action, ready: float) -> bool:
-        schedule = self.schedule
-        incoming = None
-        if action.kind is Kind.F and schedule.receives_activation(action.stage):
-            incoming = Kind.RECV_F
-        elif action.kind in (Kind.B, Kind.I) and schedule.receives_gradient(action.stage):
-            incoming = Kind.RECV_B
-        if incoming is not None:
-            arrival = self._message_end((incoming, action.stage, action.micro_batch))
-            if arrival is None:
-                return False
-            ready = max(ready, arrival)
-        end = ready + self.costs[action.kind][action.stage]
-        self.events.append(Event(rank, action, ready, end))
-        self.now[rank] = end
-        return True
-
-    def _message_end(self, key: tuple[Kind, int, int | None]) -> float | None:
-        channel, number = self.message_at.get(key, (None, 0))
-        return channel.ends[number] if channel is not None and number < len(channel.ends) else None
-
-    def _post(self, rank: int, action: Action) -> None:
-        step_to_peer = 1 if action.kind in (Kind.SEND_F, Kind.RECV_B) else -1
-        peer = self.schedule.placement[action.stage + step_to_peer]
-        sending = action.kind in SEND_KINDS
-        channel = self.channels.setdefault((rank, peer) if sending else (peer, rank), _Channel())
-        number = len(channel.sends if sending else channel.receives)
-        self.message_at[action.kind, action.stage, action.micro_batch] = (channel, number)
-        if sending:
-            channel.sends.append((self.now[rank], rank, action))
-        else:
-            channel.receives.append(self.now[rank])
-        while (number := len(channel.ends)) < len(channel.sends) and number < len(channel.receives):
-            posted, sender, send = channel.sends[number]
-            start = max(posted, channel.receives[number], channel.ends[-1] if number else 0.0)
-            channel.ends.append(start + self.message)
-            self.events.append(Event(sender, send, start, start + self.message))
+    def _post(self, rank: int, action: Action, now: float) -> None:
+        """Posts one end of a message, and times the message where the other end waits already."""
+        kind, stage, _ = action
+        peer = self.placement[stage + 1 if kind in _TO_NEXT_STAGE else stage - 1]
+        is_send = kind in SEND_KINDS
+        channel = self.channels[(rank, peer) if is_send else (peer, rank)]
+        own, others = (channel.sends, channel.receives) if is_send else (channel.receives, channel.sends)
+        if not others:
+            own.append((now, action))
+            return
+        posted, other = others.popleft()
+        start = max(now, posted, channel.free)
+        end = channel.free = start + self.message
+        for one in (action, other):
+            self.ends[one] = end
+            if one in self.waiting:
+                self.awake.append(self.waiting.pop(one))
+        self.events.append(Event(rank, action, start, end) if is_send else Event(peer, other, start, end))

@@ -564,10 +564,10 @@ def with_forwards_swapped(lowered: LoweredSchedule) -> LoweredSchedule:
     def swap(action: Action) -> Action:
         if action.stage != 0 or action.kind not in (Kind.F, Kind.SEND_F):
             return action
-        return replace(action, micro_batch=swapped.get(action.micro_batch, action.micro_batch))
+        return action._replace(micro_batch=swapped.get(action.micro_batch, action.micro_batch))
 
     first = tuple(
-        replace(step, action=swap(step.action), awaits=tuple(map(swap, step.awaits))) for step in lowered.steps[0]
+        step._replace(action=swap(step.action), awaits=tuple(map(swap, step.awaits))) for step in lowered.steps[0]
     )
     return replace(lowered, steps=(first, *lowered.steps[1:]))
 
@@ -575,7 +575,7 @@ def with_forwards_swapped(lowered: LoweredSchedule) -> LoweredSchedule:
 def with_one_slot(lowered: LoweredSchedule) -> LoweredSchedule:
     """Every message is received into the same buffer."""
     steps = tuple(
-        tuple(step if step.slot is None else replace(step, slot=0) for step in steps) for steps in lowered.steps
+        tuple(step if step.slot is None else step._replace(slot=0) for step in steps) for steps in lowered.steps
     )
     return replace(lowered, steps=steps)
 

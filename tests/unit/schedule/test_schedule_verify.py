@@ -258,25 +258,25 @@ def mutate(steps: list[Step], dice: random.Random, kind: str) -> None:
         steps.insert(dice.randrange(len(steps)), steps.pop(index))
     elif kind == "slot":
         used = [one.slot for one in steps if one.slot is not None]
-        steps[index] = dataclasses.replace(step, slot=dice.choice([None, -1, 99, 0, *used]))
+        steps[index] = step._replace(slot=dice.choice([None, -1, 99, 0, *used]))
     elif kind == "reuse slot":
         indices = [i for i, one in enumerate(steps) if one.slot is not None]
         if indices:
             one, other = dice.choice(indices), dice.choice(indices)
-            steps[one] = dataclasses.replace(steps[one], slot=steps[other].slot)
+            steps[one] = steps[one]._replace(slot=steps[other].slot)
     elif kind == "wait" and sends:
-        steps[index] = dataclasses.replace(step, awaits=(*step.awaits, dice.choice(sends)))
+        steps[index] = step._replace(awaits=(*step.awaits, dice.choice(sends)))
     elif kind == "wait for another" and sends:
         indices = [i for i, one in enumerate(steps) if one.awaits]
         if indices:
             one = dice.choice(indices)
-            steps[one] = dataclasses.replace(steps[one], awaits=(dice.choice(sends),))
+            steps[one] = steps[one]._replace(awaits=(dice.choice(sends),))
     elif kind == "micro-batch":
-        action = dataclasses.replace(step.action, micro_batch=dice.choice([None, -1, 0, 1, 2, 9]))
-        steps[index] = dataclasses.replace(step, action=action)
+        action = step.action._replace(micro_batch=dice.choice([None, -1, 0, 1, 2, 9]))
+        steps[index] = step._replace(action=action)
     elif kind == "stage":
-        action = dataclasses.replace(step.action, stage=step.action.stage + dice.choice([-1, 1, 2, 7]))
-        steps[index] = dataclasses.replace(step, action=action)
+        action = step.action._replace(stage=step.action.stage + dice.choice([-1, 1, 2, 7]))
+        steps[index] = step._replace(action=action)
     elif kind == "sync":
         indices = [i for i, one in enumerate(steps) if one.action.kind is Kind.GRAD_SYNC]
         if indices:
@@ -347,7 +347,7 @@ def test_every_wait_is_needed(case):
         for index, step in enumerate(steps):
             if step.awaits:
                 mutant = list(steps)
-                mutant[index] = dataclasses.replace(step, awaits=())
+                mutant[index] = step._replace(awaits=())
                 with pytest.raises(ScheduleError, match="3 sends of this kind are outstanding"):
                     verify(with_steps(lowered, rank, mutant))
 
@@ -370,7 +370,7 @@ def test_random_mutations_of_the_compute_order(kind):
             elif kind == "split":
                 # A B of which only one half is done.
                 half = Kind.I if dice.random() < 0.5 else Kind.W
-                rows[rank][index] = dataclasses.replace(action, kind=half)
+                rows[rank][index] = action._replace(kind=half)
             else:
                 other = max(0, index - 1) if kind == "swap neighbours" else other
                 rows[rank][index], rows[rank][other] = rows[rank][other], action
@@ -410,7 +410,7 @@ def wait_before(steps: list[Step], text: str, send: str) -> None:
     awaited = parse_action(send)
     for index, step in enumerate(steps):
         awaits = tuple(one for one in step.awaits if one != awaited)
-        steps[index] = dataclasses.replace(step, awaits=awaits + (awaited,) * (str(step.action) == text))
+        steps[index] = step._replace(awaits=awaits + (awaited,) * (str(step.action) == text))
 
 
 def test_ranks_that_await_each_others_receives_are_a_deadlock():
@@ -434,7 +434,7 @@ def test_ranks_that_await_each_others_receives_are_a_deadlock():
 def replaced(text: str, **changes):
     def change(steps):
         index = place(steps, text)
-        steps[index] = dataclasses.replace(steps[index], **changes)
+        steps[index] = steps[index]._replace(**changes)
 
     return change
 
