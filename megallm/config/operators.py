@@ -19,7 +19,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "rotary": ("rotary_",),
     "softmax": ("softmax_forward", "softmax_backward"),
     "dropout_add": ("dropout_add", "dropout_add_backward"),
-    "add_rows": ("add_rows",),
+    "add_rows": ("add_rows", "embedding_gradient_"),
     "embedding_gradient": ("embedding_gradient_",),
 }
 """Each operator that can be chosen, with the compiled operators that it consists of."""

@@ -51,6 +51,8 @@ class GradientReducer:
         for bucket in self.buckets:
             for member in bucket.members:
                 self._home[member.parameter] = (bucket, bucket.gradient_of(member))
+                # What comes through autograd is not rounded on its way into the bucket, where an operator sums wide.
+                member.parameter.grad_dtype = bucket.gradient.dtype
                 member.parameter.register_post_accumulate_grad_hook(self._take_gradient)
         weight_gradients.sink = self._take_product
         weight_gradients.row_sink = self._take_rows

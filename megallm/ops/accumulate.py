@@ -11,6 +11,7 @@ from megallm.ops.library import NATIVE, register_fakes
 __all__ = ["accumulate", "accumulate_reference", "accumulate_weight_gradient"]
 
 
+@torch.no_grad()
 def accumulate(target: Tensor, source: Tensor, scale: float = 1.0, implementation: str = "auto") -> None:
     """target += scale * source, in place, for one shape.
 
@@ -34,6 +35,7 @@ def _has_type_for(source: Tensor, target: Tensor) -> bool:
     return source.dtype == target.dtype or sixteen
 
 
+@torch.no_grad()
 def accumulate_weight_gradient(
     gradient: Tensor, grad_output: Tensor, input: Tensor, implementation: str = "auto"
 ) -> None:

@@ -107,7 +107,8 @@ class _Activation(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, bias = ctx.saved_tensors
         grad_x, grad_bias = torch.ops.megallm.activation_backward(grad_output, x, bias, ctx.activation, ctx.gated)
-        return grad_x, None if bias is None else grad_bias.to(bias.dtype), None, None
+        # As wide as its sum: autograd rounds it, unless the bias's `grad_dtype` takes it as it is.
+        return grad_x, None if bias is None else grad_bias, None, None
 
 
 def _fake_forward(x: Tensor, bias: Tensor | None, activation: str, gated: bool) -> Tensor:

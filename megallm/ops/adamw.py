@@ -12,6 +12,7 @@ from megallm.ops.library import NATIVE, register_fakes
 __all__ = ["adamw", "adamw_reference"]
 
 
+@torch.no_grad()
 def adamw(
     weights: Tensor,
     gradient: Tensor,

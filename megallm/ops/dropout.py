@@ -88,19 +88,19 @@ class _DropoutAdd(torch.autograd.Function):
         rows: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(key, step, rows)
-        ctx.probability, ctx.bias_dtype = probability, None if bias is None else bias.dtype
+        ctx.probability, ctx.has_bias = probability, bias is not None
         return torch.ops.megallm.dropout_add(x, bias, residual, key, step, rows, probability)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         key, step, rows = ctx.saved_tensors
-        has_bias = ctx.bias_dtype is not None
         grad_x, grad_bias = torch.ops.megallm.dropout_add_backward(
-            grad_output, key, step, rows, ctx.probability, has_bias
+            grad_output, key, step, rows, ctx.probability, ctx.has_bias
         )
         grad_residual = grad_output if ctx.needs_input_grad[2] else None
-        return grad_x, grad_bias.to(ctx.bias_dtype) if has_bias else None, grad_residual, None, None, None, None
+        # As wide as its sum: autograd rounds it, unless the bias's `grad_dtype` takes it as it is.
+        return grad_x, grad_bias if ctx.has_bias else None, grad_residual, None, None, None, None
 
 
 def _fake_forward(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from megallm.ops.library import NATIVE, register_fakes
@@ -11,6 +14,7 @@ from megallm.ops.library import NATIVE, register_fakes
 __all__ = ["accumulate_rows", "accumulate_rows_reference", "add_rows", "add_rows_reference"]
 
 
+@torch.no_grad()
 def accumulate_rows(target: Tensor, gradient: Tensor, rows: Tensor, implementation: str = "auto") -> None:
     """target[rows[i]] += gradient[i] for every i, in place: the gradient of an embedding, where it is kept.
 
@@ -40,18 +44,37 @@ def accumulate_rows_reference(target: Tensor, gradient: Tensor, rows: Tensor) ->
 
 
 def add_rows(x: Tensor, table: Tensor, rows: Tensor, implementation: str = "auto") -> Tensor:
-    """x + table[rows] for x [..., width], table [entries, width] of its dtype, rows int64 [...]. No gradient.
+    """x + table[rows] for x [..., width], table [entries, width] of its dtype, rows int64 [...].
 
-    Natively in one pass, rounded once.
+    Natively in one pass, rounded once, and the table's gradient is summed as `accumulate_rows` does.
     """
     if x.dtype == table.dtype and NATIVE.serves("add_rows", x, implementation):
-        return torch.ops.megallm.add_rows(x, table, rows)
+        return _AddRows.apply(x, table, rows, implementation)
     return add_rows_reference(x, table, rows)
 
 
 def add_rows_reference(x: Tensor, table: Tensor, rows: Tensor) -> Tensor:
     """The same in plain torch."""
     return x + torch.nn.functional.embedding(rows, table)
+
+
+class _AddRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor, rows: Tensor, implementation: str) -> Tensor:
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(rows)
+        ctx.shape, ctx.implementation = table.shape, implementation
+        return torch.ops.megallm.add_rows(x, table, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.needs_input_grad[1]:
+            return grad, None, None, None
+        (rows,), wide = ctx.saved_tensors, torch.float64 if grad.dtype == torch.float64 else torch.float32
+        grad_table = grad.new_zeros(ctx.shape, dtype=wide)
+        accumulate_rows(grad_table, grad, rows, ctx.implementation)
+        return grad, grad_table.to(grad.dtype), None, None
 
 
 def _fake_embedding_gradient(target: Tensor, gradient: Tensor, rows: Tensor, order: Tensor | None) -> None:

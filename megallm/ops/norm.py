@@ -131,8 +131,7 @@ class _Norm(torch.autograd.Function):
         if residual is None:
             total = x
         ctx.save_for_backward(total, weight, mean, reciprocal)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.centred, ctx.has_residual = centred, residual is not None
+        ctx.centred, ctx.has_residual, ctx.has_bias = centred, residual is not None, bias is not None
         ctx.set_materialize_grads(False)
         return y, total
 
@@ -145,9 +144,9 @@ class _Norm(torch.autograd.Function):
         grad_x, grad_parameters = torch.ops.megallm.norm_backward(
             grad_y, total, weight, mean, reciprocal, grad_total, ctx.centred
         )
-        grad_bias = None if ctx.bias_dtype is None else grad_parameters[1].to(ctx.bias_dtype)
-        grad_residual = grad_x if ctx.has_residual else None
-        return grad_x, grad_residual, grad_parameters[0].to(weight.dtype), grad_bias, None, None
+        grad_residual, grad_bias = grad_x if ctx.has_residual else None, grad_parameters[1] if ctx.has_bias else None
+        # As wide as their sums: autograd rounds them, unless the parameters' `grad_dtype` takes them as they are.
+        return grad_x, grad_residual, grad_parameters[0], grad_bias, None, None
 
 
 def _fake_forward(

@@ -12,6 +12,7 @@ from megallm.ops.library import NATIVE, register_fakes
 __all__ = ["sum_of_squares", "sum_of_squares_reference"]
 
 
+@torch.no_grad()
 def sum_of_squares(tensors: Sequence[Tensor], device: torch.device, implementation: str = "auto") -> Tensor:
     """Sum of the squares of all elements of contiguous float32 or float64 tensors: float64 scalar on `device`.
 

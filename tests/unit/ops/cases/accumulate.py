@@ -1,3 +1,5 @@
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -9,12 +11,17 @@ def make(shape: tuple[int, ...], generator: torch.Generator) -> Inputs:
     return {"source": torch.randn(shape, generator=generator, dtype=torch.float64)}
 
 
-def add(inputs: Inputs, implementation: str) -> Tensor:
+def add(inputs: Inputs, implementation: str, offset: int) -> Tensor:
+    """To a target whose address is off by `offset` elements."""
     source = inputs["source"]
-    target = torch.full(source.shape, 3.0, dtype=torch.float64, device=source.device)
-    target = target if source.dtype == torch.float64 else target.float()
+    wide = torch.float64 if source.dtype == torch.float64 else torch.float32
+    flat = torch.full((source.numel() + offset,), 3.0, dtype=wide, device=source.device)
+    target = flat[offset:].view(source.shape)
     accumulate(target, source, 0.75, implementation)
     return target
 
 
-CASES = [Case("accumulate", "accumulate", make, add, fixed=frozenset({"source"}))]
+CASES = [
+    Case(name, "accumulate", make, partial(add, offset=offset), fixed=frozenset({"source"}))
+    for name, offset in (("accumulate", 0), ("accumulate off by one", 1))
+]

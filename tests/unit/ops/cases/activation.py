@@ -36,7 +36,7 @@ def case(name: str, function: Callable[..., Tensor], with_bias: bool, gated: boo
         make(with_bias, 2 if gated else 1),
         lambda inputs, implementation: function(inputs["x"], inputs.get("bias"), implementation),
         shared=frozenset({"bias"}),
-        shapes=SHAPES if with_bias else SHAPES[::2],
+        shapes=SHAPES if with_bias else (*SHAPES[::2], (3, 1), (5, 4096), (2, 65537)),
         quick_shapes=QUICK_SHAPES if with_bias else QUICK_SHAPES[:3],
         terms=terms,
     )

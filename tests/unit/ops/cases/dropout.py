@@ -7,7 +7,7 @@ from megallm.ops import Dropout, dropout_add
 from megallm.random import stream_key
 from tests.unit.ops.accuracy import Case, Inputs
 
-SHAPES = ((0, 8), (1, 1), (7, 3), (131, 100), (2, 3, 255), (40, 1032), (3, 11008), (2, 65537))
+SHAPES = ((0, 8), (1, 1), (7, 3), (131, 100), (2, 3, 255), (40, 1032), (1009, 24), (5, 4096), (3, 11008), (2, 65537))
 QUICK_SHAPES = ((0, 8), (7, 3), (2, 3, 255), (5, 1032))
 
 
@@ -56,7 +56,7 @@ CASES = [
         make(added=False),
         call,
         shared=frozenset({"key", "step"}),
-        shapes=SHAPES[:6],
+        shapes=SHAPES,
         quick_shapes=QUICK_SHAPES[:3],
     ),
 ]

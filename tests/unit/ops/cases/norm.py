@@ -8,6 +8,7 @@ from tests.unit.ops.accuracy import QUICK_SHAPES, SHAPES, Case, Inputs
 
 EPSILON = 1e-5
 PARAMETERS = frozenset({"weight", "bias"})
+LONG = ((3, 1), (5, 4096), (2, 65537))
 
 
 def make(*, bias: bool, residual: bool) -> Callable[[tuple[int, ...], torch.Generator], Inputs]:
@@ -78,7 +79,7 @@ def alone(kind: str, *, bias: bool) -> Case:
         shared=PARAMETERS,
         wide=PARAMETERS,
         terms=terms_of(kind),
-        shapes=SHAPES if bias or kind == "RMSNorm" else SHAPES[::3],
+        shapes=SHAPES if bias or kind == "RMSNorm" else (*SHAPES[::3], *LONG),
     )
 
 
@@ -105,7 +106,7 @@ def of_sum(kind: str, *, residual: bool) -> Case:
         shared=PARAMETERS,
         wide=PARAMETERS,
         terms=terms_of(kind),
-        shapes=SHAPES[::2],
+        shapes=(*SHAPES[::2], *LONG),
         quick_shapes=QUICK_SHAPES[2:],
     )
 

@@ -9,10 +9,11 @@ from tests.unit.ops.accuracy import Case, Inputs
 QUERY_HEADS, KEY_HEADS = 2, 1
 
 
-def make(shape: tuple[int, ...], generator: torch.Generator) -> Inputs:
-    """Heads of `width` elements, of which all, or all but one, are rotated; rows are positions."""
+def make(shape: tuple[int, ...], generator: torch.Generator, share: int) -> Inputs:
+    """Heads of `width` elements, of which one in `share`, or one element less, is rotated; rows are positions."""
     *lead, width = shape
-    angles = torch.randn(*lead, width - width % 2, generator=generator, dtype=torch.float64)
+    rotated = width // share
+    angles = torch.randn(*lead, rotated - rotated % 2, generator=generator, dtype=torch.float64)
     return {
         "query": torch.randn(*lead, QUERY_HEADS * width, generator=generator, dtype=torch.float64),
         "key": torch.randn(*lead, KEY_HEADS * width, generator=generator, dtype=torch.float64),
@@ -53,20 +54,25 @@ def split(inputs: Inputs, implementation: str, interleaved: bool) -> Tensor:
     return joined.view(*inputs["key"].shape[:-1], joined.shape[-1])
 
 
-# With one element in a head nothing is rotated.
+# Of one element in a head nothing is rotated.
 SHAPES = ((0, 8), (1, 2), (7, 3), (37, 18), (131, 100), (2, 3, 255), (67, 256), (33, 128), (40, 1032), (1009, 24))
 QUICK_SHAPES = ((0, 8), (1, 2), (7, 3), (2, 3, 255), (33, 128))
 
+# Whole heads are rotated, or half of each; either with one kind of pairs in each way of calling.
 CASES = [
     Case(
         f"{name}{' interleaved' if interleaved else ''}",
         "rotary",
-        make,
+        partial(make, share=share),
         partial(call, interleaved=interleaved),
         fixed=frozenset({"cosines", "sines"}),
         shapes=SHAPES,
         quick_shapes=QUICK_SHAPES,
     )
-    for name, call in (("rotary", rotate), ("rotary out of a packed tensor", split))
-    for interleaved in (False, True)
+    for name, call, interleaved, share in (
+        ("rotary", rotate, False, 1),
+        ("rotary of half", rotate, True, 2),
+        ("rotary out of a packed tensor", split, True, 1),
+        ("rotary of half out of a packed tensor", split, False, 2),
+    )
 ]

@@ -8,7 +8,19 @@ from megallm.random import stream_key
 from tests.unit.ops.accuracy import Case, Inputs
 
 SCALE = 0.3
-SHAPES = ((0, 8), (1, 1), (7, 3), (2, 3, 255), (33, 1000), (40, 1032), (3, 11008), (2, 65537))
+SHAPES = (
+    (0, 8),
+    (1, 1),
+    (7, 3),
+    (2, 3, 255),
+    (33, 1000),
+    (40, 1032),
+    (1009, 24),
+    (5, 4096),
+    (3, 11008),
+    (2, 65537),
+    (2, 16392),
+)
 QUICK_SHAPES = ((0, 8), (7, 3), (2, 3, 255), (5, 1032))
 
 
@@ -85,7 +97,7 @@ CASES = [
         "softmax",
         make_biased,
         biased,
-        shapes=SHAPES[:6],
+        shapes=SHAPES,
         quick_shapes=QUICK_SHAPES[1:3],
         terms=terms_of(biased),
     ),
@@ -94,7 +106,7 @@ CASES = [
         "softmax",
         make_scores,
         causal,
-        shapes=SHAPES[:6],
+        shapes=SHAPES,
         quick_shapes=QUICK_SHAPES[:3],
         terms=terms_of(causal),
     ),
