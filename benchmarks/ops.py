@@ -29,9 +29,12 @@ from torch import Tensor
 
 from megallm import ops
 from megallm.device import keep_freed_memory
+from megallm.ops.accumulate import accumulate
 from megallm.ops.adamw import adamw
 from megallm.ops.cross_entropy import CrossEntropy, cross_entropy
+from megallm.ops.embedding import accumulate_rows, add_rows
 from megallm.ops.library import NATIVE
+from megallm.ops.sum_of_squares import sum_of_squares
 
 # On a GPU the first is the one that counts: 256 MiB in 16 bits, beyond any cache.
 SHAPES = {"cpu": [(4096, 1024), (2048, 4096)], "cuda": [(32768, 4096), (4096, 4096), (16384, 11008)]}
@@ -231,6 +234,33 @@ def _adamw(implementation: str) -> Callable[..., Any]:
     return update
 
 
+def _flat(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """A float32 gradient, and what a backward pass adds to it."""
+    return torch.rand(rows * width, device=device), torch.rand(rows * width, device=device).to(dtype)
+
+
+def _accumulate(implementation: str) -> Callable[..., Any]:
+    return lambda target, source: accumulate(target, source, implementation=implementation)
+
+
+def _sum_of_squares(implementation: str) -> Callable[..., Any]:
+    return lambda gradient, _: sum_of_squares([gradient], gradient.device, implementation)
+
+
+def _table(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """A float32 table, a tensor with as many rows, and which row of the table each of them belongs to: each to one."""
+    x = torch.randn(rows, width, device=device).to(dtype)
+    return torch.zeros(rows, width, device=device), x, torch.randperm(rows, device=device)
+
+
+def _add_rows(implementation: str) -> Callable[..., Any]:
+    return lambda table, x, rows: add_rows(x, x, rows, implementation)
+
+
+def _embedding_gradient(implementation: str) -> Callable[..., Any]:
+    return lambda table, gradient, rows: accumulate_rows(table, gradient, rows, implementation)
+
+
 OPERATORS = [
     Operator(
         "cross_entropy",
@@ -251,6 +281,10 @@ OPERATORS = [
     # torch's own dropout, beside them, takes its numbers in the order of calls.
     Operator("dropout_add", _with_rows_and_bias, _dropout_add, moved=(3, 2), rivals={"torch": _torch_dropout_add}),
     Operator("adamw", _flat_state, _adamw, moved=(7, 0), moved_in_16_bits=(15, 0), own_rivals=("torch",)),
+    Operator("accumulate", _flat, _accumulate, moved=(3, 0), moved_in_16_bits=(5, 0)),
+    Operator("sum_of_squares", _flat, _sum_of_squares, moved=(1, 0), moved_in_16_bits=(2, 0)),
+    Operator("add_rows", _table, _add_rows, moved=(3, 0)),
+    Operator("embedding_gradient", _table, _embedding_gradient, moved=(3, 0), moved_in_16_bits=(5, 0)),
     Operator(
         "layer_norm",
         normal_and_weights(1, 2),
