@@ -172,3 +172,17 @@ def test_two_runs_give_the_same_bits() -> None:
         runs.append((losses, *torch.autograd.grad(losses, [hidden, weight], grad)))
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.slow
+def test_compiles_as_one_graph() -> None:
+    hidden, weight, _, targets, grad = inputs(torch.float32)
+    layout, loss, leaves = context(torch.float32), CrossEntropy(VOCABULARY), [hidden, weight]
+
+    def in_chunks(hidden: torch.Tensor, weight: nn.Parameter, targets: torch.Tensor) -> torch.Tensor:
+        return chunked_cross_entropy(hidden, weight, targets, loss, layout, 8)
+
+    compiled = torch.compile(in_chunks, fullgraph=True, backend="aot_eager")
+    found, expected = (function(hidden, weight, targets) for function in (compiled, in_chunks))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(losses, leaves, grad) for losses in (found, expected)))

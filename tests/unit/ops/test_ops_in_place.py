@@ -102,3 +102,17 @@ def test_weight_gradients_add_up(dtype: torch.dtype, shape: tuple[int, int, int]
     rounding = 0.5 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0
     allowed = rounding * largest + 4 * torch.finfo(wide).eps * (1 + largest)
     assert ((gradient - exact).abs() <= allowed).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_gradients_compile_as_one_graph(dtype: torch.dtype) -> None:
+    def added(gradient: torch.Tensor, grad_output: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+        accumulate_weight_gradient(gradient, grad_output, input)
+        return gradient * 2
+
+    gradients = [torch.ones(3, 5), torch.ones(3, 5)]
+    factors = torch.randn(4, 3).to(dtype), torch.randn(4, 5).to(dtype)
+    compiled = torch.compile(added, fullgraph=True, backend="aot_eager")
+    assert torch.equal(*(function(each, *factors) for function, each in zip((compiled, added), gradients, strict=True)))
+    assert torch.equal(*gradients)

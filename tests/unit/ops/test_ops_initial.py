@@ -92,3 +92,12 @@ def test_opcheck():
     arguments = (random.stream_key(1, "x"), torch.arange(3), 5, 7, True)
     torch.library.opcheck(torch.ops.megallm.initial_rows.default, arguments)
     assert OPERATORS["initial_values"] == ("initial_rows",)
+
+
+@pytest.mark.slow
+def test_compiles_as_one_graph():
+    def made(key, rows):
+        return torch.ops.megallm.initial_rows(key, rows, 5, 7, True) * 2
+
+    key, rows = random.stream_key(1, "x"), torch.arange(3)
+    assert torch.equal(torch.compile(made, fullgraph=True, backend="aot_eager")(key, rows), made(key, rows))
