@@ -6,7 +6,7 @@ import difflib
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from megallm.config.tree import Config
@@ -38,10 +38,14 @@ class Field:
     help: str
     choices: tuple[Any, ...] | None
 
-    @property
+    @cached_property
     def path(self) -> str:
         """`section.name`, the field's name in error messages and in the YAML file."""
         return f"{self.section}.{self.name}"
+
+    def of(self, config: Config) -> Any:
+        """Its value in `config`."""
+        return getattr(getattr(config, self.section), self.name)
 
 
 @lru_cache(maxsize=1)

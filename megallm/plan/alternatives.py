@@ -13,9 +13,9 @@ from megallm.config.tree import Config
 from megallm.plan.gpus import SAFE_SHARE, Gpu
 from megallm.plan.memory import buffer_bytes, peak_of_step, state_bytes
 from megallm.plan.plan import Plan, make_plan
-from megallm.plan.schedule import schedule_of
+from megallm.plan.schedule import order_of_rank
 from megallm.plan.stages import Layout
-from megallm.plan.timing import end_of_step, stage_costs
+from megallm.plan.timing import end_of_step, shortest_step, stage_seconds
 from megallm.plan.validate import validate
 
 # Of the layouts that were estimated, as many pairs of sizes are planned in full, each with its best settings; and so
@@ -57,6 +57,7 @@ def next_best(plan: Plan, number: int) -> list[Plan]:
         seconds, peak = _estimate(candidate, gpu)
         if peak <= SAFE_SHARE * gpu.memory:
             estimated.append((seconds, len(estimated), candidate))
+    # One plan for each way to share the work: of micro-batches and virtual stages the best.
     best: dict[tuple[int, int], Plan] = {}
     given = (layout.tensor, layout.pipeline)
     planned: Counter[tuple[int, int]] = Counter()
@@ -64,15 +65,19 @@ def next_best(plan: Plan, number: int) -> list[Plan]:
     for _, _, candidate in sorted(estimated):
         if timed > _ENOUGH_TIMED and len(best) >= number:
             break
-        planned[candidate.tensor, candidate.pipeline] += 1
-        if planned[candidate.tensor, candidate.pipeline] > _PLANNED_OF_EACH:
+        key = (candidate.tensor, candidate.pipeline)
+        planned[key] += 1
+        if planned[key] > _PLANNED_OF_EACH:
             continue
         if len(planned) > _PLANNED:
             break
+        # What cannot be faster than its like, or than those that will be named, need not be timed.
+        others = sorted(other.step.total for place, other in best.items() if place != given)
+        named = [best[key].step.total] if key in best else others[number - 1 : number]
+        if named and shortest_step(candidate, gpu) > named[0]:
+            continue
         made = make_plan(candidate, gpu, _TIMED)
         timed += len(made.step.timeline.events)
-        # One plan for each way to share the work: of micro-batches and virtual stages the best.
-        key = (candidate.tensor, candidate.pipeline)
         if made.fits and (key not in best or made.step.total < best[key].step.total):
             best[key] = made
     if given in best and best[given].step.total > _CLEARLY_FASTER * plan.step.total:
@@ -139,10 +144,8 @@ def with_changes(config: Config, **changes: Any) -> Config:
 
 def _estimate(layout: Layout, gpu: Gpu) -> tuple[float, int]:
     """Seconds of a step by the formula of its bubble, and the peak of the first rank without its communicators."""
-    costs = stage_costs(layout, gpu)
+    forward, backward = stage_seconds(layout, gpu)
     number, ranks = layout.num_micro_batches, layout.pipeline
-    schedule = schedule_of(layout.config.parallel, min(number, 2 * ranks))
-    forward, backward = costs.per_stage(schedule)
     busy = [
         sum(forward[stage.number] + backward[stage.number] for stage in layout.on_rank(rank)) for rank in range(ranks)
     ]
@@ -150,9 +153,9 @@ def _estimate(layout: Layout, gpu: Gpu) -> tuple[float, int]:
     seconds = number * max(busy) + (sum(busy) - max(busy)) / layout.virtual
     seconds += sum(end_of_step(layout, gpu, 0, forward, backward))
     peak = sum(state_bytes(layout, 0).values())
-    peak += sum(peak_of_step(layout, 0, schedule.actions[0]).values())
-    assert schedule.max_in_flight, "builders say what is in flight"
-    return seconds, peak + buffer_bytes(layout, 0, schedule.max_in_flight[0])
+    actions, in_flight = order_of_rank(layout.config.parallel, 0, min(number, 2 * ranks))
+    peak += sum(peak_of_step(layout, 0, actions).values())
+    return seconds, peak + buffer_bytes(layout, 0, in_flight)
 
 
 def changes_that_fit(plan: Plan, number: int = 3, memory: int | None = None) -> list[Change]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from megallm.config.resolve import GATED_ACTIVATIONS, rotary_width
 from megallm.plan.gpus import COMMUNICATOR_BYTES, CONTEXT_BYTES
+from megallm.plan.schedule import filling_micro_batches, order_of_rank
 from megallm.plan.stages import Layout, Stage
 from megallm.schedule import Action, Kind, LoweredSchedule
 from megallm.schedule.lowering import MAX_OUTSTANDING_SENDS
@@ -61,12 +62,29 @@ def updated_elements(layout: Layout, rank: int) -> int:
 def memory_of_rank(layout: Layout, rank: int, lowered: LoweredSchedule, *, with_passing: bool = True) -> dict[str, int]:
     """Bytes by kind (`KINDS`) of a process on a pipeline rank at the peak of a step.
 
-    Without `with_passing` only what stays between passes counts: no working memory, no messages that leave.
+    `lowered` may have fewer micro-batches than the step. Under GPipe those that are missing are held too, each with its
+    input. Of the other schedules what is in flight is counted anew where a rank would hold more, and a buffer comes
+    with each, which on some ranks is one or two too few. Without `with_passing` only what stays between passes counts:
+    no working memory, no messages that leave.
     """
+    schedule, number, parallel = lowered.schedule, layout.num_micro_batches, layout.config.parallel
     slots = lowered.num_activation_slots[rank] + lowered.num_gradient_slots[rank]
+    actions: Sequence[Action] = schedule.actions[rank]
+    held = min(number, filling_micro_batches(parallel) + number % layout.pipeline)
+    if schedule.num_micro_batches < held and schedule.name != "gpipe":
+        assert schedule.max_in_flight, "builders say what is in flight"
+        actions, in_flight = order_of_rank(parallel, rank, held)
+        slots += in_flight - schedule.max_in_flight[rank] if rank else 0  # the first stage receives nothing
+    peak = peak_of_step(layout, rank, actions, with_passing=with_passing)
+    if schedule.num_micro_batches < number and schedule.name == "gpipe":
+        for stage in layout.on_rank(rank):
+            missing = number - schedule.num_micro_batches
+            peak["activations"] += missing * layout.kept(stage)
+            peak["logits"] += missing * layout.kept_logits(stage)
+            slots += missing * (not stage.is_first)
     return {
         **state_bytes(layout, rank),
-        **peak_of_step(layout, rank, lowered.schedule.actions[rank], with_passing=with_passing),
+        **peak,
         "buffers": buffer_bytes(layout, rank, slots, with_passing=with_passing),
         "communicators": _communicators(layout),
     }
@@ -77,22 +95,24 @@ def peak_of_step(layout: Layout, rank: int, actions: Iterable[Action], *, with_p
     stages = {stage.number: stage for stage in layout.on_rank(rank)}
     kept = {number: (layout.kept(stage), layout.kept_logits(stage)) for number, stage in stages.items()}
     working = {
-        (kind, number): _working_memory(layout, stage, kind) if with_passing else 0
-        for number, stage in stages.items()
+        kind: {number: _working_memory(layout, stage, kind) if with_passing else 0 for number, stage in stages.items()}
         for kind in (Kind.F, Kind.B)
     }
-    activations = logits = 0
+    forward, forward_working, backward_working = Kind.F, working[Kind.F], working[Kind.B]
+    activations = logits = most = 0
     peak = (0, 0, 0)
-    for action in actions:
-        if action.kind is Kind.F:
-            activations += kept[action.stage][0]
-            logits += kept[action.stage][1]
-        moment = (activations, logits, working[action.kind, action.stage])
-        if sum(moment) > sum(peak):
-            peak = moment
-        if action.kind is Kind.B:
-            activations -= kept[action.stage][0]
-            logits -= kept[action.stage][1]
+    for kind, stage, _ in actions:
+        of_activations, of_logits = kept[stage]
+        if kind is forward:
+            activations += of_activations
+            logits += of_logits
+        passing = (forward_working if kind is forward else backward_working)[stage]
+        if activations + logits + passing > most:
+            most = activations + logits + passing
+            peak = (activations, logits, passing)
+        if kind is not forward:
+            activations -= of_activations
+            logits -= of_logits
     return {"activations": peak[0], "logits": peak[1], "working memory": peak[2]}
 
 

@@ -129,14 +129,16 @@ def held_by_stage(config: Config, num_layers: int, *, is_first: bool, is_last: b
     they are one stage.
     """
     model, tensor_size = config.model, config.parallel.tensor_model_parallel_size
-    tensors = [tensor for tensor in layer_parameters(model).values() for _ in range(num_layers)]
+    held = [(tensor, num_layers) for tensor in layer_parameters(model).values()]
     vocabulary = Tensor(padded_vocabulary(config) * model.hidden_size, is_cut=True)
     if is_first:
-        tensors += [vocabulary, *embedding_parameters(model).values()]
+        held += [(tensor, 1) for tensor in (vocabulary, *embedding_parameters(model).values())]
     if is_last:
-        tensors += head_parameters(model, padded_vocabulary(config)).values()
+        held += [(tensor, 1) for tensor in head_parameters(model, padded_vocabulary(config)).values()]
         if not (is_first and model.tie_embeddings):
-            tensors.append(vocabulary)
+            held.append((vocabulary, 1))
     partial = config.parallel.sequence_parallel and tensor_size > 1
-    over_both = sum(tensor.elements for tensor in tensors if tensor.is_partial or (partial and not tensor.is_cut))
-    return HeldParameters(sum(tensor.on_a_rank(tensor_size) for tensor in tensors) - over_both, over_both)
+    over_both = sum(
+        times * tensor.elements for tensor, times in held if tensor.is_partial or (partial and not tensor.is_cut)
+    )
+    return HeldParameters(sum(times * tensor.on_a_rank(tensor_size) for tensor, times in held) - over_both, over_both)

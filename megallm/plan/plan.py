@@ -9,13 +9,16 @@ from megallm.config.resolve import pipeline_schedule
 from megallm.plan.flops import ModelFlops, flops_per_token, parameter_count
 from megallm.plan.gpus import SAFE_SHARE, Gpu
 from megallm.plan.memory import memory_of_rank
-from megallm.plan.schedule import schedule_of
+from megallm.plan.schedule import filling_micro_batches, schedule_of
 from megallm.plan.stages import Layout
 from megallm.plan.timing import StepTime, Traffic, step_time, traffic
 from megallm.schedule import LoweredSchedule, lower
 
 # Forwards of all stages that are timed one by one; of a longer step the rest repeats the middle.
 _MOST_TIMED = 3000
+# Forwards of a filled pipeline that take too long to follow, half a second and more: where there are about a hundred
+# ranks, fewer micro-batches stand for it.
+_TOO_MANY = 30_000
 
 
 @dataclass(frozen=True)
@@ -136,10 +139,10 @@ def make_plan(layout: Layout, gpu: Gpu, most_timed: int = _MOST_TIMED) -> Plan:
 
 
 def _timed(layout: Layout, most_timed: int) -> LoweredSchedule:
-    ranks, number = layout.pipeline, layout.num_micro_batches
+    ranks, stages, number = layout.pipeline, layout.pipeline * layout.virtual, layout.num_micro_batches
     rest = number % ranks
-    least = ranks if layout.virtual == 1 else 2 * ranks  # from there on a rank holds as much as it ever will
-    most = max(most_timed // (ranks * layout.virtual) // ranks * ranks, least) + rest
-    if pipeline_schedule(layout.config.parallel) == "gpipe":
-        most = number  # every micro-batch is held
+    most = max(most_timed // stages // ranks * ranks, filling_micro_batches(layout.config.parallel)) + rest
+    if min(number, most) * stages > _TOO_MANY:
+        # The interleaved schedule takes a micro-batch for each rank to be itself.
+        most = ranks if layout.virtual > 1 else max(1, _TOO_MANY // stages)
     return lower(schedule_of(layout.config.parallel, min(number, most)))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megallm.config.fields import REQUIRED, Field, all_fields, get, nearest_hint
+from megallm.config.fields import REQUIRED, Field, all_fields, nearest_hint
 from megallm.config.tree import Config
 from megallm.plan.problem import Problem, rule
 
@@ -165,7 +165,7 @@ def number_is_in_range(config: Config, world_size: int) -> Iterator[Problem]:
     for entry in all_fields():
         if entry.path not in RANGES or _missing(config, entry):
             continue
-        value, allowed = get(config, entry.path), RANGES[entry.path]
+        value, allowed = entry.of(config), RANGES[entry.path]
         if value is not None and value not in allowed:
             near = f"{entry.flag} {_nearest(entry, value, allowed)}"
             finite = "" if math.isfinite(value) else "a finite number, "
@@ -178,7 +178,7 @@ def number_is_in_range(config: Config, world_size: int) -> Iterator[Problem]:
 def text_is_a_choice(config: Config, world_size: int) -> Iterator[Problem]:
     """Names that are none of the known ones."""
     for entry in all_fields():
-        value = get(config, entry.path)
+        value = entry.of(config)
         if entry.choices is not None and value is not None and value not in entry.choices:
             known = ", ".join(map(str, entry.choices))
             near = nearest_hint(str(value), map(str, entry.choices))
@@ -192,7 +192,7 @@ def broken_paths(problems: list[Problem]) -> set[str]:
 
 
 def _missing(config: Config, entry: Field) -> bool:
-    return entry.path in REQUIRED and get(config, entry.path) in (0, None)
+    return entry.path in REQUIRED and entry.of(config) in (0, None)
 
 
 def _nearest(entry: Field, value: float, allowed: Range) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping
 
 from megallm.config.stage_layout import parse_stage_layout
@@ -78,9 +79,12 @@ def split_layers(
     left = num_layers - sum(counts)
     if left < 0 or (left > 0 and not free):
         raise ValueError(f"{num_layers} layers do not fit {num_stages} stages of which {len(given)} hold {given}.")
+    costs = [(counts[stage] + extra[stage], stage) for stage in free]
+    heapq.heapify(costs)
     for _ in range(left):
-        cheapest = min(free, key=lambda stage: (counts[stage] + extra[stage], stage))
+        cheapest = costs[0][1]
         counts[cheapest] += 1
+        heapq.heapreplace(costs, (counts[cheapest] + extra[cheapest], cheapest))
     return _ranges(counts)
 
 

@@ -8,8 +8,9 @@ from megallm.plan.flops import flops_per_token, head_flops_per_token
 from megallm.plan.gpus import Gpu
 from megallm.plan.memory import state_bytes, updated_elements
 from megallm.plan.parameters import layer_parameters
+from megallm.plan.schedule import schedule_of
 from megallm.plan.stages import Layout, Stage
-from megallm.schedule import Costs, LoweredSchedule, Timeline, simulate
+from megallm.schedule import Costs, LoweredSchedule, Timeline, lower, simulate
 
 # Every tensor that is kept is written, read by what follows, read again in the backward pass, and has its gradient
 # written and read: of this one forward pass does a third. (A fused Llama layer moves 2.8 times what it keeps.)
@@ -49,12 +50,18 @@ class StepTime:
 
 def stage_costs(layout: Layout, gpu: Gpu) -> Costs:
     """Seconds of each stage's forward and backward pass of one micro-batch, and of a message between stages."""
+    forward, backward = stage_seconds(layout, gpu)
+    within_machine = layout.world_size <= gpu.per_machine
+    message = layout.sizes.hidden / ((gpu.link if within_machine else gpu.network) * gpu.efficiencies.link)
+    return Costs(forward, backward, message)
+
+
+def stage_seconds(layout: Layout, gpu: Gpu) -> tuple[list[float], list[float]]:
+    """Of each stage the seconds of a micro-batch's forward pass, and those of its backward pass."""
     examples = {(len(stage.layers), stage.is_last): stage for stage in layout.stages}
     kinds = {kind: _stage_seconds(layout, gpu, stage) for kind, stage in examples.items()}
     seconds = [kinds[len(stage.layers), stage.is_last] for stage in layout.stages]
-    within_machine = layout.world_size <= gpu.per_machine
-    message = layout.sizes.hidden / ((gpu.link if within_machine else gpu.network) * gpu.efficiencies.link)
-    return Costs([forward for forward, _ in seconds], [backward for _, backward in seconds], message)
+    return [forward for forward, _ in seconds], [backward for _, backward in seconds]
 
 
 def _stage_seconds(layout: Layout, gpu: Gpu, stage: Stage) -> tuple[float, float]:
@@ -105,7 +112,8 @@ def step_time(layout: Layout, gpu: Gpu, lowered: LoweredSchedule) -> StepTime:
     """The time of a step whose schedule is `lowered`.
 
     A schedule of fewer micro-batches than the step has stands for the step: each further one takes as long as the
-    busiest rank computes for it.
+    busiest rank computes for it. Under GPipe, where all stages wait for the slowest in each direction, it takes as long
+    as the last one that is there.
     """
     costs = stage_costs(layout, gpu)
     timeline = simulate(lowered, costs)
@@ -115,10 +123,27 @@ def step_time(layout: Layout, gpu: Gpu, lowered: LoweredSchedule) -> StepTime:
         for rank in range(layout.pipeline)
     ]
     missing = layout.num_micro_batches - lowered.schedule.num_micro_batches
-    pipeline = timeline.makespan + missing * max(busy)
+    another = max(busy)
+    if missing and lowered.schedule.name == "gpipe":
+        fewer = schedule_of(layout.config.parallel, lowered.schedule.num_micro_batches - 1)
+        another = timeline.makespan - simulate(lower(fewer), costs).makespan
+    pipeline = timeline.makespan + missing * another
     bubble = max(0.0, 1.0 - sum(busy) * layout.num_micro_batches / (layout.pipeline * pipeline))
     ends = [end_of_step(layout, gpu, rank, forward, backward) for rank in range(layout.pipeline)]
     return StepTime(Timeline(timeline.name, timeline.events, "s"), pipeline, bubble, *max(ends, key=sum))
+
+
+def shortest_step(layout: Layout, gpu: Gpu) -> float:
+    """Seconds that a step takes at least, by whatever schedule: before a rank's first pass a micro-batch has gone
+    through the first stages of the ranks before it, and after its last pass one goes back through them."""
+    costs, micro_batches = stage_costs(layout, gpu), layout.num_micro_batches
+    forward, backward = stage_seconds(layout, gpu)
+    there_and_back, shortest = 0.0, 0.0
+    for rank in range(layout.pipeline):
+        busy = sum(forward[stage.number] + backward[stage.number] for stage in layout.on_rank(rank))
+        shortest = max(shortest, there_and_back + micro_batches * busy)
+        there_and_back += forward[rank] + backward[rank] + 2 * costs.message
+    return shortest + max(sum(end_of_step(layout, gpu, rank, forward, backward)) for rank in range(layout.pipeline))
 
 
 def end_of_step(

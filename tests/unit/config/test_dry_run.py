@@ -15,19 +15,20 @@ from megallm.config import Config, difference_yaml, from_dict, resolve
 from megallm.config.dictionary import build
 from megallm.config.tree import DataConfig
 from megallm.plan import alternatives
+from megallm.plan import plan as plan_module
 from megallm.plan.alternatives import changes_that_fit, next_best
 from megallm.plan.dry_run import dry_run
 from megallm.plan.flops import parameter_count
 from megallm.plan.gpus import GPUS, SAFE_SHARE
-from megallm.plan.memory import KINDS, peak_of_step, state_bytes
+from megallm.plan.memory import KINDS, memory_of_rank, peak_of_step, state_bytes
 from megallm.plan.plan import Plan, make_plan
 from megallm.plan.report import plan_text
 from megallm.plan.schedule import schedule_of
 from megallm.plan.stages import Layout
-from megallm.plan.timing import end_of_step, stage_costs
+from megallm.plan.timing import end_of_step, shortest_step, stage_costs, step_time
 from megallm.plan.validate import validate
 from megallm.plan.vocabulary import size_of_tokenizer
-from megallm.schedule import Kind
+from megallm.schedule import Kind, lower
 
 LLAMA_7B: dict[str, Any] = {
     "model.num_layers": 32,
@@ -215,6 +216,87 @@ def test_a_long_step_is_as_long_as_if_every_micro_batch_were_timed() -> None:
     assert len(part.step.timeline.events) < len(whole.step.timeline.events) / 3
     assert part.step.pipeline == pytest.approx(whole.step.pipeline, rel=0.01)
     assert part.memory == whole.memory
+
+
+def test_of_gpipe_fewer_micro_batches_tell_what_all_of_them_take_and_keep() -> None:
+    layout = laid_out(
+        4,
+        parallel__pipeline_model_parallel_size=4,
+        parallel__pipeline_schedule="gpipe",
+        training__global_batch_size=40,
+    )
+    whole, part = (lower(schedule_of(layout.config.parallel, number)) for number in (40, 8))
+    times = [step_time(layout, GPUS["H100"], lowered).pipeline for lowered in (whole, part)]
+    assert times[1] == pytest.approx(times[0], rel=1e-12)
+    for rank in range(4):
+        assert memory_of_rank(layout, rank, part) == memory_of_rank(layout, rank, whole)
+    assert make_plan(layout, GPUS["H100"]).memory == [memory_of_rank(layout, rank, whole) for rank in range(4)]
+
+
+@pytest.mark.parametrize(("virtual", "number"), [(1, 3), (2, 8)])
+def test_too_few_micro_batches_to_fill_the_pipeline_tell_what_a_filled_one_takes_and_keeps(
+    virtual: int, number: int
+) -> None:
+    layout = laid_out(
+        8,
+        parallel__pipeline_model_parallel_size=8,
+        parallel__num_virtual_stages_per_pipeline_rank=virtual,
+        training__global_batch_size=64,
+    )
+    whole, part = (lower(schedule_of(layout.config.parallel, many)) for many in (64, number))
+    times = [step_time(layout, GPUS["H100"], lowered).pipeline for lowered in (whole, part)]
+    assert times[1] == pytest.approx(times[0], rel=0.005)
+    for rank in range(8):
+        kinds, few = memory_of_rank(layout, rank, whole), memory_of_rank(layout, rank, part)
+        assert 0 <= kinds.pop("buffers") - few.pop("buffers") <= layout.sizes.hidden
+        assert few == kinds
+
+
+def test_a_pipeline_of_very_many_ranks_is_timed_with_fewer_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, virtual in (("1f1b", 1), ("interleaved", 2)):
+        layout = laid_out(
+            8,
+            parallel__pipeline_model_parallel_size=8,
+            parallel__num_virtual_stages_per_pipeline_rank=virtual,
+            training__global_batch_size=68,
+        )
+        usual = make_plan(layout, GPUS["H100"], most_timed=1)
+        with monkeypatch.context() as patched:
+            patched.setattr(plan_module, "_TOO_MANY", 40)
+            short = make_plan(layout, GPUS["H100"], most_timed=1)
+        assert len(short.step.timeline.events) < len(usual.step.timeline.events) * 0.6, name
+        assert short.step.total == pytest.approx(usual.step.total, rel=0.01)
+        assert short.peak == pytest.approx(usual.peak, abs=2 * layout.sizes.hidden)
+
+
+def test_a_step_is_never_shorter_than_the_shortest() -> None:
+    """The search times nothing whose shortest step is longer than what it has found."""
+    for pipeline, virtual, schedule in (
+        (1, 1, "auto"),
+        (4, 1, "auto"),
+        (4, 1, "gpipe"),
+        (8, 4, "auto"),
+        (2, 3, "auto"),
+    ):
+        layout = laid_out(
+            8,
+            parallel__pipeline_model_parallel_size=pipeline,
+            parallel__num_virtual_stages_per_pipeline_rank=virtual,
+            parallel__pipeline_schedule=schedule,
+        )
+        plan = make_plan(layout, GPUS["H100"])
+        shortest = shortest_step(layout, GPUS["H100"])
+        assert 0.9 * plan.step.total < shortest <= plan.step.total * (1 + 1e-12)
+
+
+@pytest.mark.slow
+def test_the_search_names_the_same_layouts_as_if_it_had_timed_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    for sizes in ({}, {"training__micro_batch_size": 2, "training__global_batch_size": 512}):
+        plan = make_plan(laid_out(64, **sizes), GPUS["H100"])
+        named = [other.to_dict() for other in next_best(plan, 3)]
+        with monkeypatch.context() as patched:
+            patched.setattr(alternatives, "shortest_step", lambda layout, gpu: 0.0)
+            assert [other.to_dict() for other in next_best(plan, 3)] == named
 
 
 def test_a_step_takes_what_the_operations_take_and_not_much_more() -> None:
