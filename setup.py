@@ -116,7 +116,8 @@ def operator_library(cuda: "Path | None") -> Extension:
         optional=setting("MEGALLM_NATIVE") != "1",
         define_macros=[("MEGALLM_CUDA_ARCHITECTURES", f'"{architectures}"')],
         include_dirs=[str(ROOT / "csrc")] + ([str(cuda / "include")] if cuda else []),
-        library_dirs=[str(cuda / "lib64")] if cuda else [],
+        # Where NVIDIA's installers put them, and where its Python packages do.
+        library_dirs=[str(cuda / name) for name in ("lib64", "lib")] if cuda else [],
         libraries=["cudart_static", "rt", "dl", "pthread"] if cuda else [],
         extra_link_args=linker,
         extra_compile_args={

@@ -1,8 +1,9 @@
-"""`--results FILE`: what a run of these tests found, and on which GPU, to be kept beside the measurements."""
+"""What a GPU that is there for minutes needs: an end in time, and a file of what was found."""
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,17 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from record import machine, write
 
 SLOWEST = 15
+START = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seconds", type=float, default=float("inf"), help="after so many no further test begins")
     parser.addoption("--results", type=Path, help="write counts, failures and times of the tests as JSON")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() - START > item.config.getoption("--seconds"):
+        pytest.skip("no time was left")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

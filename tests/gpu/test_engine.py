@@ -8,6 +8,7 @@ import torch
 from megallm.config import resolve
 from megallm.config.dictionary import build
 from megallm.mesh import Mesh, MeshShape
+from megallm.ops.library import NATIVE
 from megallm.train.engine import build_engine
 from megallm.train.step import train_step
 from megallm.train.tasks.gpt import GPTTask
@@ -15,6 +16,11 @@ from tests.distributed.parity import GPT, LLAMA, Case, global_batch, micro_batch
 from tests.distributed.parity_cases import DROPOUT, IN_CHUNKS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def test_the_operators_are_built_for_this_gpu():
+    assert NATIVE.in_use, NATIVE.reason
+    assert NATIVE.covers(torch.cuda.get_device_capability()), NATIVE.cuda_architectures
 
 
 def losses(case: Case, device: str, num_steps: int = 5, **settings: bool) -> list[float]:

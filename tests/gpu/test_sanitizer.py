@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # It is not always on the path.
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 # Several of them are to fit into the minutes of a run.
-SECONDS = 75
+SECONDS = 60
 FOUND = 17
 
 pytestmark = [
