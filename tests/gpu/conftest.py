@@ -24,12 +24,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if time.monotonic() - START > item.config.getoption("--seconds"):
+    if time.monotonic() - START > item.config.getoption("--seconds", float("inf")):
         pytest.skip("no time was left")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    path = config.getoption("--results")
+    # Without the options where these tests are some among all.
+    path = config.getoption("--results", None)
     if path is None:
         return
     reports = {what: terminalreporter.stats.get(what, []) for what in ("passed", "failed", "error", "skipped")}
