@@ -3,6 +3,7 @@
 #include "include/table.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "cpu/simd.h"
 
@@ -52,6 +53,13 @@ MEGALLM_TABLE_ROW(Half, float)
 
 const int64_t* row_numbers(const Tensor& rows) { return static_cast<const int64_t*>(rows.const_data_ptr()); }
 
+// Before the work is shared out: what is thrown by one of several threads loses its words.
+void check_numbers(const int64_t* rows, int64_t count, int64_t lowest, int64_t entries, const char* operator_name) {
+  for (int64_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(rows[i] >= lowest && rows[i] < entries, operator_name, ": the table has no row ", rows[i]);
+  }
+}
+
 template <typename Scalar>
 void run_addition(const Addition& call) {
   const Scalar* x = call.x.data<Scalar>();
@@ -59,11 +67,10 @@ void run_addition(const Addition& call) {
   const int64_t* rows = row_numbers(call.rows);
   Scalar* y = static_cast<Scalar*>(call.y.mutable_data_ptr());
   const int64_t width = call.x.width;
-  const int64_t entries = call.table.size(0);
+  check_numbers(rows, call.x.count, 0, call.table.size(0), "add_rows");
   parallel_for(0, call.x.count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)),
                [&](int64_t begin, int64_t end) {
                  for (int64_t row = begin; row < end; ++row) {
-                   STD_TORCH_CHECK(rows[row] >= 0 && rows[row] < entries, "add_rows: the table has no row ", rows[row]);
                    sum_row(x + row * call.x.stride, table + rows[row] * width, y + row * width, width);
                  }
                });
@@ -77,14 +84,13 @@ void run_gradient(const Gradient& call) {
   const int64_t* rows = row_numbers(call.rows);
   const int64_t count = call.gradient.count;
   const int64_t width = call.gradient.width;
-  const int64_t entries = call.target.size(0);
+  check_numbers(rows, count, std::numeric_limits<int64_t>::min(), call.target.size(0), "embedding_gradient");
   const int64_t chunks = (width + kColumns - 1) / kColumns;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, count * kColumns));
   parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kColumns;
     const int64_t columns = std::min(width, end * kColumns) - first;
     for (int64_t i = 0; i < count; ++i) {
-      STD_TORCH_CHECK(rows[i] < entries, "embedding_gradient: the table has no row ", rows[i]);
       if (rows[i] >= 0) {
         add_row(target + rows[i] * width + first, gradient + i * call.gradient.stride + first, columns);
       }

@@ -8,7 +8,8 @@ import torch
 from megallm.communication import Group, Transport
 from megallm.layers.context import LayoutContext
 from megallm.layers.embedding import embed_tokens, vocabulary_parameter
-from megallm.ops.embedding import accumulate_rows
+from megallm.ops.embedding import accumulate_rows, add_rows
+from megallm.ops.library import NATIVE
 from megallm.parameter import normal
 
 
@@ -40,3 +41,15 @@ def test_without_a_sink_autograd_gets_the_gradient():
     embed_tokens(tokens, weight, context).backward(grad)
     expected = torch.autograd.grad(torch.nn.functional.embedding(tokens.t(), weight), weight, grad)[0]
     torch.testing.assert_close(weight.grad, expected)
+
+
+@pytest.mark.skipif(not NATIVE.loaded, reason=f"native operators: {NATIVE.reason}")
+def test_a_row_that_the_table_lacks_is_told_in_words():
+    x, table, rows = torch.ones(3, 8), torch.ones(5, 8), torch.tensor([0, 5, 4])
+    with pytest.raises(RuntimeError, match="add_rows: the table has no row 5"):
+        add_rows(x, table, rows, "native")
+    with pytest.raises(RuntimeError, match="add_rows: the table has no row -1"):
+        add_rows(x, table, torch.tensor([0, -1, 4]), "native")
+    with pytest.raises(RuntimeError, match="embedding_gradient: the table has no row 5"):
+        accumulate_rows(table, x, rows, "native")
+    assert (table == 1).all()
