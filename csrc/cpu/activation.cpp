@@ -2,6 +2,7 @@
 
 #include "include/activation.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "cpu/column_sums.h"
@@ -11,6 +12,7 @@
 namespace megallm::activation {
 namespace {
 
+using tiles::kPiece;
 using tiles::kTile;
 
 // Each activation's value, and its value and slope, at x.
@@ -82,67 +84,132 @@ struct SquaredRelu {
   }
 };
 
-// The arithmetic on one tile. `up` is null without a gate.
-template <typename A>
-struct Tile {
-  const A* x;  // the gate's argument, bias added
-  const A* up;
-  const A* grad_output;
-  int64_t count;
-  A* y;
-  A* grad_x;
-  A* grad_up;
+// Without a gate there is no up projection.
+struct ForwardRows {
+  tiles::Source x;
+  int64_t stride;
+  const void* bias;  // in the accumulation type, with a piece more behind it; or null
+  int64_t width;     // of the result
+  bool gated;
+  tiles::Target y;
 };
 
+struct BackwardRows {
+  tiles::Source grad_output;
+  int64_t grad_output_stride;
+  tiles::Source x;
+  int64_t stride;
+  const void* bias;
+  int64_t width;
+  bool gated;
+  tiles::Target grad_input;
+};
+
+// A piece of a row, `column` columns from its start, with the bias.
+template <typename A>
+MEGALLM_INLINE const A* read_biased(const tiles::Source& x, int64_t row_start, int64_t column, int64_t count,
+                                    const void* bias, tiles::Piece<A>& buffer) {
+  const A* values = tiles::read_piece(x, row_start + column, count, buffer);
+  if (bias == nullptr) {
+    return values;
+  }
+  const A* added = static_cast<const A*>(bias) + column;
+#pragma omp simd
+  for (int64_t i = 0; i < kPiece; ++i) {
+    buffer[i] = values[i] + added[i];
+  }
+  return buffer;
+}
+
+// Columns `begin` to `end` of a row.
 template <typename Activation, typename A>
-MEGALLM_INLINE void forward_tile(const Tile<A>& tile) {
-  const A* x = tile.x;
-  const A* up = tile.up;
-  A* __restrict__ y = tile.y;
-  if (up == nullptr) {
+MEGALLM_INLINE void forward_row(const ForwardRows& rows, int64_t row, int64_t begin, int64_t end) {
+  tiles::Piece<A> x_buffer, up_buffer, y_buffer;
+  for (int64_t column = begin; column < end; column += kPiece) {
+    const int64_t count = std::min(kPiece, end - column);
+    const int64_t to = row * rows.width + column;
+    const A* x = read_biased(rows.x, row * rows.stride, column, count, rows.bias, x_buffer);
+    A* __restrict__ y = tiles::place_of_piece(rows.y, to, count, y_buffer);
+    if (rows.gated) {
+      const A* up = read_biased(rows.x, row * rows.stride, rows.width + column, count, rows.bias, up_buffer);
 #pragma omp simd
-    for (int64_t i = 0; i < tile.count; ++i) {
-      y[i] = Activation::value(x[i]);
-    }
-  } else {
+      for (int64_t i = 0; i < kPiece; ++i) {
+        y[i] = Activation::value(x[i]) * up[i];
+      }
+    } else {
 #pragma omp simd
-    for (int64_t i = 0; i < tile.count; ++i) {
-      y[i] = Activation::value(x[i]) * up[i];
+      for (int64_t i = 0; i < kPiece; ++i) {
+        y[i] = Activation::value(x[i]);
+      }
     }
+    tiles::write_piece(rows.y, to, count, y);
   }
 }
 
-template <typename Activation, typename A>
-MEGALLM_INLINE void backward_tile(const Tile<A>& tile) {
-  const A* x = tile.x;
-  const A* up = tile.up;
-  const A* grad_output = tile.grad_output;
-  A* __restrict__ grad_x = tile.grad_x;
-  A* __restrict__ grad_up = tile.grad_up;
-  if (up == nullptr) {
+template <typename A>
+MEGALLM_INLINE void add_piece(const A* values, int64_t count, A* __restrict__ sums) {
 #pragma omp simd
-    for (int64_t i = 0; i < tile.count; ++i) {
-      A slope;
-      Activation::value_and_slope(x[i], slope);
-      grad_x[i] = grad_output[i] * slope;
-    }
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < tile.count; ++i) {
-      A slope;
-      const A value = Activation::value_and_slope(x[i], slope);
-      grad_x[i] = grad_output[i] * up[i] * slope;
-      grad_up[i] = grad_output[i] * value;
-    }
+  for (int64_t i = 0; i < count; ++i) {
+    sums[i] += values[i];
   }
 }
 
-// Per-processor versions exist for plain functions only, not for templates.
-#define MEGALLM_ACTIVATION(Activation)                                                                     \
-  MEGALLM_CLONES void Activation##_forward(const Tile<float>& tile) { forward_tile<Activation>(tile); }    \
-  MEGALLM_CLONES void Activation##_backward(const Tile<float>& tile) { backward_tile<Activation>(tile); }  \
-  [[maybe_unused]] void Activation##_forward(const Tile<double>& tile) { forward_tile<Activation>(tile); } \
-  [[maybe_unused]] void Activation##_backward(const Tile<double>& tile) { backward_tile<Activation>(tile); }
+// The gradients of one row; `partial` takes up the bias's, or is null.
+template <typename Activation, typename A>
+MEGALLM_INLINE void backward_row(const BackwardRows& rows, int64_t row, A* partial) {
+  const int64_t width = rows.width;
+  const int64_t row_start = row * rows.stride;
+  tiles::Piece<A> x_buffer, up_buffer, grad_buffer, grad_x_buffer, grad_up_buffer;
+  for (int64_t column = 0; column < width; column += kPiece) {
+    const int64_t count = std::min(kPiece, width - column);
+    const int64_t to = row * width * (rows.gated ? 2 : 1) + column;
+    const A* grad_output =
+        tiles::read_piece(rows.grad_output, row * rows.grad_output_stride + column, count, grad_buffer);
+    const A* x = read_biased(rows.x, row_start, column, count, rows.bias, x_buffer);
+    A* __restrict__ grad_x = tiles::place_of_piece(rows.grad_input, to, count, grad_x_buffer);
+    if (rows.gated) {
+      const A* up = read_biased(rows.x, row_start, width + column, count, rows.bias, up_buffer);
+      A* __restrict__ grad_up = tiles::place_of_piece(rows.grad_input, to + width, count, grad_up_buffer);
+#pragma omp simd
+      for (int64_t i = 0; i < kPiece; ++i) {
+        A slope;
+        const A value = Activation::value_and_slope(x[i], slope);
+        grad_x[i] = grad_output[i] * up[i] * slope;
+        grad_up[i] = grad_output[i] * value;
+      }
+      if (partial != nullptr) {
+        add_piece(grad_up, count, partial + width + column);
+      }
+      tiles::write_piece(rows.grad_input, to + width, count, grad_up);
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < kPiece; ++i) {
+        A slope;
+        Activation::value_and_slope(x[i], slope);
+        grad_x[i] = grad_output[i] * slope;
+      }
+    }
+    if (partial != nullptr) {
+      add_piece(grad_x, count, partial + column);
+    }
+    tiles::write_piece(rows.grad_input, to, count, grad_x);
+  }
+}
+
+// Per-processor versions exist for plain functions only, not for templates. The last argument selects the type.
+#define MEGALLM_ACTIVATION(Activation)                                                                                \
+  MEGALLM_CLONES void Activation##_forward(const ForwardRows& rows, int64_t row, int64_t begin, int64_t end, float) { \
+    forward_row<Activation, float>(rows, row, begin, end);                                                            \
+  }                                                                                                                   \
+  void Activation##_forward(const ForwardRows& rows, int64_t row, int64_t begin, int64_t end, double) {               \
+    forward_row<Activation, double>(rows, row, begin, end);                                                           \
+  }                                                                                                                   \
+  MEGALLM_CLONES void Activation##_backward(const BackwardRows& rows, int64_t row, float* partial) {                  \
+    backward_row<Activation>(rows, row, partial);                                                                     \
+  }                                                                                                                   \
+  void Activation##_backward(const BackwardRows& rows, int64_t row, double* partial) {                                \
+    backward_row<Activation>(rows, row, partial);                                                                     \
+  }
 
 MEGALLM_ACTIVATION(Silu)
 MEGALLM_ACTIVATION(Gelu)
@@ -152,111 +219,79 @@ MEGALLM_ACTIVATION(SquaredRelu)
 #undef MEGALLM_ACTIVATION
 
 template <typename A>
-void run_forward_tile(Kind kind, const Tile<A>& tile) {
+void run_forward_row(Kind kind, const ForwardRows& rows, int64_t row, int64_t begin, int64_t end) {
   switch (kind) {
     case Kind::kSilu:
-      return Silu_forward(tile);
+      return Silu_forward(rows, row, begin, end, A());
     case Kind::kGelu:
-      return Gelu_forward(tile);
+      return Gelu_forward(rows, row, begin, end, A());
     case Kind::kGeluTanh:
-      return GeluTanh_forward(tile);
+      return GeluTanh_forward(rows, row, begin, end, A());
     case Kind::kRelu:
-      return Relu_forward(tile);
+      return Relu_forward(rows, row, begin, end, A());
     default:
-      return SquaredRelu_forward(tile);
+      return SquaredRelu_forward(rows, row, begin, end, A());
   }
 }
 
 template <typename A>
-void run_backward_tile(Kind kind, const Tile<A>& tile) {
+void run_backward_row(Kind kind, const BackwardRows& rows, int64_t row, A* partial) {
   switch (kind) {
     case Kind::kSilu:
-      return Silu_backward(tile);
+      return Silu_backward(rows, row, partial);
     case Kind::kGelu:
-      return Gelu_backward(tile);
+      return Gelu_backward(rows, row, partial);
     case Kind::kGeluTanh:
-      return GeluTanh_backward(tile);
+      return GeluTanh_backward(rows, row, partial);
     case Kind::kRelu:
-      return Relu_backward(tile);
+      return Relu_backward(rows, row, partial);
     default:
-      return SquaredRelu_backward(tile);
+      return SquaredRelu_backward(rows, row, partial);
   }
+}
+
+// With a piece more, since the last piece of a row reads all of its own.
+template <typename A>
+std::vector<A> wide_bias(const std::optional<Tensor>& bias) {
+  std::vector<A> result = tiles::widened<A>(bias);
+  result.resize(result.size() + (bias ? kPiece : 0));
+  return result;
 }
 
 template <typename A>
 void run_forward(const Forward& call) {
-  const std::vector<A> wide_bias = tiles::widened<A>(call.bias);
-  const A* bias = call.bias ? wide_bias.data() : nullptr;
-  const tiles::Source x = tiles::source(call.x);
-  const tiles::Target y = tiles::target(call.y);
+  const std::vector<A> bias = wide_bias<A>(call.bias);
   // Without a bias, rows that follow each other are one long row.
-  const bool flat = !call.gated && bias == nullptr && call.x.stride == call.x.width;
+  const bool flat = !call.gated && !call.bias && call.x.stride == call.x.width;
   const int64_t width = (flat ? call.x.count : 1) * call.x.width / (call.gated ? 2 : 1);
-  const int64_t rows = flat ? 1 : call.x.count;
+  const int64_t count = flat ? 1 : call.x.count;
+  const ForwardRows rows{tiles::source(call.x), call.x.stride, call.bias ? bias.data() : nullptr, width, call.gated,
+                         tiles::target(call.y)};
   const int64_t tiles_per_row = (width + kTile - 1) / kTile;
   torch::stable::parallel_for(
-      0, rows * tiles_per_row, std::max<int64_t>(1, kGrain / std::min(width, kTile)), [&](int64_t begin, int64_t end) {
-        tiles::Buffer<A> x_buffer, up_buffer, y_buffer;
+      0, count * tiles_per_row, std::max<int64_t>(1, kGrain / std::min(width, kTile)), [&](int64_t begin, int64_t end) {
         for (int64_t index = begin; index < end; ++index) {
-          const int64_t row = index / tiles_per_row;
           const int64_t column = index % tiles_per_row * kTile;
-          const int64_t count = std::min(kTile, width - column);
-          const int64_t from = row * call.x.stride + column;
-          const int64_t to = row * width + column;
-          Tile<A> tile{};
-          tile.count = count;
-          tile.x = tiles::read_biased(x, from, count, bias, column, x_buffer);
-          tile.up = call.gated ? tiles::read_biased(x, from + width, count, bias, width + column, up_buffer) : nullptr;
-          tile.y = y.begin(to, y_buffer);
-          run_forward_tile(call.kind, tile);
-          y.end(to, count, tile.y);
+          run_forward_row<A>(call.kind, rows, index / tiles_per_row, column, std::min(column + kTile, width));
         }
       });
 }
 
-// The gradients of one row; `partial` takes up the bias's, or is null.
-template <typename A>
-void backward_row(const Backward& call, int64_t row, const A* bias, A* partial) {
-  const int64_t width = call.x.width / (call.gated ? 2 : 1);
-  const tiles::Source x = tiles::source(call.x);
-  const tiles::Source grad_output = tiles::source(call.grad_output);
-  const tiles::Target grad_input = tiles::target(call.grad_input);
-  tiles::Buffer<A> x_buffer, up_buffer, grad_buffer, grad_x_buffer, grad_up_buffer;
-  for (int64_t column = 0; column < width; column += kTile) {
-    const int64_t count = std::min(kTile, width - column);
-    const int64_t from = row * call.x.stride + column;
-    const int64_t to = row * call.x.width + column;
-    Tile<A> tile{};
-    tile.count = count;
-    tile.x = tiles::read_biased(x, from, count, bias, column, x_buffer);
-    tile.grad_output = grad_output.read(row * call.grad_output.stride + column, count, grad_buffer);
-    tile.grad_x = grad_input.begin(to, grad_x_buffer);
-    if (call.gated) {
-      tile.up = tiles::read_biased(x, from + width, count, bias, width + column, up_buffer);
-      tile.grad_up = grad_input.begin(to + width, grad_up_buffer);
-    }
-    run_backward_tile(call.kind, tile);
-    if (partial != nullptr) {
-      tiles::accumulate(tile.grad_x, count, partial + column);
-      if (call.gated) {
-        tiles::accumulate(tile.grad_up, count, partial + width + column);
-      }
-    }
-    grad_input.end(to, count, tile.grad_x);
-    if (call.gated) {
-      grad_input.end(to + width, count, tile.grad_up);
-    }
-  }
-}
-
 template <typename A>
 void run_backward(const Backward& call) {
-  const std::vector<A> wide_bias = tiles::widened<A>(call.bias);
-  const A* bias = call.bias ? wide_bias.data() : nullptr;
+  const std::vector<A> bias = wide_bias<A>(call.bias);
+  const BackwardRows rows{tiles::source(call.grad_output),
+                          call.grad_output.stride,
+                          tiles::source(call.x),
+                          call.x.stride,
+                          call.bias ? bias.data() : nullptr,
+                          call.x.width / (call.gated ? 2 : 1),
+                          call.gated,
+                          tiles::target(call.grad_input)};
   const Tensor* grad_bias = call.bias ? &call.grad_bias : nullptr;
   for_blocks_of_rows<A>(call.x.count, call.x.width, grad_bias, [&](int64_t begin, int64_t end, A* partial) {
     for (int64_t row = begin; row < end; ++row) {
-      backward_row(call, row, bias, partial);
+      run_backward_row(call.kind, rows, row, partial);
     }
   });
 }

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -106,6 +107,84 @@ struct Target {
 inline Source source(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.scalar_type()}; }
 inline Source source(const Rows& rows) { return source(rows.tensor); }
 inline Target target(const Tensor& tensor) { return {tensor.mutable_data_ptr(), tensor.scalar_type()}; }
+
+// Elements that are read, computed and written before the next ones: so few that the processor fetches those meanwhile.
+// Loops over a piece all have this many iterations, so that the compiler needs no code for a rest; at the end of a row
+// they compute on zeros, which are not written.
+constexpr int64_t kPiece = 128;
+
+template <typename Accumulator>
+struct alignas(64) Piece {
+  Accumulator values[kPiece];
+  operator Accumulator*() { return values; }
+};
+
+template <typename Scalar>
+MEGALLM_INLINE const Scalar* padded(const Scalar* data, int64_t count, Piece<Scalar>& buffer) {
+  if (count == kPiece) {
+    return data;
+  }
+  std::memset(static_cast<void*>(buffer.values), 0, sizeof(buffer));
+  std::memcpy(static_cast<void*>(buffer.values), data, count * sizeof(Scalar));
+  return buffer;
+}
+
+// `count` elements from `offset` on, widened where they are not of the accumulation type, and zeros behind them.
+template <typename Scalar>
+MEGALLM_INLINE const float* read_piece_of(const void* data, int64_t offset, int64_t count, float* buffer) {
+  Piece<Scalar> rest;
+  widen_all(padded(static_cast<const Scalar*>(data) + offset, count, rest), kPiece, buffer);
+  return buffer;
+}
+
+MEGALLM_INLINE const float* read_piece(const Source& source, int64_t offset, int64_t count, Piece<float>& buffer) {
+  switch (source.type) {
+    case ScalarType::BFloat16:
+      return read_piece_of<simd::BFloat16>(source.data, offset, count, buffer);
+    case ScalarType::Half:
+      return read_piece_of<simd::Half>(source.data, offset, count, buffer);
+    default:
+      return padded(static_cast<const float*>(source.data) + offset, count, buffer);
+  }
+}
+
+MEGALLM_INLINE const double* read_piece(const Source& source, int64_t offset, int64_t count, Piece<double>& buffer) {
+  return padded(static_cast<const double*>(source.data) + offset, count, buffer);
+}
+
+// Where to compute `count` elements from `offset` on, before `write_piece`: in place if that holds a whole piece.
+template <typename A>
+MEGALLM_INLINE A* place_of_piece(const Target& target, int64_t offset, int64_t count, Piece<A>& buffer) {
+  const bool wide = target.type == ScalarType::Float || target.type == ScalarType::Double;
+  return wide && count == kPiece ? static_cast<A*>(target.data) + offset : buffer;
+}
+
+template <typename Scalar>
+MEGALLM_INLINE void write_piece_of(void* data, int64_t offset, int64_t count, const float* values) {
+  Scalar* result = static_cast<Scalar*>(data) + offset;
+  if (count == kPiece) {
+    narrow_all(values, kPiece, result);
+    return;
+  }
+  Piece<Scalar> rest;
+  narrow_all(values, kPiece, rest.values);
+  std::memcpy(static_cast<void*>(result), rest.values, count * sizeof(Scalar));
+}
+
+template <typename A>
+MEGALLM_INLINE void write_piece(const Target& target, int64_t offset, int64_t count, const A* values) {
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (target.type == ScalarType::BFloat16) {
+      return write_piece_of<simd::BFloat16>(target.data, offset, count, values);
+    }
+    if (target.type == ScalarType::Half) {
+      return write_piece_of<simd::Half>(target.data, offset, count, values);
+    }
+  }
+  if (count < kPiece) {
+    std::memcpy(static_cast<A*>(target.data) + offset, values, count * sizeof(A));
+  }
+}
 
 [[maybe_unused]] MEGALLM_CLONES static void add(const float* left, const float* right, int64_t count,
                                                 float* __restrict__ result) {

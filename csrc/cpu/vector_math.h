@@ -11,24 +11,25 @@
 
 namespace megallm::simd {
 
-// e^x of x <= 0, within 2 units in the last place; 0 below -87, where float32 would soon be subnormal. x = n log 2 + r
-// with |r| <= log 2 / 2, a polynomial for e^r (Cody and Waite 1980), times 2^n.
+// e^x of x <= 0, within 2 units in the last place; 0 below -87.7, where float32 would be subnormal. x = n log 2 + r
+// with |r| <= log 2 / 2, a polynomial for e^r (minimax, 4e-9; Cody and Waite 1980 for the reduction), times 2^n.
 MEGALLM_INLINE float exponential(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the last bits then hold
-  const float shifted = x * 1.44269504f + kRound;
+  const float bounded = x < -88.0f ? -88.0f : x;
+  const float shifted = bounded * 1.44269504f + kRound;
   const float n = shifted - kRound;
   uint32_t bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
-  const uint32_t scale_bits = (bits << 23) + 0x3f800000u;  // 2^n; of a NaN it is some number, which does not matter
+  // 2^n, and 0 for n = -127; of a NaN it is some number, which does not matter.
+  const uint32_t scale_bits = (bits << 23) + 0x3f800000u;
   float scale;
   std::memcpy(&scale, &scale_bits, sizeof(scale));
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
   // Sums of pairs of terms: a chain of one after another would leave the processor waiting.
   const float squared = r * r;
-  const float high = (1.9875691500e-4f * r + 1.3981999507e-3f) * squared + (8.3334519073e-3f * r + 4.1665795894e-2f);
-  const float p = high * squared + (1.6666665459e-1f * r + 5.0000001201e-1f);
-  const float result = (p * squared + (r + 1.0f)) * scale;
-  return x < -87.0f ? 0.0f : result;
+  const float high = 1.3863756e-3f * squared + (8.3675100e-3f * r + 4.1667238e-2f);
+  const float p = high * squared + (1.6666535e-1f * r + 0.5f);
+  return (p * squared + (r + 1.0f)) * scale;
 }
 
 MEGALLM_INLINE double exponential(double x) { return std::exp(x); }
