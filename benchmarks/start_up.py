@@ -3,9 +3,10 @@
     python benchmarks/start_up.py [--repetitions 5] [--output [FILE]]
 
 What is timed, on the clock, in processes of their own with one thread each: a GPT of the demo's size and a BERT of that
-size on mock data, until the log tells of the first step; `--help`; and a dry run of the same GPT in eight processes,
-both until they end. They take turns; the median of the repetitions stands, with their range beside it. Files are in the
-system's memory from a first round, which does not count.
+size on mock data, until the log tells of the first step; and, until they end, `--help`, a dry run of the same GPT in
+eight processes, and two of the slowest there are: models of half a trillion parameters in 80 stages, and of 800 billion
+in 256, on 16,384 GPUs. They take turns; the median of the repetitions stands, with their range beside it. Files are in
+the system's memory from a first round, which does not count.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ DATA = "--mock-data --tokenizer-type NullTokenizer"
 TRAINING = "--micro-batch-size 4 --global-batch-size 32 --lr 1e-3 --train-iters 1 --log-interval 1"
 BERT = f"{SIZE} {DATA} {TRAINING}"
 GPT = f"{BERT} --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear"
+HUGE = (
+    f"{DATA} --hidden-size 16384 --num-attention-heads 128 --seq-length 4096 --vocab-size 128256 --bf16 --lr 1e-4 "
+    "--position-embedding-type rope --normalization RMSNorm --use-distributed-optimizer --tensor-model-parallel-size 8 "
+    "--micro-batch-size 1 --global-batch-size 8192 --train-iters 10 --dry-run --world-size 16384"
+)
+STAGES = "--pipeline-model-parallel-size {} --num-virtual-stages-per-pipeline-rank {}"
 FIRST_STEP = "] iteration "
 
 
@@ -47,6 +54,8 @@ COMMANDS = {
     "first step of a BERT": Command("pretrain_bert.py", BERT, FIRST_STEP),
     "help": Command("pretrain_gpt.py", "--help"),
     "dry run": Command("pretrain_gpt.py", f"{GPT} --dry-run --world-size 8 --tensor-model-parallel-size 2"),
+    "dry run, 80 stages": Command("pretrain_gpt.py", f"{HUGE} --num-layers 160 {STAGES.format(16, 5)}"),
+    "dry run, 256 stages": Command("pretrain_gpt.py", f"{HUGE} --num-layers 256 {STAGES.format(128, 2)}"),
 }
 
 
