@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megallm.config.fields import Field, all_fields, from_plain, get, nearest_hint, sections
+from megallm.config.megatron import ALIASES
 from megallm.config.report import numbered, why_unreadable
 from megallm.config.tree import Config
 
@@ -131,6 +132,8 @@ def _unknown_section(word: str, by_section: dict[str, dict[str, Field]]) -> str:
     homes = [section for section, known in by_section.items() if word in known]
     if homes:
         return f"{word} stands at the top, but belongs under {homes[0]}"
+    if written := _written(word):
+        return f"{word} stands at the top and is a flag, which a file writes as {written}"
     return f"there is no section {word}, only {', '.join(by_section)}{nearest_hint(word, by_section)}"
 
 
@@ -138,8 +141,23 @@ def _unknown_name(section: str, word: str, by_section: dict[str, dict[str, Field
     homes = [other for other, known in by_section.items() if word in known]
     if homes:
         return f"{section}.{word} is unknown: {word} belongs under {homes[0]}"
+    if written := _written(word):
+        return f"{section}.{word} is unknown: it is a flag, which a file writes as {written}"
     # Hyphens are the command line's spelling of the same names.
     return f"{section}.{word} is unknown{nearest_hint(word.replace('-', '_'), by_section[section])}"
+
+
+def _written(word: str) -> str:
+    """How a file says what the flag `word` says, written with hyphens or underscores, where it is no name of the tree;
+    else nothing."""
+    flag = f"--{word.replace('_', '-')}"
+    for alias in ALIASES:
+        if alias.flag == flag:
+            return f"{alias.path}: {str(alias.value).lower()}"
+    for entry in all_fields():
+        if flag in (entry.flag, entry.off_flag) and entry.name != word.replace("-", "_"):
+            return f"{entry.path}: false" if flag == entry.off_flag else entry.path
+    return ""
 
 
 def _names(pairs: tuple[tuple[str, type], ...]) -> str:

@@ -109,8 +109,14 @@ def _train(program: Program, config: Config) -> None:
 
 def _print_load_preview(name: str, config: Config, world_size: int) -> None:
     """What the run would take up, where it is on this machine; a plan without that needs no torch."""
-    folders = config.checkpoint.load, config.checkpoint.pretrained_checkpoint, config.checkpoint.load_hf
-    if config.plan.json or not any(folder and os.path.isdir(folder) for folder in folders):
+    settings = config.checkpoint
+    folders = list(filter(None, (settings.load, settings.pretrained_checkpoint, settings.load_hf)))
+    if config.plan.json or not folders:
+        return
+    if not any(map(os.path.isdir, folders)):
+        needed = settings.finetune or settings.exit_on_missing_checkpoint or len(folders) > 1 or not settings.load
+        are, then = "is" if len(folders) == 1 else "are", "is refused" if needed else "starts afresh"
+        print(f"\nLoading: {' and '.join(folders)} {are} not on this machine; a run that finds nothing there {then}")
         return
     from megallm.train.load_preview import load_preview
 

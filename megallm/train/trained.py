@@ -53,7 +53,10 @@ def trained_model(
             "perplexity told by models that predict the next token: give a checkpoint of pretrain_gpt.py"
         )
     if config.data.tokenizer_type in (None, "NullTokenizer"):
-        raise ValueError("the model was trained on numbers, without a tokenizer of text: there is no text to continue")
+        raise ValueError(
+            f"{folder} holds a model that was trained on numbers, without a tokenizer of text: it neither continues a "
+            "text nor tells how well it predicts one"
+        )
     config = replace(config, data=replace(config.data, tokenizer_model=tokenizer_model or config.data.tokenizer_model))
     with joined_processes(config) as (config, mesh):
         tokenizer = build_tokenizer_of(config)

@@ -215,3 +215,7 @@ def test_a_dry_run_tells_of_the_checkpoint(tmp_path: Path, capsys: pytest.Captur
     assert "holds no checkpoint, the run would start afresh" in succeeded(program_here(capsys, *TINY, *flags)).output
     refused = program_here(capsys, *TINY, *flags, "--finetune")
     assert refused.code == 2 and "holds no checkpoint, and the flags allow no start" in refused.errors
+    flags[1] += "/elsewhere"
+    elsewhere = "elsewhere is not on this machine; a run that finds nothing there "
+    assert f"{elsewhere}starts afresh" in succeeded(program_here(capsys, *TINY, *flags)).output
+    assert f"{elsewhere}is refused" in succeeded(program_here(capsys, *TINY, *flags, "--finetune")).output

@@ -25,10 +25,15 @@ class NullTokenizer(Tokenizer):
         self.vocab_size = vocab_size + (eod_id is None)
 
     def encode(self, text: str) -> list[int]:
-        try:
-            ids = [int(word) for word in text.split()]
-        except ValueError as error:
-            raise BadText(f"NullTokenizer reads numbers separated by blanks: {error}.") from None
+        ids = []
+        for word in text.split():
+            try:
+                ids.append(int(word))
+            except ValueError:
+                raise BadText(
+                    f"NullTokenizer reads whole numbers separated by blanks, not {word[:40]!r}; text takes another "
+                    "tokenizer, such as HuggingFaceTokenizer."
+                ) from None
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             wrong = min(ids) if min(ids) < 0 else max(ids)
             raise BadText(f"NullTokenizer has ids 0 to {self.vocab_size - 1}, not {wrong}.")

@@ -95,7 +95,8 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 def test_mistakes_in_the_file_are_named_all_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(
-        "model: {num_layer: 4, hidden_size: 4.5, activation: gelux, lr: 1, vocab_size: true, tie_embeddings: 1}\n"
+        "model: {num_layer: 4, hidden_size: 4.5, activation: gelux, lr: 1, vocab_size: true, tie_embeddings: 1,\n"
+        "  swiglu: true, disable-bias-linear: true}\n"
         "modle: {}\ndata: 3\nnum_layers: 4\noptimizer: {lr: fast, min_lr: null}\n"
         "training: {eval_interval: null}\nparallel: {tensor-model-parallel-size: 2}\n"
     )
@@ -105,6 +106,8 @@ def test_mistakes_in_the_file_are_named_all_at_once(tmp_path: Path, capsys: pyte
         "model.hidden_size takes a whole number, not 4.5",
         "model.activation takes one of gelu, ",
         "model.lr is unknown: lr belongs under optimizer",
+        "model.swiglu is unknown: it is a flag, which a file writes as model.activation: swiglu",
+        "model.disable-bias-linear is unknown: it is a flag, which a file writes as model.add_bias_linear: false",
         "model.vocab_size takes a whole number, not True",
         "model.tie_embeddings takes true or false, not 1",
         "there is no section modle, only model, ",
@@ -117,7 +120,7 @@ def test_mistakes_in_the_file_are_named_all_at_once(tmp_path: Path, capsys: pyte
         "--lr takes a number, not 'fast'",
     ):
         assert sentence in message
-    assert "13 problems" in message
+    assert "15 problems" in message
     assert "eval_interval" not in message
 
 

@@ -82,7 +82,7 @@ def test_texts_that_the_tokenizer_refuses(tool, tmp_path):
     null = ["--tokenizer-type", "NullTokenizer", "--vocab-size", 50]
     code, _, err = tool("preprocess_data", *command, *null)
     assert (code, err.count("\n")) == (2, 1)
-    assert "in.jsonl, line 2: NullTokenizer reads numbers" in err
+    assert "in.jsonl, line 2: NullTokenizer reads whole numbers separated by blanks, not 'one'" in err
     code, out, err = tool("preprocess_data", *command, *null, "--on-bad-document", "skip")
     assert code == 0
     assert "line 4: NullTokenizer has ids 0 to" in err
