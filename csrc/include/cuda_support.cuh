@@ -68,6 +68,14 @@ __device__ __forceinline__ double exponential(double x) {
   return exp(x);
 }
 
+// 1 / x for x from 1 on, good to a unit in the last place, in one instruction: rounded, it takes ten and a branch. What
+// is below 2^-126 is 0.
+__device__ __forceinline__ float fast_reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 __device__ __forceinline__ float minus_infinity(float) { return -INFINITY; }
 __device__ __forceinline__ double minus_infinity(double) { return -static_cast<double>(INFINITY); }
 
