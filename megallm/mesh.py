@@ -262,4 +262,13 @@ def start_processes(backend: str, device: torch.device, timeout: timedelta) -> t
             "that the first machine is up, that its name and port can be reached from here, and that as many processes "
             "were started as --nnodes and --nproc-per-node say"
         ) from error
+    except RuntimeError as error:
+        # gloo says so with the name of the interface at the end of its line.
+        if "Unable to find address for" in str(error):
+            name = os.environ.get("GLOO_SOCKET_IFNAME", "")
+            raise ValueError(
+                f"GLOO_SOCKET_IFNAME={name} names no network of this machine, or one without an address: `ip address` "
+                "lists them; unset it to have gloo choose"
+            ) from error
+        raise
     return dist.get_rank(), dist.get_world_size()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 from datetime import timedelta
 from itertools import combinations
 from math import prod
@@ -106,6 +107,14 @@ def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) 
 def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _set(monkeypatch, RANK="1", WORLD_SIZE="2")
     with pytest.raises(ValueError, match="but not MASTER_ADDR, MASTER_PORT"):
+        start_processes("gloo", select_device("cpu"), timedelta(seconds=5))
+
+
+def test_a_network_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    _set(monkeypatch, RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=port, GLOO_SOCKET_IFNAME="none7")
+    with pytest.raises(ValueError, match="GLOO_SOCKET_IFNAME=none7 names no network of this machine"):
         start_processes("gloo", select_device("cpu"), timedelta(seconds=5))
 
 
