@@ -68,6 +68,12 @@ def test_a_row_of_a_table_that_nearly_all_tokens_use():
     accuracy.check_a_much_used_row("cuda")
 
 
+@pytest.mark.parametrize("shape", [(5, 3, 7), (0, 3, 7), (1, 1, 1), (64, 96, 128), (512, 1024, 256)], ids=str)
+@pytest.mark.parametrize("dtype", accuracy.DTYPES)
+def test_weight_gradients_add_up(dtype: torch.dtype, shape: tuple[int, int, int]):
+    accuracy.check_weight_gradients("cuda", dtype, shape)
+
+
 @pytest.mark.parametrize("box_of", [normal_box, uniform_box])
 @pytest.mark.parametrize("box", BOXES, ids=str)
 def test_initial_values_have_the_bits_of_the_cpu(box_of, box):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megallm.ops.accumulate import accumulate_weight_gradient
 from megallm.ops.embedding import accumulate_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -286,6 +287,30 @@ def check_a_much_used_row(device: str) -> None:
     accumulate_rows(exact, gradient.double(), rows, "reference")
     assert torch.equal(tables[0], tables[1])
     assert_not_worse("table", tables[0], tables[2], exact)
+
+
+def check_weight_gradients(
+    device: str, dtype: torch.dtype, shape: tuple[int, int, int], implementation: str = "auto"
+) -> None:
+    """Factors that are slices, [tokens, outputs] and [tokens, inputs]: their products are summed as wide as the
+    gradient, and on a GPU not rounded before.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens, outputs, inputs = shape
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    gradient = torch.ones(outputs, inputs, dtype=wide, device=device)
+    exact = torch.ones(outputs, inputs, dtype=torch.float64, device=device)
+    largest = torch.zeros_like(exact)
+    for _ in range(8):
+        packed = torch.randn(tokens, outputs + inputs, generator=generator, dtype=torch.float64).to(device, dtype)
+        grad_output, input = packed.split((outputs, inputs), dim=-1)
+        accumulate_weight_gradient(gradient, grad_output, input, implementation)
+        exact += grad_output.double().t() @ input.double()
+        largest += grad_output.double().abs().t() @ input.double().abs()
+    # Half a unit of each product, and of the sums some.
+    rounding = 0.5 * torch.finfo(dtype).eps if dtype.itemsize == 2 and device == "cpu" else 0.0
+    allowed = rounding * largest + 4 * torch.finfo(wide).eps * (1 + largest)
+    assert ((gradient - exact).abs() <= allowed).all()
 
 
 def check_threads(case: Case) -> None:

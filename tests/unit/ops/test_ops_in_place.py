@@ -13,6 +13,7 @@ from megallm.ops.cross_entropy import CrossEntropy, logit_gradients_, loss_stati
 from megallm.ops.embedding import accumulate_rows
 from megallm.ops.library import NATIVE
 from megallm.ops.sum_of_squares import sum_of_squares
+from tests.unit.ops import accuracy
 
 IMPLEMENTATIONS = ["reference", pytest.param("native", marks=pytest.mark.skipif(not NATIVE.loaded, reason="not built"))]
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -79,29 +80,11 @@ def test_what_has_no_gradient_does_not_claim_one(implementation: str) -> None:
     assert not any(tensor.requires_grad for tensor in (flat, table, total, squares))
 
 
-SHAPES = [(5, 3, 7), (0, 3, 7), (1, 1, 1), (64, 96, 128)]
-
-
 @every_implementation
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(5, 3, 7), (0, 3, 7), (1, 1, 1), (64, 96, 128)], ids=str)
+@pytest.mark.parametrize("dtype", accuracy.DTYPES)
 def test_weight_gradients_add_up(dtype: torch.dtype, shape: tuple[int, int, int], implementation: str) -> None:
-    """Factors that are slices; the sum over micro-batches is as exact as their products, not as their dtype."""
-    torch.manual_seed(0)
-    tokens, outputs, inputs = shape
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    gradient, exact = torch.ones(outputs, inputs, dtype=wide), torch.ones(outputs, inputs, dtype=torch.float64)
-    largest = torch.zeros(outputs, inputs, dtype=torch.float64)
-    for _ in range(8):
-        packed = torch.randn(tokens, outputs + inputs, dtype=torch.float64).to(dtype)
-        grad_output, input = packed.split((outputs, inputs), dim=-1)
-        accumulate_weight_gradient(gradient, grad_output, input, implementation)
-        exact += grad_output.double().t() @ input.double()
-        largest += grad_output.double().abs().t() @ input.double().abs()
-    # A 16-bit product is rounded once, on a CPU: by half a unit. The rest is as wide as the gradient.
-    rounding = 0.5 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0
-    allowed = rounding * largest + 4 * torch.finfo(wide).eps * (1 + largest)
-    assert ((gradient - exact).abs() <= allowed).all()
+    accuracy.check_weight_gradients("cpu", dtype, shape, implementation)
 
 
 @pytest.mark.slow
