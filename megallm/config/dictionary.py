@@ -58,6 +58,8 @@ def read_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"--config {path} cannot be read: {why_unreadable(error)}"]
     except yaml.YAMLError as error:
         return {}, [f"--config {path} is not valid YAML: {' '.join(str(error).split())}"]
+    except RecursionError:
+        return {}, [f"--config {path} holds itself, or lists within lists without end"]
     values, mistakes = read_tree({} if tree is None else tree)
     return values, [f"in {path}: {problem}" for problem in (*problems, *mistakes)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,7 @@ from megallm.train.prediction import layout_here
 
 # Where memory ran out below the share that is known to be safe, what is to fit must need clearly less.
 _CLEARLY_LESS = 0.9
+_CPU_LACKS = "DefaultCPUAllocator: can't allocate memory"
 
 
 @contextmanager
@@ -25,21 +27,28 @@ def out_of_memory_explained(config: Config, mesh: Mesh) -> Iterator[None]:
     it. `config` is resolved."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # For a GPU torch has an error of its own; what is missing to a CPU is told by this text alone.
+        if not isinstance(error, torch.OutOfMemoryError) and _CPU_LACKS not in str(error):
+            raise
         first_line = str(error).splitlines()[0] if str(error) else "out of memory"
+        first_line = first_line[max(0, first_line.find(_CPU_LACKS)) :]
         raise ValueError(f"rank {mesh.rank}: {first_line}\n{explanation(config, mesh)}") from error
 
 
 def explanation(config: Config, mesh: Mesh) -> str:
     """What was predicted for this rank by kind, largest first, and changes that would fit."""
     on_gpu = mesh.device.type == "cuda"
-    memory = torch.cuda.get_device_properties(mesh.device).total_memory if on_gpu else 0
+    if on_gpu:
+        memory = torch.cuda.get_device_properties(mesh.device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     plan = make_plan(layout_here(config, mesh), GPUS[DEFAULT_GPU])
     kinds = plan.memory[mesh.coordinates["pp"]]
     predicted = sum(kinds.values())
     largest = sorted(kinds.items(), key=lambda kind: -kind[1])[:3]
     lines = [
-        f"predicted for this rank: {gib(predicted)}{f' of {gib(memory)}' if memory else ''}; the largest kinds are "
+        f"predicted for this rank: {gib(predicted)} of {gib(memory)}; the largest kinds are "
         + ", ".join(f"{name} {gib(size)}" for name, size in largest)
     ]
     changes = _changes(plan, memory)
@@ -54,7 +63,7 @@ def explanation(config: Config, mesh: Mesh) -> str:
 def _changes(plan: Plan, memory: int) -> list[tuple[str, str, str]]:
     """Flags, the predicted bytes, and how much longer a step takes."""
     less = plan.peak * _CLEARLY_LESS / SAFE_SHARE
-    bound = int(min(memory, less) if memory else less)
+    bound = int(min(memory, less))
     return [
         (" ".join(change.flags), gib(change.plan.peak), f"{change.plan.step.total / plan.step.total:.2f} x the time")
         for change in changes_that_fit(plan, memory=bound)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -38,9 +39,8 @@ def test_the_message_tells_what_would_fit(monkeypatch: pytest.MonkeyPatch, capsy
     assert "has ..." not in message
     config = resolve(parse_arguments(RUN, prog="", description=""), 1)
     kinds = make_plan(Layout(config, 1, on_gpu=False), GPUS[DEFAULT_GPU]).memory[0]
-    assert (
-        f"predicted for this rank: {sum(kinds.values()) / 2**20:.2f} MiB; the largest kinds are activations" in message
-    )
+    assert f"predicted for this rank: {sum(kinds.values()) / 2**20:.2f} MiB of " in message
+    assert "; the largest kinds are activations" in message
     lines = message.split("what would fit:\n")[1].splitlines()
     assert len(lines) == 3
     for line in lines:
@@ -51,6 +51,18 @@ def test_the_message_tells_what_would_fit(monkeypatch: pytest.MonkeyPatch, capsy
         plan = make_plan(Layout(changed, 1, on_gpu=False), GPUS[DEFAULT_GPU])
         assert plan.peak / 2**20 == pytest.approx(float(found[2]), abs=0.01)
         assert plan.peak <= 0.9 * sum(kinds.values())
+
+
+def test_what_a_cpu_lacks_is_explained_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+    with pytest.raises(
+        ValueError, match=r"^rank 0: DefaultCPUAllocator: can't allocate memory: .*\npredicted for this"
+    ):
+        pretrain_gpt_with(RuntimeError(lacking))
+    # What fits has to fit the machine.
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2}[name])
+    with pytest.raises(ValueError, match=r"(?s) of 0\.01 MiB; .*no one or two changes"):
+        pretrain_gpt_with(RuntimeError(lacking))
 
 
 def test_other_errors_pass() -> None:

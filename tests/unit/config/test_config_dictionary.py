@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 
 import pytest
 import yaml
 
 from megallm.config import Config, data_parallel_size, difference, from_dict, resolve, to_dict, to_yaml
-from megallm.config.dictionary import build
+from megallm.config.dictionary import build, read_yaml
 
 RUN = build(
     {
@@ -37,6 +38,12 @@ def test_round_trip_through_dictionary_json_and_yaml() -> None:
 def test_missing_names_take_their_defaults() -> None:
     assert from_dict({"model": {"num_layers": 2}}) == build({"model.num_layers": 2})
     assert from_dict({}) == Config()
+
+
+def test_a_file_that_holds_itself_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: &model {num_layers: *model}\n")
+    assert read_yaml(str(file)) == ({}, [f"--config {file} holds itself, or lists within lists without end"])
 
 
 def test_numbers_as_yaml_writes_them() -> None:
