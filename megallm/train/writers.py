@@ -6,10 +6,12 @@ import importlib
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from megallm.config import to_dict
+from megallm.config.report import why_unreadable
 from megallm.config.tree import Config
 
 
@@ -98,6 +100,34 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+class GivesUp:
+    """A writer to the disk that is told of once and left out from where the disk does not take it: a run goes on."""
+
+    def __init__(self, flag: str, path: str, make: Callable[[], Writer]) -> None:
+        self._where = f"{flag} {path}"
+        self._writer: Writer | None = None
+        self._try(lambda: setattr(self, "_writer", make()))
+
+    def write(self, iteration: int, scalars: dict[str, Any]) -> None:
+        if (writer := self._writer) is not None:
+            self._try(lambda: writer.write(iteration, scalars))
+
+    def write_text(self, iteration: int, name: str, text: str) -> None:
+        if (writer := self._writer) is not None:
+            self._try(lambda: writer.write_text(iteration, name, text))
+
+    def close(self) -> None:
+        if (writer := self._writer) is not None:
+            self._try(writer.close)
+
+    def _try(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except OSError as error:
+            self._writer = None
+            print(f"> {self._where} cannot be written to: {why_unreadable(error)}; the run goes on without", flush=True)
+
+
 def import_wandb() -> Any:
     """The package of Weights & Biases, an optional one. Raises ValueError where it is not installed."""
     try:
@@ -114,11 +144,15 @@ def build_writers(config: Config) -> list[Writer]:
     logging = config.logging
     writers: list[Writer] = []
     if logging.metrics_jsonl:
-        writers.append(JsonLines(logging.metrics_jsonl))
+        path = logging.metrics_jsonl
+        writers.append(GivesUp("--metrics-jsonl", path, lambda: JsonLines(path)))
     if logging.tensorboard_dir:
-        writers.append(
-            TensorBoard(logging.tensorboard_dir, logging.tensorboard_log_interval, logging.tensorboard_queue_size)
+        folder, interval, queue_size = (
+            logging.tensorboard_dir,
+            logging.tensorboard_log_interval,
+            logging.tensorboard_queue_size,
         )
+        writers.append(GivesUp("--tensorboard-dir", folder, lambda: TensorBoard(folder, interval, queue_size)))
     if logging.wandb_project:
         writers.append(WeightsAndBiases(config))
     return writers

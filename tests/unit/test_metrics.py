@@ -302,6 +302,17 @@ def test_a_file_is_appended_to_and_whole_after_each_line(tmp_path: Path) -> None
     assert path.read_text() == '{"iteration": 1, "a": 1}\n{"iteration": 2, "a": 2}\n'
 
 
+def test_a_full_disk_costs_the_file_and_not_the_run(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    full = replace(config, logging=replace(config.logging, metrics_jsonl="/dev/full", log_interval=1))
+    reporter = reporter_of(full)
+    for iteration in (1, 2, 3):
+        reporter.step(iteration, 4, metrics(1.0))
+    reporter.close()
+    said = capsys.readouterr().out
+    assert said.count("> --metrics-jsonl /dev/full cannot be written to: No space left on device; the run goes on") == 1
+    assert said.count("] iteration ") == 3
+
+
 def test_nothing_is_written_where_nothing_is_asked_for(config: Config, tmp_path: Path) -> None:
     silent = replace(config, logging=replace(config.logging, metrics_jsonl=None))
     reporter = reporter_of(silent)
