@@ -5,6 +5,7 @@ import secrets
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -140,7 +141,9 @@ def write(content: bytes, output: Path) -> None:
         temporary.write_bytes(content)
         os.replace(temporary, output)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        # Where a file stands in the place of its folder, there is nothing to remove.
+        with suppress(OSError):
+            temporary.unlink()
         raise ValueError(f"{output} cannot be written: {error.strerror}.") from None
 
 

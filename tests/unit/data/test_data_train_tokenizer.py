@@ -147,6 +147,7 @@ def test_mistakes(tool, jsonl, tmp_path):
         ([jsonl, "--vocab-size", 300, "--lower-case", *output], "--lower-case acts on --type wordpiece only"),
         ([jsonl, "--vocab-size", 300, "--type", "sentencepiece-bpe", *output], "give a name that ends in .model"),
         ([jsonl, "--vocab-size", 300, "--output", tmp_path], "is a folder"),
+        ([jsonl, "--vocab-size", 300, "--output", tmp_path / "one.txt" / "x"], "x cannot be written: "),
         ([jsonl, "--vocab-size", 300, "--special-tokens", "a", "a", *output], "must be texts that differ"),
         ([jsonl, "--vocab-size", 300, "--held-out", "0", *output], "'0' is not a number above 0 and up to 1"),
         ([jsonl, "--vocab-size", 300, "--type", "bqe", *output], "invalid choice: 'bqe'"),
