@@ -142,7 +142,9 @@ def _timed(layout: Layout, most_timed: int) -> LoweredSchedule:
     ranks, stages, number = layout.pipeline, layout.pipeline * layout.virtual, layout.num_micro_batches
     rest = number % ranks
     most = max(most_timed // stages // ranks * ranks, filling_micro_batches(layout.config.parallel)) + rest
-    if min(number, most) * stages > _TOO_MANY:
-        # The interleaved schedule takes a micro-batch for each rank to be itself.
-        most = ranks if layout.virtual > 1 else max(1, _TOO_MANY // stages)
+    filling = min(number, most)
+    if filling * stages > _TOO_MANY:
+        # The interleaved schedule is itself in its first group of micro-batches, of as many as ranks or some more.
+        group = -(-filling // max(1, filling // ranks))
+        most = group if layout.virtual > 1 else max(1, _TOO_MANY // 2 // stages)
     return lower(schedule_of(layout.config.parallel, min(number, most)))
