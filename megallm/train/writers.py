@@ -14,6 +14,9 @@ from megallm.config import to_dict
 from megallm.config.report import why_unreadable
 from megallm.config.tree import Config
 
+# Bytes within which the last line of a file begins.
+_LONGEST_LINE = 2**20
+
 
 class Writer(Protocol):
     """Takes scalars by name. What several calls say of one iteration belongs together."""
@@ -34,6 +37,8 @@ class JsonLines:
     def __init__(self, path: str) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a")  # noqa: SIM115 (open for the whole run)
+        if Path(path).is_file():
+            _end_line(path)
 
     def write(self, iteration: int, scalars: dict[str, Any]) -> None:
         record = {"iteration": iteration, **scalars}
@@ -50,6 +55,16 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _end_line(path: str) -> None:
+    """Takes away what a full disk or a power cut has left of a last line."""
+    with open(path, "rb+") as file:
+        begin = max(0, file.seek(0, os.SEEK_END) - _LONGEST_LINE)
+        file.seek(begin)
+        tail = file.read()
+        if tail and not tail.endswith(b"\n"):
+            file.truncate(begin + tail.rfind(b"\n") + 1)
 
 
 class TensorBoard:

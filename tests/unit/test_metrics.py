@@ -300,6 +300,13 @@ def test_a_file_is_appended_to_and_whole_after_each_line(tmp_path: Path) -> None
     second.write(2, {"a": 2})
     second.close()
     assert path.read_text() == '{"iteration": 1, "a": 1}\n{"iteration": 2, "a": 2}\n'
+    # A line that a full disk or a power cut has torn is not continued.
+    for torn, kept in (('{"iteration": 1}\n{"ite', '{"iteration": 1}\n'), ('{"ite', "")):
+        path.write_text(torn)
+        third = JsonLines(str(path))
+        third.write(3, {"a": 3})
+        third.close()
+        assert path.read_text() == kept + '{"iteration": 3, "a": 3}\n'
 
 
 def test_a_full_disk_costs_the_file_and_not_the_run(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
