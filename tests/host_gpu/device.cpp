@@ -5,6 +5,7 @@
 // would have to wait for it.
 
 #include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/CUDAHooksInterface.h>
@@ -151,8 +152,8 @@ void check_devices(const std::string& operation, const std::vector<IValue>& argu
     }
     return;
   }
-  TORCH_CHECK(!on_gpu || !on_host || operation == "aten::set_",
-              "Expected all tensors to be on the same device, but ", operation, " was given some on the CPU");
+  TORCH_CHECK(!on_gpu || !on_host || operation == "aten::set_", "Expected all tensors to be on the same device, but ",
+              operation, " was given some on the CPU");
 }
 
 // What has as many elements as the values say.
@@ -215,8 +216,8 @@ Tensor empty(c10::SymIntArrayRef sizes, std::optional<at::ScalarType> dtype, std
 
 Tensor empty_strided(c10::SymIntArrayRef sizes, c10::SymIntArrayRef strides, std::optional<at::ScalarType> dtype,
                      std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
-  return at::detail::empty_strided_generic(C10_AS_INTARRAYREF_SLOW(sizes), C10_AS_INTARRAYREF_SLOW(strides),
-                                           &allocator, c10::DispatchKeySet(c10::DispatchKey::CUDA),
+  return at::detail::empty_strided_generic(C10_AS_INTARRAYREF_SLOW(sizes), C10_AS_INTARRAYREF_SLOW(strides), &allocator,
+                                           c10::DispatchKeySet(c10::DispatchKey::CUDA),
                                            dtype.value_or(at::get_default_dtype_as_scalartype()));
 }
 
@@ -266,6 +267,7 @@ struct CUDAHooks final : at::CUDAHooksInterface {
   explicit CUDAHooks(at::CUDAHooksArgs) {}
   void init() const override {}
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::detail::createCPUGenerator(); }
   at::Allocator* getPinnedMemoryAllocator() const override { return &pinned_allocator; }
   bool isPinnedPtr(const void* data) const override { return PinnedAllocator::holds(data); }
 };
