@@ -69,6 +69,7 @@ def pretend(library: ctypes.CDLL) -> None:
         "set_device": lambda device: None,
         "current_stream": lambda device=None: Stream(),
         "synchronize": lambda device=None: None,
+        "_sleep": lambda cycles: None,
         "get_device_capability": lambda device=None: (PROPERTIES.major, PROPERTIES.minor),
         "get_device_name": lambda device=None: PROPERTIES.name,
         "get_device_properties": lambda device=None: PROPERTIES,
@@ -95,6 +96,7 @@ def main() -> None:
         runpy.run_module(program[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = program
+        sys.path.insert(0, str(Path(program[0]).resolve().parent))  # as Python does
         runpy.run_path(program[0], run_name="__main__")
 
 
