@@ -305,6 +305,7 @@ OPERATORS = [
     Operator("swiglu", normal(2), _activation("swiglu"), moved=(3, 5), rivals={"liger_kernel": _liger_swiglu}),
     Operator("geglu", normal(2), _activation("geglu"), moved=(3, 5)),
     Operator("gelu", normal_and_weights(1, 1), _activation("gelu"), moved=(2, 3)),
+    Operator("gelu_without_bias", normal(1), _activation("gelu"), moved=(2, 3)),
     Operator("gelu_tanh", normal_and_weights(1, 1), _activation("gelu_tanh"), moved=(2, 3)),
     Operator("squared_relu", normal(1), _activation("squared_relu"), moved=(2, 3)),
 ]
