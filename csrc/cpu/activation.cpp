@@ -105,22 +105,6 @@ struct BackwardRows {
   tiles::Target grad_input;
 };
 
-// A piece of a row, `column` columns from its start, with the bias.
-template <typename A>
-MEGALLM_INLINE const A* read_biased(const tiles::Source& x, int64_t row_start, int64_t column, int64_t count,
-                                    const void* bias, tiles::Piece<A>& buffer) {
-  const A* values = tiles::read_piece(x, row_start + column, count, buffer);
-  if (bias == nullptr) {
-    return values;
-  }
-  const A* added = static_cast<const A*>(bias) + column;
-#pragma omp simd
-  for (int64_t i = 0; i < kPiece; ++i) {
-    buffer[i] = values[i] + added[i];
-  }
-  return buffer;
-}
-
 // Columns `begin` to `end` of a row.
 template <typename Activation, typename A>
 MEGALLM_INLINE void forward_row(const ForwardRows& rows, int64_t row, int64_t begin, int64_t end) {
@@ -128,10 +112,11 @@ MEGALLM_INLINE void forward_row(const ForwardRows& rows, int64_t row, int64_t be
   for (int64_t column = begin; column < end; column += kPiece) {
     const int64_t count = std::min(kPiece, end - column);
     const int64_t to = row * rows.width + column;
-    const A* x = read_biased(rows.x, row * rows.stride, column, count, rows.bias, x_buffer);
+    const A* x = tiles::read_biased_piece(rows.x, row * rows.stride, column, count, rows.bias, x_buffer);
     A* __restrict__ y = tiles::place_of_piece(rows.y, to, count, y_buffer);
     if (rows.gated) {
-      const A* up = read_biased(rows.x, row * rows.stride, rows.width + column, count, rows.bias, up_buffer);
+      const A* up =
+          tiles::read_biased_piece(rows.x, row * rows.stride, rows.width + column, count, rows.bias, up_buffer);
 #pragma omp simd
       for (int64_t i = 0; i < kPiece; ++i) {
         y[i] = Activation::value(x[i]) * up[i];
@@ -146,14 +131,6 @@ MEGALLM_INLINE void forward_row(const ForwardRows& rows, int64_t row, int64_t be
   }
 }
 
-template <typename A>
-MEGALLM_INLINE void add_piece(const A* values, int64_t count, A* __restrict__ sums) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    sums[i] += values[i];
-  }
-}
-
 // The gradients of one row; `partial` takes up the bias's, or is null.
 template <typename Activation, typename A>
 MEGALLM_INLINE void backward_row(const BackwardRows& rows, int64_t row, A* partial) {
@@ -165,10 +142,10 @@ MEGALLM_INLINE void backward_row(const BackwardRows& rows, int64_t row, A* parti
     const int64_t to = row * width * (rows.gated ? 2 : 1) + column;
     const A* grad_output =
         tiles::read_piece(rows.grad_output, row * rows.grad_output_stride + column, count, grad_buffer);
-    const A* x = read_biased(rows.x, row_start, column, count, rows.bias, x_buffer);
+    const A* x = tiles::read_biased_piece(rows.x, row_start, column, count, rows.bias, x_buffer);
     A* __restrict__ grad_x = tiles::place_of_piece(rows.grad_input, to, count, grad_x_buffer);
     if (rows.gated) {
-      const A* up = read_biased(rows.x, row_start, width + column, count, rows.bias, up_buffer);
+      const A* up = tiles::read_biased_piece(rows.x, row_start, width + column, count, rows.bias, up_buffer);
       A* __restrict__ grad_up = tiles::place_of_piece(rows.grad_input, to + width, count, grad_up_buffer);
 #pragma omp simd
       for (int64_t i = 0; i < kPiece; ++i) {
@@ -178,7 +155,7 @@ MEGALLM_INLINE void backward_row(const BackwardRows& rows, int64_t row, A* parti
         grad_up[i] = grad_output[i] * value;
       }
       if (partial != nullptr) {
-        add_piece(grad_up, count, partial + width + column);
+        tiles::accumulate_piece(grad_up, count, partial + width + column);
       }
       tiles::write_piece(rows.grad_input, to + width, count, grad_up);
     } else {
@@ -190,7 +167,7 @@ MEGALLM_INLINE void backward_row(const BackwardRows& rows, int64_t row, A* parti
       }
     }
     if (partial != nullptr) {
-      add_piece(grad_x, count, partial + column);
+      tiles::accumulate_piece(grad_x, count, partial + column);
     }
     tiles::write_piece(rows.grad_input, to, count, grad_x);
   }

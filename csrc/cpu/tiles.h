@@ -152,6 +152,32 @@ MEGALLM_INLINE const double* read_piece(const Source& source, int64_t offset, in
   return padded(static_cast<const double*>(source.data) + offset, count, buffer);
 }
 
+// A piece of a row from `column` on, with the bias there, which may be null. The bias is in the accumulation type, and
+// has a piece more behind it.
+template <typename A>
+MEGALLM_INLINE const A* read_biased_piece(const Source& source, int64_t row_start, int64_t column, int64_t count,
+                                          const void* bias, Piece<A>& buffer) {
+  const A* values = read_piece(source, row_start + column, count, buffer);
+  if (bias == nullptr) {
+    return values;
+  }
+  const A* added = static_cast<const A*>(bias) + column;
+#pragma omp simd
+  for (int64_t i = 0; i < kPiece; ++i) {
+    buffer[i] = values[i] + added[i];
+  }
+  return buffer;
+}
+
+// As `accumulate` of a tile, but part of the function that calls it.
+template <typename A>
+MEGALLM_INLINE void accumulate_piece(const A* values, int64_t count, A* __restrict__ sums) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    sums[i] += values[i];
+  }
+}
+
 // Where to compute `count` elements from `offset` on, before `write_piece`: in place if that holds a whole piece.
 template <typename A>
 MEGALLM_INLINE A* place_of_piece(const Target& target, int64_t offset, int64_t count, Piece<A>& buffer) {

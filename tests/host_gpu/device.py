@@ -4,7 +4,7 @@
     python -m tests.host_gpu.device LIBRARY -m pytest tests/gpu/test_engine.py
 
 LIBRARY is device.cpp, compiled (`build`). What the project asks of `torch.cuda`, of which a torch without CUDA has the
-names alone, is answered as on a machine with eight H100s.
+names alone, is answered as on a machine with one H100.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def pretend(library: ctypes.CDLL) -> None:
     answers: dict[str, Any] = {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
-        "device_count": lambda: 8,
+        "device_count": lambda: 1,
         "set_device": lambda device: None,
         "current_stream": lambda device=None: Stream(),
         "synchronize": lambda device=None: None,

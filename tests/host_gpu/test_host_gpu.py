@@ -87,7 +87,7 @@ def test_a_run_of_the_cpu_continues_on_the_gpu(library, on_cpu, tmp_path):
 def test_processes_that_share_a_gpu_train_as_one_on_the_cpu(library, on_cpu):
     log = run(
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 4, "-m", "tests.host_gpu.device", library),
-        *(*PRETRAIN, "--device", "cuda", "--distributed-backend", "gloo", "--sequence-parallel"),
+        *(*PRETRAIN, "--device", "cuda", "--sequence-parallel"),
         *("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2),
         *("--overlap-grad-reduce", "--overlap-param-gather"),
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -314,3 +315,13 @@ SOUND = [
 @pytest.mark.parametrize(("rule", "path", "source"), SOUND)
 def test_rule_lets_pass(rule: Rule, path: str, source: str) -> None:
     assert rule(path, source) == []
+
+
+def test_no_large_file_is_kept() -> None:
+    """Every clone carries for ever what was once committed, by mistake too."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no checkout: what belongs to the project is not known")
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = [ROOT / name for name in names.split("\0") if name]
+    large = {path.name: path.stat().st_size for path in files if path.is_file() and path.stat().st_size > 2**20}
+    assert files and not large, large
