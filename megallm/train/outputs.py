@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from megallm.checkpoint.commit import make_folder
+from megallm.config.report import why_unreadable
 from megallm.config.tree import Config
 from megallm.train.writers import import_wandb
 
@@ -33,4 +34,13 @@ def try_outputs(config: Config) -> None:
             with tempfile.NamedTemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            raise ValueError(f"{flag}: {folder} cannot be written to: {error.strerror or error}") from error
+            raise ValueError(f"{flag}: {folder} cannot be written to: {why_unreadable(error)}") from error
+    if logging.metrics_jsonl is not None:
+        try:
+            # As it will be opened: to append, after a look at its end. Without a buffer a pipe does as well.
+            with open(logging.metrics_jsonl, "ab+", buffering=0):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"--metrics-jsonl {logging.metrics_jsonl} cannot be written to: {why_unreadable(error)}"
+            ) from error

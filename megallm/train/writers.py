@@ -58,13 +58,27 @@ class JsonLines:
 
 
 def _end_line(path: str) -> None:
-    """Takes away what a full disk or a power cut has left of a last line."""
+    """Ends a last line that lacks its newline alone, and takes away what a full disk or a power cut has left of one."""
     with open(path, "rb+") as file:
         begin = max(0, file.seek(0, os.SEEK_END) - _LONGEST_LINE)
         file.seek(begin)
         tail = file.read()
-        if tail and not tail.endswith(b"\n"):
-            file.truncate(begin + tail.rfind(b"\n") + 1)
+        start = tail.rfind(b"\n") + 1
+        if not tail[start:]:
+            return
+        # Where its start is not seen nobody knows whether it is whole: it stays, and what follows has its own line.
+        if (begin > 0 and start == 0) or _is_json(tail[start:]):
+            file.write(b"\n")
+        else:
+            file.truncate(begin + start)
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 class TensorBoard:

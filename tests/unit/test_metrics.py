@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import sys
 import time
 import types
@@ -301,8 +303,17 @@ def test_a_file_is_appended_to_and_whole_after_each_line(tmp_path: Path) -> None
     second.close()
     assert path.read_text() == '{"iteration": 1, "a": 1}\n{"iteration": 2, "a": 2}\n'
     # A line that a full disk or a power cut has torn is not continued.
-    for torn, kept in (('{"iteration": 1}\n{"ite', '{"iteration": 1}\n'), ('{"ite', "")):
-        path.write_text(torn)
+    whole, long = '{"iteration": 1}', f'{{"text": "{"x" * 2**20}'
+    for found, kept in (
+        (whole + '\n{"ite', whole + "\n"),
+        ('{"ite', ""),
+        # One that lacks its newline alone is ended.
+        (whole, whole + "\n"),
+        (whole + "\n" + whole, whole + "\n" + whole + "\n"),
+        # Nothing is cut in its middle.
+        (whole + "\n" + long, whole + "\n" + long + "\n"),
+    ):
+        path.write_text(found)
         third = JsonLines(str(path))
         third.write(3, {"a": 3})
         third.close()
@@ -318,6 +329,44 @@ def test_a_full_disk_costs_the_file_and_not_the_run(config: Config, capsys: pyte
     said = capsys.readouterr().out
     assert said.count("> --metrics-jsonl /dev/full cannot be written to: No space left on device; the run goes on") == 1
     assert said.count("] iteration ") == 3
+
+
+def test_a_metrics_file_that_cannot_be_written_is_refused_before_the_first_step(config: Config, tmp_path: Path) -> None:
+    try_outputs(config)
+    assert written(config) == []
+    # An existing file that may not be written, which holds for any user: a link to itself.
+    itself = tmp_path / "itself"
+    itself.symlink_to(itself)
+    with pytest.raises(ValueError, match=r"--metrics-jsonl .*itself cannot be written to: Too many levels"):
+        try_outputs(changed(config, metrics_jsonl=str(itself)))
+    with pytest.raises(ValueError, match=r"--metrics-jsonl .* is a folder; name a file in it"):
+        try_outputs(changed(config, metrics_jsonl=str(tmp_path)))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_costs_tensorboard_and_not_the_run(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = str(tmp_path / "board")
+    reporter = reporter_of(changed(config, tensorboard_dir=folder, tensorboard_log_interval=1, log_interval=1))
+    reporter.step(1, 4, metrics(1.0))
+    # TensorBoard writes in a thread of its own, whose error the next call raises.
+    monkeypatch.setattr(RecordWriter, "write", fail)
+    monkeypatch.setattr(RecordWriter, "flush", fail)
+    for iteration in (2, 3, 4):
+        reporter.step(iteration, 4, metrics(1.0))
+    reporter.close()
+    said = capsys.readouterr().out
+    assert (
+        said.count(f"> --tensorboard-dir {folder} cannot be written to: No space left on device; the run goes on") == 1
+    )
+    assert said.count("] iteration ") == 4
+    assert len(written(config)) == 4
 
 
 def test_nothing_is_written_where_nothing_is_asked_for(config: Config, tmp_path: Path) -> None:
