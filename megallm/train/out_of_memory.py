@@ -38,17 +38,13 @@ def out_of_memory_explained(config: Config, mesh: Mesh) -> Iterator[None]:
 
 def explanation(config: Config, mesh: Mesh) -> str:
     """What was predicted for this rank by kind, largest first, and changes that would fit."""
-    on_gpu = mesh.device.type == "cuda"
-    if on_gpu:
-        memory = torch.cuda.get_device_properties(mesh.device).total_memory
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory, share = _memory_of_rank(mesh.device)
     plan = make_plan(layout_here(config, mesh), GPUS[DEFAULT_GPU])
     kinds = plan.memory[mesh.coordinates["pp"]]
     predicted = sum(kinds.values())
     largest = sorted(kinds.items(), key=lambda kind: -kind[1])[:3]
     lines = [
-        f"predicted for this rank: {gib(predicted)} of {gib(memory)}; the largest kinds are "
+        f"predicted for this rank: {gib(predicted)} of {gib(memory)}{share}; the largest kinds are "
         + ", ".join(f"{name} {gib(size)}" for name, size in largest)
     ]
     changes = _changes(plan, memory)
@@ -58,6 +54,17 @@ def explanation(config: Config, mesh: Mesh) -> str:
         lines.append("what would fit:")
         lines += [f"  {line}" for line in table(changes, "<<<")]
     return "\n".join(lines)
+
+
+def _memory_of_rank(device: torch.device) -> tuple[int, str]:
+    """Bytes that are there for this rank, and words on what they are a share of, if of anything."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory, ""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes == 1:
+        return memory, ""
+    return memory // processes, f", its share of the {gib(memory)} that {processes} processes have on this machine"
 
 
 def _changes(plan: Plan, memory: int) -> list[tuple[str, str, str]]:

@@ -65,6 +65,18 @@ def test_what_a_cpu_lacks_is_explained_too(monkeypatch: pytest.MonkeyPatch) -> N
         pretrain_gpt_with(RuntimeError(lacking))
 
 
+def test_processes_on_a_cpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 64 MiB are enough for each of the changes, a 64th of them for none.
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**14}[name])
+    lacking = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
+    with pytest.raises(ValueError, match=r"(?s) of 64\.00 MiB; .*what would fit:\n  --"):
+        pretrain_gpt_with(lacking)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    share = r"(?s) of 1\.00 MiB, its share of the 64\.00 MiB that 64 processes have on this machine; .*no one or two"
+    with pytest.raises(ValueError, match=share):
+        pretrain_gpt_with(lacking)
+
+
 def test_other_errors_pass() -> None:
     with pytest.raises(RuntimeError, match="something else"):
         pretrain_gpt_with(RuntimeError("something else"))
