@@ -16,6 +16,8 @@ from record import machine, write
 
 SLOWEST = 15
 START = time.monotonic()
+# Tests that did not begin because the time was over.
+LEFT_OUT: list[str] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,10 +27,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if time.monotonic() - START > item.config.getoption("--seconds", float("inf")):
+        LEFT_OUT.append(item.nodeid)
         pytest.skip("no time was left")
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # Half of the tests are not all of them, though none has failed.
+    if LEFT_OUT and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if LEFT_OUT:
+        seconds = config.getoption("--seconds")
+        terminalreporter.write_line(f"{len(LEFT_OUT)} tests did not begin: no time was left of --seconds {seconds:g}")
     # Without the options where these tests are some among all.
     path = config.getoption("--results", None)
     if path is None:
