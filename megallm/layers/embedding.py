@@ -68,7 +68,7 @@ class _Lookup(torch.autograd.Function):
         return ctx.weight_gradients.compute_rows(ctx.weight, rows, grad), None, None, None
 
 
-class _AddRows(torch.autograd.Function):
+class _AddPositions(torch.autograd.Function):
     """`hidden + table[rows]`, the table's gradient handed to the context where the table is a parameter."""
 
     @staticmethod
@@ -100,7 +100,7 @@ def add_positions(
 
     table [entries, hidden]; positions int64 [sequence, batch].
     """
-    return _AddRows.apply(hidden, table, positions, context.weight_gradients, context.operators.of("add_rows"))
+    return _AddPositions.apply(hidden, table, positions, context.weight_gradients, context.operators.of("add_rows"))
 
 
 def embed_tokens(tokens: torch.Tensor, weight: nn.Parameter, context: LayoutContext) -> torch.Tensor:

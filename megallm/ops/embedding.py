@@ -74,7 +74,8 @@ class _AddRows(torch.autograd.Function):
         (rows,), wide = ctx.saved_tensors, torch.float64 if grad.dtype == torch.float64 else torch.float32
         grad_table = grad.new_zeros(ctx.shape, dtype=wide)
         accumulate_rows(grad_table, grad, rows, ctx.implementation)
-        return grad, grad_table.to(grad.dtype), None, None
+        # As wide as its sum: autograd rounds it, unless the table's `grad_dtype` takes it as it is.
+        return grad, grad_table, None, None
 
 
 def _fake_embedding_gradient(target: Tensor, gradient: Tensor, rows: Tensor, order: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""Gradients of 16-bit norm weights and biases reach their bucket unrounded."""
+"""Gradients of 16-bit norm weights, biases and added tables reach their bucket unrounded."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from megallm.layers.context import LayoutContext
 from megallm.layers.norm import Norm, NormSettings
 from megallm.mesh import Mesh, MeshShape
 from megallm.ops import Dropout, dropout_add, gelu
+from megallm.ops.embedding import add_rows
 from megallm.ops.library import NATIVE
 from megallm.parameter import Description, make_parameter, whole
 from megallm.random import stream_key
@@ -41,11 +42,23 @@ def dropped(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return dropout_add(x, Dropout(0.5, stream_key(1, "x"), torch.tensor(0), torch.arange(ROWS)), bias)
 
 
+class Added(nn.Module):
+    """Rows of a table added to x [rows, width], by the operator alone: no layer that hands the gradient elsewhere."""
+
+    def __init__(self, context: LayoutContext) -> None:
+        super().__init__()
+        self.table = make_parameter(Description((whole("table", (3, WIDTH)),), decays=False), context.dtype, CPU)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return add_rows(x, self.table, torch.arange(ROWS) % 3)
+
+
 MODULES: dict[str, Callable[[LayoutContext], nn.Module]] = {
     "RMSNorm": lambda context: Norm("norm", NormSettings("RMSNorm", 1e-5), WIDTH, context),
     "LayerNorm": lambda context: Norm("norm", NormSettings("LayerNorm", 1e-5), WIDTH, context),
     "activation": partial(Biased, function=gelu),
     "dropout": partial(Biased, function=dropped),
+    "table": Added,
 }
 
 
