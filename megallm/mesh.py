@@ -263,9 +263,9 @@ def start_processes(backend: str, device: torch.device, timeout: timedelta) -> t
             "were started as --nnodes and --nproc-per-node say"
         ) from error
     except RuntimeError as error:
-        # gloo says so with the name of the interface at the end of its line.
-        if "Unable to find address for" in str(error):
-            name = os.environ.get("GLOO_SOCKET_IFNAME", "")
+        # gloo does not say where it has the name of the network from. Where no variable gave one, its words must do.
+        name = os.environ.get("GLOO_SOCKET_IFNAME")
+        if name and "Unable to find address for" in str(error):
             raise ValueError(
                 f"GLOO_SOCKET_IFNAME={name} names no network of this machine, or one without an address: `ip address` "
                 "lists them; unset it to have gloo choose"

@@ -118,6 +118,18 @@ def test_a_network_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) ->
         start_processes("gloo", select_device("cpu"), timedelta(seconds=5))
 
 
+def test_a_network_that_nobody_named_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    _set(monkeypatch, RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="1")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+
+    def fail(*arguments: object, **settings: object) -> None:
+        raise RuntimeError("Unable to find address for: host")
+
+    monkeypatch.setattr(dist, "init_process_group", fail)
+    with pytest.raises(RuntimeError, match=r"^Unable to find address for: host$"):
+        start_processes("gloo", select_device("cpu"), timedelta(seconds=5))
+
+
 @pytest.mark.parametrize("rank", [1000])
 def test_few_groups_are_made_on_nccl_whatever_the_world(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     shape = MeshShape(tp=8, dp=64, pp=16)
