@@ -31,7 +31,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="texts that are written at a time (default 8)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token (default 1)")
     parser.add_argument("--top-k", type=int, default=0, help="choose among the k most likely tokens (default 0: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="or among the likeliest of this sum (default 1: all)")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="choose among the likeliest tokens whose probabilities sum to this (default 1: all)",
+    )
     parser.add_argument(
         "--repetition-penalty", type=float, default=1.0, help="above 1: what was there becomes less likely (default 1)"
     )

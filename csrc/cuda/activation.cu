@@ -21,8 +21,8 @@ using cuda::widen;
 __device__ __forceinline__ float sigmoid(float x) { return __frcp_rn(1.0f + expf(-x)); }
 __device__ __forceinline__ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 
-// The sigmoid of x and that of -x. In 16 bits what the fast one lacks is not seen, nor what their difference from 1
-// does; with the others the arithmetic would take longer than the memory.
+// The sigmoid of x and that of -x. In 16 bits neither the fast reciprocal's error nor that of 1 - gate is seen, and the
+// accurate ones would take longer than the memory.
 template <typename Scalar, typename A>
 __device__ __forceinline__ void sigmoids(A x, A& gate, A& opposite) {
   if constexpr (sizeof(Scalar) == 2) {
