@@ -238,7 +238,7 @@ def test_null():
     assert tokenizer.decode([5, 99]) == "5 99"
     with pytest.raises(BadText, match="has ids 0 to 100, not 101"):
         tokenizer.encode("101")
-    with pytest.raises(BadText, match="reads numbers"):
+    with pytest.raises(BadText, match="reads whole numbers separated by blanks, not 'five'"):
         tokenizer.encode("five")
     inside = build_tokenizer("NullTokenizer", vocab_size=100, null_tokenizer_eod_id=7)
     assert (inside.vocab_size, inside.eod_id) == (100, 7)
