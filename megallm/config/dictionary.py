@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from megallm.config.fields import Field, all_fields, from_plain, get, nearest_hint, sections
+from megallm.config.fields import Field, all_fields, from_plain, nearest_hint, sections
 from megallm.config.megatron import ALIASES
 from megallm.config.report import numbered, why_unreadable
 from megallm.config.tree import Config
@@ -108,7 +108,7 @@ def build(values: dict[str, Any]) -> Config:
 
 def difference(before: Config, after: Config) -> list[tuple[str, Any, Any]]:
     """The fields in which two trees differ, in the tree's order: (`section.name`, value in before, value in after)."""
-    pairs = ((entry.path, get(before, entry.path), get(after, entry.path)) for entry in all_fields())
+    pairs = ((entry.path, entry.of(before), entry.of(after)) for entry in all_fields())
     return [(path, old, new) for path, old, new in pairs if old != new]
 
 
@@ -154,7 +154,7 @@ def _written(word: str) -> str:
     else nothing."""
     flag = f"--{word.replace('_', '-')}"
     for alias in ALIASES:
-        if alias.flag == flag:
+        if alias.flag.replace("_", "-") == flag:
             return f"{alias.path}: {str(alias.value).lower()}"
     for entry in all_fields():
         if flag in (entry.flag, entry.off_flag) and entry.name != word.replace("-", "_"):

@@ -67,12 +67,6 @@ def sections() -> tuple[tuple[str, type], ...]:
     return tuple(get_type_hints(Config).items())
 
 
-def get(config: Config, path: str) -> Any:
-    """The value at `section.name`."""
-    section, name = path.split(".")
-    return getattr(getattr(config, section), name)
-
-
 def from_text(entry: Field, text: str) -> Any:
     """The value of one word of the command line for a field that is no switch. Raises ValueError with a sentence."""
     if entry.kind is int:

@@ -13,7 +13,7 @@ from megallm.config.tree import Config
 from megallm.plan.gpus import SAFE_SHARE, Gpu
 from megallm.plan.memory import buffer_bytes, peak_of_step, state_bytes
 from megallm.plan.plan import Plan, make_plan
-from megallm.plan.schedule import order_of_rank
+from megallm.plan.schedule import order_of_rank, peak_micro_batches
 from megallm.plan.stages import Layout
 from megallm.plan.timing import end_of_step, shortest_step, stage_seconds
 from megallm.plan.validate import validate
@@ -153,7 +153,8 @@ def _estimate(layout: Layout, gpu: Gpu) -> tuple[float, int]:
     seconds = number * max(busy) + (sum(busy) - max(busy)) / layout.virtual
     seconds += sum(end_of_step(layout, gpu, 0, forward, backward))
     peak = sum(state_bytes(layout, 0).values())
-    actions, in_flight = order_of_rank(layout.config.parallel, 0, min(number, 2 * ranks))
+    parallel = layout.config.parallel
+    actions, in_flight = order_of_rank(parallel, 0, peak_micro_batches(parallel, number))
     peak += sum(peak_of_step(layout, 0, actions).values())
     return seconds, peak + buffer_bytes(layout, 0, in_flight)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 from megallm.config.resolve import GATED_ACTIVATIONS, rotary_width
 from megallm.plan.gpus import COMMUNICATOR_BYTES, CONTEXT_BYTES
-from megallm.plan.schedule import filling_micro_batches, order_of_rank
+from megallm.plan.schedule import order_of_rank, peak_micro_batches
 from megallm.plan.stages import Layout, Stage
 from megallm.schedule import Action, Kind, LoweredSchedule
 from megallm.schedule.lowering import MAX_OUTSTANDING_SENDS
@@ -63,20 +64,19 @@ def memory_of_rank(layout: Layout, rank: int, lowered: LoweredSchedule, *, with_
     """Bytes by kind (`KINDS`) of a process on a pipeline rank at the peak of a step.
 
     `lowered` may have fewer micro-batches than the step. Under GPipe those that are missing are held too, each with its
-    input. Of the other schedules what is in flight is counted anew where a rank would hold more, and a buffer comes
-    with each, which on some ranks is one or two too few. Without `with_passing` only what stays between passes counts:
-    no working memory, no messages that leave.
+    input. Of the other schedules the rank's order in the step tells what it holds, and a buffer comes with each input
+    that it holds more: exact to one or two buffers. Without `with_passing` only what stays between passes
+    counts: no working memory, no messages that leave.
     """
     schedule, number, parallel = lowered.schedule, layout.num_micro_batches, layout.config.parallel
     slots = lowered.num_activation_slots[rank] + lowered.num_gradient_slots[rank]
     actions: Sequence[Action] = schedule.actions[rank]
-    held = min(number, filling_micro_batches(parallel) + number % layout.pipeline)
-    if schedule.num_micro_batches < held and schedule.name != "gpipe":
-        assert schedule.max_in_flight, "builders say what is in flight"
-        actions, in_flight = order_of_rank(parallel, rank, held)
-        slots += in_flight - schedule.max_in_flight[rank] if rank else 0  # the first stage receives nothing
+    if schedule.num_micro_batches < number and schedule.name != "gpipe":
+        actions, _ = order_of_rank(parallel, rank, peak_micro_batches(parallel, number))
+        slots += _inputs_held(actions) - _inputs_held(schedule.actions[rank])
     peak = peak_of_step(layout, rank, actions, with_passing=with_passing)
     if schedule.num_micro_batches < number and schedule.name == "gpipe":
+        assert layout.virtual == 1, "GPipe has one stage on a rank, where all that is held is held at once"
         for stage in layout.on_rank(rank):
             missing = number - schedule.num_micro_batches
             peak["activations"] += missing * layout.kept(stage)
@@ -88,6 +88,12 @@ def memory_of_rank(layout: Layout, rank: int, lowered: LoweredSchedule, *, with_
         "buffers": buffer_bytes(layout, rank, slots, with_passing=with_passing),
         "communicators": _communicators(layout),
     }
+
+
+def _inputs_held(actions: Sequence[Action]) -> int:
+    """Inputs that a rank holds at most at once, of which the first stage receives none."""
+    forward = Kind.F
+    return max(accumulate((stage > 0) * (1 if kind is forward else -1) for kind, stage, _ in actions))
 
 
 def peak_of_step(layout: Layout, rank: int, actions: Iterable[Action], *, with_passing: bool = True) -> dict[str, int]:

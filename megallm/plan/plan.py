@@ -9,15 +9,16 @@ from megallm.config.resolve import pipeline_schedule
 from megallm.plan.flops import ModelFlops, flops_per_token, parameter_count
 from megallm.plan.gpus import SAFE_SHARE, Gpu
 from megallm.plan.memory import memory_of_rank
-from megallm.plan.schedule import filling_micro_batches, schedule_of
+from megallm.plan.schedule import first_micro_batches, schedule_of
 from megallm.plan.stages import Layout
 from megallm.plan.timing import StepTime, Traffic, step_time, traffic
 from megallm.schedule import LoweredSchedule, lower
 
 # Forwards of all stages that are timed one by one; of a longer step the rest repeats the middle.
 _MOST_TIMED = 3000
-# Forwards of a filled pipeline that take too long to follow, half a second and more: where there are about a hundred
-# ranks, fewer micro-batches stand for it.
+# Forwards of a filled pipeline that take too long to follow, half a second and more; fewer micro-batches stand for it.
+# A pipeline is filled by as many micro-batches as ranks or, with virtual stages, by two groups: there are too many from
+# 174 ranks of one stage on, 87 of two, 62 of four, 44 of eight, and from fewer where groups are larger.
 _TOO_MANY = 30_000
 
 
@@ -139,12 +140,10 @@ def make_plan(layout: Layout, gpu: Gpu, most_timed: int = _MOST_TIMED) -> Plan:
 
 
 def _timed(layout: Layout, most_timed: int) -> LoweredSchedule:
-    ranks, stages, number = layout.pipeline, layout.pipeline * layout.virtual, layout.num_micro_batches
-    rest = number % ranks
-    most = max(most_timed // stages // ranks * ranks, filling_micro_batches(layout.config.parallel)) + rest
-    filling = min(number, most)
-    if filling * stages > _TOO_MANY:
-        # The interleaved schedule is itself in its first group of micro-batches, of as many as ranks or some more.
-        group = -(-filling // max(1, filling // ranks))
-        most = group if layout.virtual > 1 else max(1, _TOO_MANY // 2 // stages)
-    return lower(schedule_of(layout.config.parallel, min(number, most)))
+    parallel, stages, number = layout.config.parallel, layout.pipeline * layout.virtual, layout.num_micro_batches
+    timed = first_micro_batches(parallel, number, most_timed // stages)
+    if timed * stages > _TOO_MANY:
+        # The interleaved schedule is itself in its first group. GPipe's step is told by the last of two.
+        one_group = first_micro_batches(parallel, number, 1, num_groups=1)
+        timed = one_group if layout.virtual > 1 else min(number, max(2, _TOO_MANY // 2 // stages))
+    return lower(schedule_of(parallel, timed))

@@ -7,6 +7,7 @@ from functools import lru_cache
 from megallm.config.resolve import pipeline_schedule
 from megallm.config.tree import ParallelConfig
 from megallm.schedule import BUILDERS, Action, LoweredSchedule, Schedule, build_schedule, lower, verify
+from megallm.schedule.builders import group_sizes
 
 
 def schedule_of(parallel: ParallelConfig, num_micro_batches: int, *, forward_only: bool = False) -> Schedule:
@@ -23,11 +24,29 @@ def order_of_rank(parallel: ParallelConfig, rank: int, num_micro_batches: int) -
     return BUILDERS[name](rank, ranks, virtual, num_micro_batches, group or ranks)
 
 
-def filling_micro_batches(parallel: ParallelConfig) -> int:
-    """Micro-batches with which every rank holds as much as with any multiple of the pipeline's ranks more; under GPipe
-    it holds one more with each."""
-    size = parallel.pipeline_model_parallel_size
-    return size if parallel.num_virtual_stages_per_pipeline_rank == 1 else 2 * size
+def peak_micro_batches(parallel: ParallelConfig, number: int) -> int:
+    """The micro-batches, at most `number`, with which every rank holds at its peak just what it holds with `number`.
+
+    Under GPipe all of them, under 1F1B as many as ranks. Of the interleaved schedule a rank's forward passes are less
+    than two groups ahead of its backward passes: what it holds comes again from group to group, but where a smaller
+    group follows a larger one. So three groups of each size tell of all, and these are dealt as those of `number` are.
+    """
+    name, ranks, _, group = _arguments(parallel)
+    if name != "interleaved":
+        return number if name == "gpipe" else min(number, ranks)
+    sizes = group_sizes(number, group or ranks)
+    large = sizes.count(sizes[0]) if sizes[0] > sizes[-1] else 0
+    return sum(sizes[:large][:3] + sizes[large:][:3])
+
+
+def first_micro_batches(parallel: ParallelConfig, number: int, wished: int, num_groups: int = 2) -> int:
+    """About `wished` of `number` micro-batches, more where these do not fill the pipeline: of the interleaved schedule
+    the first groups, `num_groups` at least."""
+    name, ranks, _, group = _arguments(parallel)
+    if name != "interleaved":
+        return min(number, max(2, ranks, wished))
+    sizes = group_sizes(number, group or ranks)
+    return sum(sizes[: max(num_groups, wished // sizes[0])])
 
 
 def _arguments(parallel: ParallelConfig) -> tuple[str, int, int, int | None]:

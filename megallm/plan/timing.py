@@ -51,9 +51,12 @@ class StepTime:
 def stage_costs(layout: Layout, gpu: Gpu) -> Costs:
     """Seconds of each stage's forward and backward pass of one micro-batch, and of a message between stages."""
     forward, backward = stage_seconds(layout, gpu)
+    return Costs(forward, backward, _message_seconds(layout, gpu))
+
+
+def _message_seconds(layout: Layout, gpu: Gpu) -> float:
     within_machine = layout.world_size <= gpu.per_machine
-    message = layout.sizes.hidden / ((gpu.link if within_machine else gpu.network) * gpu.efficiencies.link)
-    return Costs(forward, backward, message)
+    return layout.sizes.hidden / ((gpu.link if within_machine else gpu.network) * gpu.efficiencies.link)
 
 
 def stage_seconds(layout: Layout, gpu: Gpu) -> tuple[list[float], list[float]]:
@@ -125,6 +128,7 @@ def step_time(layout: Layout, gpu: Gpu, lowered: LoweredSchedule) -> StepTime:
     missing = layout.num_micro_batches - lowered.schedule.num_micro_batches
     another = max(busy)
     if missing and lowered.schedule.name == "gpipe":
+        assert layout.virtual == 1, "GPipe has one stage on a rank; with more another micro-batch takes more"
         fewer = schedule_of(layout.config.parallel, lowered.schedule.num_micro_batches - 1)
         another = timeline.makespan - simulate(lower(fewer), costs).makespan
     pipeline = timeline.makespan + missing * another
@@ -136,13 +140,13 @@ def step_time(layout: Layout, gpu: Gpu, lowered: LoweredSchedule) -> StepTime:
 def shortest_step(layout: Layout, gpu: Gpu) -> float:
     """Seconds that a step takes at least, by whatever schedule: before a rank's first pass a micro-batch has gone
     through the first stages of the ranks before it, and after its last pass one goes back through them."""
-    costs, micro_batches = stage_costs(layout, gpu), layout.num_micro_batches
     forward, backward = stage_seconds(layout, gpu)
+    message, micro_batches = _message_seconds(layout, gpu), layout.num_micro_batches
     there_and_back, shortest = 0.0, 0.0
     for rank in range(layout.pipeline):
         busy = sum(forward[stage.number] + backward[stage.number] for stage in layout.on_rank(rank))
         shortest = max(shortest, there_and_back + micro_batches * busy)
-        there_and_back += forward[rank] + backward[rank] + 2 * costs.message
+        there_and_back += forward[rank] + backward[rank] + 2 * message
     return shortest + max(sum(end_of_step(layout, gpu, rank, forward, backward)) for rank in range(layout.pipeline))
 
 

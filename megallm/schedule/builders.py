@@ -47,13 +47,18 @@ def interleaved(
     Megatron's. Where `group` does not divide m, the micro-batches are dealt evenly over m // group groups: a last group
     smaller than p would let rank 0 wait for a rank that waits for rank 0.
     """
+    sizes = group_sizes(num_micro_batches, group)
+    forwards, backwards = _chunk_orders(rank, num_ranks, num_virtual, sizes)
+    total = num_virtual * num_micro_batches
+    warm_up = min(2 * (num_ranks - rank - 1) + (num_virtual - 1) * sizes[0], total)
+    return _alternate(forwards, backwards, warm_up), min(warm_up + 1, total)
+
+
+def group_sizes(num_micro_batches: int, group: int) -> list[int]:
+    """Micro-batches of each group of the interleaved schedule, for a wished size of `group`: larger ones first."""
     num_groups = max(1, num_micro_batches // group)
     small, extra = divmod(num_micro_batches, num_groups)
-    group_sizes = [small + (index < extra) for index in range(num_groups)]
-    forwards, backwards = _chunk_orders(rank, num_ranks, num_virtual, group_sizes)
-    total = num_virtual * num_micro_batches
-    warm_up = min(2 * (num_ranks - rank - 1) + (num_virtual - 1) * group_sizes[0], total)
-    return _alternate(forwards, backwards, warm_up), min(warm_up + 1, total)
+    return [small + (index < extra) for index in range(num_groups)]
 
 
 BUILDERS: dict[str, Builder] = {"gpipe": gpipe, "1f1b": one_f_one_b, "interleaved": interleaved}

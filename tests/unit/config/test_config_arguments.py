@@ -13,7 +13,7 @@ import pytest
 from megallm.config import Config, difference, parse_arguments, resolve, to_yaml
 from megallm.config.completion import completion_script
 from megallm.config.dictionary import build
-from megallm.config.fields import all_fields, get
+from megallm.config.fields import all_fields
 from megallm.config.megatron import ALIASES, IGNORED, REFUSED, Refused, answer
 from megallm.plan.validate import validate
 
@@ -97,7 +97,8 @@ def test_mistakes_in_the_file_are_named_all_at_once(tmp_path: Path, capsys: pyte
     file.write_text(
         "model: {num_layer: 4, hidden_size: 4.5, activation: gelux, lr: 1, vocab_size: true, tie_embeddings: 1,\n"
         "  swiglu: true, disable-bias-linear: true}\n"
-        "modle: {}\ndata: 3\nnum_layers: 4\noptimizer: {lr: fast, min_lr: null}\n"
+        "modle: {}\ndata: 3\nnum_layers: 4\nuse-checkpoint-opt_param-scheduler: true\n"
+        "optimizer: {lr: fast, min_lr: null}\n"
         "training: {eval_interval: null}\nparallel: {tensor-model-parallel-size: 2}\n"
     )
     message = refused(capsys, "--config", str(file), "--lr", "fast")
@@ -108,6 +109,8 @@ def test_mistakes_in_the_file_are_named_all_at_once(tmp_path: Path, capsys: pyte
         "model.lr is unknown: lr belongs under optimizer",
         "model.swiglu is unknown: it is a flag, which a file writes as model.activation: swiglu",
         "model.disable-bias-linear is unknown: it is a flag, which a file writes as model.add_bias_linear: false",
+        "use-checkpoint-opt_param-scheduler stands at the top and is a flag, which a file writes as "
+        "optimizer.use_checkpoint_opt_param_scheduler: true",
         "model.vocab_size takes a whole number, not True",
         "model.tie_embeddings takes true or false, not 1",
         "there is no section modle, only model, ",
@@ -120,7 +123,7 @@ def test_mistakes_in_the_file_are_named_all_at_once(tmp_path: Path, capsys: pyte
         "--lr takes a number, not 'fast'",
     ):
         assert sentence in message
-    assert "15 problems" in message
+    assert "16 problems" in message
     assert "eval_interval" not in message
 
 
@@ -200,7 +203,8 @@ def test_a_flag_given_twice_takes_its_last_value() -> None:
 
 @pytest.mark.parametrize("alias", list(ALIASES), ids=lambda alias: alias.flag)
 def test_aliases(alias) -> None:
-    assert get(parse(alias.flag), alias.path) == alias.value
+    (entry,) = (entry for entry in all_fields() if entry.path == alias.path)
+    assert entry.of(parse(alias.flag)) == alias.value
 
 
 def test_no_position_embedding_gives_way() -> None:

@@ -28,7 +28,7 @@ from megallm.plan.stages import Layout
 from megallm.plan.timing import end_of_step, shortest_step, stage_costs, step_time
 from megallm.plan.validate import validate
 from megallm.plan.vocabulary import size_of_tokenizer
-from megallm.schedule import Kind, lower
+from megallm.schedule import Kind, LoweredSchedule, lower
 
 LLAMA_7B: dict[str, Any] = {
     "model.num_layers": 32,
@@ -237,36 +237,73 @@ def test_of_gpipe_fewer_micro_batches_tell_what_all_of_them_take_and_keep() -> N
 def test_too_few_micro_batches_to_fill_the_pipeline_tell_what_a_filled_one_takes_and_keeps(
     virtual: int, number: int
 ) -> None:
-    layout = laid_out(
-        8,
-        parallel__pipeline_model_parallel_size=8,
-        parallel__num_virtual_stages_per_pipeline_rank=virtual,
-        training__global_batch_size=64,
-    )
+    layout = deep(virtual, 64)
     whole, part = (lower(schedule_of(layout.config.parallel, many)) for many in (64, number))
     times = [step_time(layout, GPUS["H100"], lowered).pipeline for lowered in (whole, part)]
     assert times[1] == pytest.approx(times[0], rel=0.005)
-    for rank in range(8):
+    assert_memory_is_that_of(layout, whole, part, buffers=1)
+
+
+# Virtual stages, micro-batches and size of a group: as many micro-batches left over as there can be, a large group,
+# stages of one layer of which some are empty, and both a large group and what is left over.
+@pytest.mark.parametrize(
+    ("virtual", "number", "group"),
+    [(1, 68, None), (2, 68, None), (4, 71, None), (4, 128, 32), (5, 79, None), (2, 109, 13)],
+)
+def test_a_part_of_the_schedule_keeps_what_the_whole_does(
+    virtual: int, number: int, group: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = deep(virtual, number, group)
+    whole = lower(schedule_of(layout.config.parallel, number))
+    usual = plan_module._timed(layout, 1)
+    assert usual.schedule.num_micro_batches < number
+    assert_memory_is_that_of(layout, whole, usual, buffers=2 if number % (group or 8) else 0)
+    monkeypatch.setattr(plan_module, "_TOO_MANY", 40)
+    shortest = plan_module._timed(layout, 1)
+    assert shortest.schedule.num_micro_batches < usual.schedule.num_micro_batches
+    assert_memory_is_that_of(layout, whole, shortest, buffers=2)
+    seconds = step_time(layout, GPUS["H100"], whole).total
+    assert step_time(layout, GPUS["H100"], usual).total == pytest.approx(seconds, rel=0.01)
+    assert step_time(layout, GPUS["H100"], shortest).total == pytest.approx(seconds, rel=0.02)
+
+
+def deep(virtual: int, number: int, group: int | None = None) -> Layout:
+    """Eight ranks with `number` micro-batches."""
+    return laid_out(
+        8,
+        parallel__pipeline_model_parallel_size=8,
+        parallel__num_virtual_stages_per_pipeline_rank=virtual,
+        parallel__microbatch_group_size_per_virtual_pipeline_stage=group,
+        training__global_batch_size=number,
+    )
+
+
+def assert_memory_is_that_of(layout: Layout, whole: LoweredSchedule, part: LoweredSchedule, *, buffers: int) -> None:
+    """What `part` tells of every rank is what all micro-batches tell, but for a number of buffers more or less."""
+    for rank in range(layout.pipeline):
         kinds, few = memory_of_rank(layout, rank, whole), memory_of_rank(layout, rank, part)
-        assert 0 <= kinds.pop("buffers") - few.pop("buffers") <= layout.sizes.hidden
-        assert few == kinds
+        assert abs(kinds.pop("buffers") - few.pop("buffers")) <= buffers * layout.sizes.hidden, rank
+        assert few == kinds, rank
 
 
-def test_a_pipeline_of_very_many_ranks_is_timed_with_fewer_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, virtual in (("1f1b", 1), ("interleaved", 2)):
-        layout = laid_out(
-            8,
-            parallel__pipeline_model_parallel_size=8,
-            parallel__num_virtual_stages_per_pipeline_rank=virtual,
-            training__global_batch_size=68,
-        )
-        usual = make_plan(layout, GPUS["H100"], most_timed=1)
-        with monkeypatch.context() as patched:
-            patched.setattr(plan_module, "_TOO_MANY", 40)
-            short = make_plan(layout, GPUS["H100"], most_timed=1)
-        assert len(short.step.timeline.events) < len(usual.step.timeline.events) * 0.6, name
-        assert short.step.total == pytest.approx(usual.step.total, rel=0.01)
-        assert short.peak == pytest.approx(usual.peak, abs=2 * layout.sizes.hidden)
+def test_the_estimate_of_a_layout_knows_its_groups() -> None:
+    layout = deep(4, 128, 32)
+    whole = lower(schedule_of(layout.config.parallel, 128))
+    kinds = memory_of_rank(layout, 0, whole)
+    _, estimated = alternatives._estimate(layout, GPUS["H100"])
+    assert estimated == pytest.approx(sum(kinds.values()) - kinds["communicators"], rel=0.02)
+
+
+def test_of_gpipe_two_micro_batches_are_timed_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = laid_out(
+        8,
+        parallel__pipeline_model_parallel_size=8,
+        parallel__pipeline_schedule="gpipe",
+        training__global_batch_size=16,
+    )
+    whole = make_plan(layout, GPUS["H100"])
+    monkeypatch.setattr(plan_module, "_TOO_MANY", 8)
+    assert make_plan(layout, GPUS["H100"], most_timed=1).step.total == pytest.approx(whole.step.total, rel=0.01)
 
 
 def test_a_step_is_never_shorter_than_the_shortest() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from megallm.config import Config, resolve
 from megallm.config.dictionary import build
-from megallm.config.fields import REQUIRED, all_fields, get
+from megallm.config.fields import REQUIRED, all_fields
 from megallm.plan import (
     rules_batches,
     rules_bert,
@@ -688,7 +688,7 @@ def test_validation_never_raises_on_arbitrary_broken_values() -> None:
             list: ([], ["1"]),
         }[kind]:
             config = configuration({path: value})
-            assert get(config, path) is value
+            assert BY_PATH[path].of(config) is value
             validate(config, 6)
 
 
