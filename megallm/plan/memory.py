@@ -65,7 +65,7 @@ def memory_of_rank(layout: Layout, rank: int, lowered: LoweredSchedule, *, with_
 
     `lowered` may have fewer micro-batches than the step. Under GPipe those that are missing are held too, each with its
     input. Of the other schedules the rank's order in the step tells what it holds, and a buffer comes with each input
-    that it holds more: exact to one or two buffers. Without `with_passing` only what stays between passes
+    that it holds more, which is exact but for a few buffers. Without `with_passing` only what stays between passes
     counts: no working memory, no messages that leave.
     """
     schedule, number, parallel = lowered.schedule, layout.num_micro_batches, layout.config.parallel
