@@ -155,7 +155,7 @@ MEGALLM_INLINE void backward_row(const BackwardRows& rows, int64_t row, A* parti
         grad_up[i] = grad_output[i] * value;
       }
       if (partial != nullptr) {
-        tiles::accumulate_piece(grad_up, count, partial + width + column);
+        tiles::accumulate_inline(grad_up, count, partial + width + column);
       }
       tiles::write_piece(rows.grad_input, to + width, count, grad_up);
     } else {
@@ -167,7 +167,7 @@ MEGALLM_INLINE void backward_row(const BackwardRows& rows, int64_t row, A* parti
       }
     }
     if (partial != nullptr) {
-      tiles::accumulate_piece(grad_x, count, partial + column);
+      tiles::accumulate_inline(grad_x, count, partial + column);
     }
     tiles::write_piece(rows.grad_input, to, count, grad_x);
   }

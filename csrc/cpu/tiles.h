@@ -19,12 +19,20 @@ namespace megallm::tiles {
 // Elements of a tile: a handful of buffers of this size stay in the first-level cache.
 constexpr int64_t kTile = 1024;
 
+// Elements that are read, computed and written before the next ones: so few that the processor fetches those meanwhile.
+// Loops over a piece all have this many iterations, so that the compiler needs no code for a rest; at the end of a row
+// they compute on zeros, which are not written.
+constexpr int64_t kPiece = 128;
+
 // Vectors of 64 bytes that lie across two cache lines would take twice as long.
-template <typename Accumulator>
+template <typename Scalar, int64_t kSize = kTile>
 struct alignas(64) Buffer {
-  Accumulator values[kTile];
-  operator Accumulator*() { return values; }
+  Scalar values[kSize];
+  operator Scalar*() { return values; }
 };
+
+template <typename Scalar>
+using Piece = Buffer<Scalar, kPiece>;
 
 template <typename Scalar>
 MEGALLM_INLINE void widen_all(const Scalar* __restrict__ data, int64_t count, float* __restrict__ result) {
@@ -108,17 +116,6 @@ inline Source source(const Tensor& tensor) { return {tensor.const_data_ptr(), te
 inline Source source(const Rows& rows) { return source(rows.tensor); }
 inline Target target(const Tensor& tensor) { return {tensor.mutable_data_ptr(), tensor.scalar_type()}; }
 
-// Elements that are read, computed and written before the next ones: so few that the processor fetches those meanwhile.
-// Loops over a piece all have this many iterations, so that the compiler needs no code for a rest; at the end of a row
-// they compute on zeros, which are not written.
-constexpr int64_t kPiece = 128;
-
-template <typename Accumulator>
-struct alignas(64) Piece {
-  Accumulator values[kPiece];
-  operator Accumulator*() { return values; }
-};
-
 template <typename Scalar>
 MEGALLM_INLINE const Scalar* padded(const Scalar* data, int64_t count, Piece<Scalar>& buffer) {
   if (count == kPiece) {
@@ -169,15 +166,6 @@ MEGALLM_INLINE const A* read_biased_piece(const Source& source, int64_t row_star
   return buffer;
 }
 
-// As `accumulate` of a tile, but part of the function that calls it.
-template <typename A>
-MEGALLM_INLINE void accumulate_piece(const A* values, int64_t count, A* __restrict__ sums) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    sums[i] += values[i];
-  }
-}
-
 // Where to compute `count` elements from `offset` on, before `write_piece`: in place if that holds a whole piece.
 template <typename A>
 MEGALLM_INLINE A* place_of_piece(const Target& target, int64_t offset, int64_t count, Piece<A>& buffer) {
@@ -226,25 +214,24 @@ inline void add(const double* left, const double* right, int64_t count, double* 
   }
 }
 
-[[maybe_unused]] MEGALLM_CLONES static void accumulate(const float* values, int64_t count, float* __restrict__ sums) {
+// `accumulate` as part of the function that calls it.
+template <typename Value, typename Sum>
+MEGALLM_INLINE void accumulate_inline(const Value* values, int64_t count, Sum* __restrict__ sums) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     sums[i] += values[i];
   }
 }
 
-[[maybe_unused]] MEGALLM_CLONES static void accumulate(const float* values, int64_t count, double* __restrict__ sums) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    sums[i] += values[i];
-  }
+[[maybe_unused]] MEGALLM_CLONES static void accumulate(const float* values, int64_t count, float* sums) {
+  accumulate_inline(values, count, sums);
 }
 
-inline void accumulate(const double* values, int64_t count, double* __restrict__ sums) {
-  for (int64_t i = 0; i < count; ++i) {
-    sums[i] += values[i];
-  }
+[[maybe_unused]] MEGALLM_CLONES static void accumulate(const float* values, int64_t count, double* sums) {
+  accumulate_inline(values, count, sums);
 }
+
+inline void accumulate(const double* values, int64_t count, double* sums) { accumulate_inline(values, count, sums); }
 
 // A vector for all rows, such as a bias, whole in the accumulation type; nothing where there is none.
 template <typename A>
