@@ -25,7 +25,13 @@ def test_error_is_at_most_twice_that_of_eager(case: Case):
 
 
 @pytest.mark.parametrize(
-    "check", [accuracy.check_views_of_kernels, accuracy.check_determinism, accuracy.check_non_finite]
+    "check",
+    [
+        accuracy.check_views_of_kernels,
+        accuracy.check_each_unaligned,
+        accuracy.check_determinism,
+        accuracy.check_non_finite,
+    ],
 )
 @every_case
 def test_as_on_a_gpu(case: Case, check):
@@ -39,3 +45,7 @@ def test_gradcheck(case: Case):
 
 def test_a_row_of_a_table_that_nearly_all_tokens_use():
     accuracy.check_a_much_used_row("cpu")
+
+
+def test_no_gradient_where_nothing_is_seen():
+    accuracy.check_unseen_keys("cpu")

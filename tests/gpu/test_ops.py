@@ -25,7 +25,13 @@ def test_error_is_at_most_twice_that_of_eager(case: Case):
 
 @pytest.mark.parametrize(
     "check",
-    [accuracy.check_views_of_kernels, accuracy.check_determinism, accuracy.check_non_finite, accuracy.check_compiles],
+    [
+        accuracy.check_views_of_kernels,
+        accuracy.check_each_unaligned,
+        accuracy.check_determinism,
+        accuracy.check_non_finite,
+        accuracy.check_compiles,
+    ],
 )
 @every_case
 def test_as_on_the_cpu(case: Case, check):
@@ -66,6 +72,10 @@ def test_on_a_device_that_is_not_current(case: Case):
 
 def test_a_row_of_a_table_that_nearly_all_tokens_use():
     accuracy.check_a_much_used_row("cuda")
+
+
+def test_no_gradient_where_nothing_is_seen():
+    accuracy.check_unseen_keys("cuda")
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 7), (0, 3, 7), (1, 1, 1), (64, 96, 128), (512, 1024, 256)], ids=str)

@@ -16,7 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megallm.ops.accumulate import accumulate_weight_gradient
+from megallm.ops.dropout import Dropout
 from megallm.ops.embedding import accumulate_rows
+from megallm.ops.softmax import scaled_masked_softmax
+from megallm.random import stream_key
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Rows 0, 1, prime, many; widths 1, odd, a vector's multiple and not, longer than what a block keeps in registers, in
@@ -232,6 +235,25 @@ def check_views_of_kernels(case: Case, device: str) -> None:
     check_views(case, device, exact=False)
 
 
+def check_each_unaligned(case: Case, device: str) -> None:
+    """One input or gradient alone begins one element after a multiple of 16 bytes, all rows as far apart as before."""
+
+    def unaligned(tensor: Tensor) -> Tensor:
+        return _in_a_packed_tensor(tensor, 1, 15) if tensor.dim() else tensor
+
+    for dtype in case.dtypes:
+        inputs = case.inputs((6, 5, 64), dtype, device)
+        grads = case.output_gradients(inputs)
+        expected = case.results(inputs, grads, "native")
+        for name, tensor in inputs.items():
+            found = case.results({**inputs, name: unaligned(tensor)}, grads, "native")
+            check_same(found, expected, exact=False, what=f"{case.name}: {name} alone {dtype}")
+        for number, grad in enumerate(grads):
+            changed = [*grads[:number], unaligned(grad), *grads[number + 1 :]]
+            found = case.results(inputs, changed, "native")
+            check_same(found, expected, exact=False, what=f"{case.name}: gradient {number} alone {dtype}")
+
+
 def _in_a_packed_tensor(tensor: Tensor, before: int, after: int) -> Tensor:
     """The same values as a slice of the last dim of something wider."""
     packed = tensor.new_zeros((*tensor.shape[:-1], before + tensor.shape[-1] + after))
@@ -287,6 +309,28 @@ def check_a_much_used_row(device: str) -> None:
     accumulate_rows(exact, gradient.double(), rows, "reference")
     assert torch.equal(tables[0], tables[1])
     assert_not_worse("table", tables[0], tables[2], exact)
+
+
+def check_unseen_keys(device: str) -> None:
+    """What causal queries do not see has no gradient: not in a row that is NaN, and not where a NaN comes in there."""
+    generator = torch.Generator().manual_seed(0)
+    # In single elements, in vectors that are seen in part, and in a loop over what registers do not hold.
+    for (queries, keys), dtype in itertools.product(((3, 5), (16, 96), (12, 16392)), DTYPES):
+        scores = torch.randn(queries, keys, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+        given = torch.randn(queries, keys, generator=generator, dtype=torch.float64).to(device, dtype)
+        seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+        rows = torch.arange(queries, device=device)
+        dropout = Dropout(0.25, stream_key(3, "x").to(device), torch.tensor(5, device=device), rows)
+        for dropped in (None, dropout):
+            what = f"softmax causal {queries} x {keys} {dtype}{' with dropout' if dropped else ''}"
+            weights = scaled_masked_softmax(scores, None, 0.3, True, dropout=dropped, implementation="native")
+            expected, found, broken = (
+                torch.autograd.grad(weights, scores, grad, retain_graph=True)[0]
+                for grad in (given, given.masked_fill(~seen, torch.nan), given.masked_fill(seen, torch.nan))
+            )
+            assert torch.equal(found, expected), f"{what}: NaN where nothing is seen"
+            assert (broken[~seen] == 0).all(), f"{what}: NaN in all that is seen"
+            assert broken[seen].isnan().all(), f"{what}: NaN in all that is seen is lost"
 
 
 def check_weight_gradients(

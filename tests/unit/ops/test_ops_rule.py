@@ -55,6 +55,12 @@ def test_views_give_the_bits_of_their_copies(case: Case):
 
 
 @pytest.mark.slow
+@every_case
+def test_each_input_alone_unaligned(case: Case):
+    accuracy.check_each_unaligned(case, "cpu")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in BUILT if not case.name.startswith(accuracy.COPIES)], ids=str)
 def test_slices_are_not_copied(case: Case):
     accuracy.check_no_copies(case)
@@ -76,6 +82,10 @@ def test_number_of_threads_changes_nothing(case: Case):
 @every_case
 def test_not_finite_values_stay_in_their_row(case: Case):
     accuracy.check_non_finite(case, "cpu")
+
+
+def test_no_gradient_where_nothing_is_seen():
+    accuracy.check_unseen_keys("cpu")
 
 
 @pytest.mark.slow
