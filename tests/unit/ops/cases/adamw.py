@@ -4,7 +4,6 @@ from torch import Tensor
 from megallm.ops.adamw import adamw
 from tests.unit.ops.accuracy import Case, Inputs
 
-
 INPUTS = ("weights", "gradient", "first_moment", "second_moment", "rounded")
 
 
@@ -34,7 +33,7 @@ def update(inputs: Inputs, implementation: str, rounded_dtype: torch.dtype | Non
     for skip in (1.0, 0.0):
         adamw(
             copies[0],
-            copies[1].clone(),
+            flat_copy(inputs["gradient"], copies[1].dtype),
             copies[2],
             copies[3],
             num_updates,
