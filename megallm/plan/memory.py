@@ -72,8 +72,10 @@ def memory_of_rank(layout: Layout, rank: int, lowered: LoweredSchedule, *, with_
     slots = lowered.num_activation_slots[rank] + lowered.num_gradient_slots[rank]
     actions: Sequence[Action] = schedule.actions[rank]
     if schedule.num_micro_batches < number and schedule.name != "gpipe":
-        actions, _ = order_of_rank(parallel, rank, peak_micro_batches(parallel, number))
-        slots += _inputs_held(actions) - _inputs_held(schedule.actions[rank])
+        assert schedule.max_in_flight is not None, "a builder made the schedule"
+        actions, in_flight = order_of_rank(parallel, rank, peak_micro_batches(parallel, number))
+        slots += _inputs_held(rank, actions, in_flight)
+        slots -= _inputs_held(rank, schedule.actions[rank], schedule.max_in_flight[rank])
     peak = peak_of_step(layout, rank, actions, with_passing=with_passing)
     if schedule.num_micro_batches < number and schedule.name == "gpipe":
         assert layout.virtual == 1, "GPipe has one stage on a rank, where all that is held is held at once"
@@ -90,8 +92,10 @@ def memory_of_rank(layout: Layout, rank: int, lowered: LoweredSchedule, *, with_
     }
 
 
-def _inputs_held(actions: Sequence[Action]) -> int:
-    """Inputs that a rank holds at most at once, of which the first stage receives none."""
+def _inputs_held(rank: int, actions: Sequence[Action], in_flight: int) -> int:
+    """Inputs that a rank holds at most at once: those of all that is in flight, but the first stage receives none."""
+    if rank > 0:
+        return in_flight
     forward = Kind.F
     return max(accumulate((stage > 0) * (1 if kind is forward else -1) for kind, stage, _ in actions))
 

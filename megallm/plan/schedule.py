@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 from megallm.config.resolve import pipeline_schedule
@@ -18,10 +19,18 @@ def schedule_of(parallel: ParallelConfig, num_micro_batches: int, *, forward_onl
     )
 
 
-def order_of_rank(parallel: ParallelConfig, rank: int, num_micro_batches: int) -> tuple[list[Action], int]:
+def order_of_rank(parallel: ParallelConfig, rank: int, num_micro_batches: int) -> tuple[Sequence[Action], int]:
     """The same of one rank, with backward passes, and the pairs of stage and micro-batch that are in flight at most."""
     name, ranks, virtual, group = _arguments(parallel)
-    return BUILDERS[name](rank, ranks, virtual, num_micro_batches, group or ranks)
+    return _order_of_rank(name, rank, ranks, virtual, num_micro_batches, group or ranks)
+
+
+# Enough for the ranks of a long pipeline beside the first ranks of all layouts that are compared with it.
+@lru_cache(maxsize=1024)
+def _order_of_rank(
+    name: str, rank: int, num_ranks: int, num_virtual: int, num_micro_batches: int, group: int
+) -> tuple[Sequence[Action], int]:
+    return BUILDERS[name](rank, num_ranks, num_virtual, num_micro_batches, group)
 
 
 def peak_micro_batches(parallel: ParallelConfig, number: int) -> int:

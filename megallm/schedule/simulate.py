@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -24,10 +24,6 @@ from megallm.schedule.action import (
     parse_action,
 )
 from megallm.schedule.lowering import LoweredSchedule
-
-_GRAD_SYNC = Kind.GRAD_SYNC
-_Message = tuple[Kind, int, int | None]  # an Action, or a plain tuple with the same, which is quicker made
-_TO_NEXT_STAGE = frozenset({Kind.SEND_F, Kind.RECV_B})
 
 
 class Event(NamedTuple):
@@ -60,20 +56,21 @@ class Timeline:
     @property
     def compute(self) -> list[Event]:
         """The F, B, I and W events, by start."""
-        return sorted(self._compute(), key=lambda event: event.start)
+        return sorted(self._compute, key=lambda event: event.start)
 
-    def _compute(self) -> Iterator[Event]:
-        return (event for event in self.events if event.action.kind in COMPUTE_KINDS)
+    @cached_property
+    def _compute(self) -> list[Event]:
+        return [event for event in self.events if event.action.kind in COMPUTE_KINDS]
 
     @cached_property
     def start(self) -> float:
         """When the first compute starts. Kept: whoever draws asks for every event."""
-        return min((event.start for event in self._compute()), default=0.0)
+        return min((event.start for event in self._compute), default=0.0)
 
     @property
     def makespan(self) -> float:
         """From the start of the first compute to the end of the last."""
-        return max((event.end for event in self._compute()), default=0.0) - self.start
+        return max((event.end for event in self._compute), default=0.0) - self.start
 
     @property
     def rank_bubbles(self) -> tuple[float, ...]:
@@ -208,43 +205,42 @@ def simulate(lowered: LoweredSchedule, costs: Costs | None = None) -> Timeline:
     return Timeline(lowered.schedule.name, tuple(_Clock(lowered, costs or Costs()).run()))
 
 
-@dataclass
-class _Channel:
-    """One directed edge: messages in order, each beginning when both ends are posted and the one before is through.
+class _Clock:
+    """Advances each rank until a message that it needs is not through, and goes on with it when it is.
 
-    Of the ends that wait for their other one, each with the time of its posting, all are sends or all are receives.
+    A message is a number, the same at both its ends: activations come first, by the stage that receives them and the
+    micro-batch, then gradients likewise. Both ends of a channel post its messages in one order, as `lower` makes and
+    `verify` proves it; so a message of which both ends are posted is the next of its channel.
     """
 
-    sends: deque[tuple[float, Action]] = field(default_factory=deque)
-    receives: deque[tuple[float, Action]] = field(default_factory=deque)
-    free: float = 0.0
-
-
-class _Clock:
     def __init__(self, lowered: LoweredSchedule, costs: Costs):
         schedule = lowered.schedule
+        stages, number, num_ranks = range(schedule.num_stages), schedule.num_micro_batches, len(lowered.steps)
         self.steps = lowered.steps
-        self.placement = schedule.placement
-        self.message = costs.message
+        self.message_cost = costs.message
         forward, backward = costs.per_stage(schedule)
         half = [cost / 2 for cost in backward]
-        stages = range(schedule.num_stages)
-        activations = [Kind.RECV_F if schedule.receives_activation(stage) else None for stage in stages]
-        gradients = [Kind.RECV_B if schedule.receives_gradient(stage) else None for stage in stages]
-        # Of each kind of compute, by stage: the message that brings its input, if one does, and what it costs.
-        self.compute: dict[Kind, list[tuple[Kind | None, float]]] = {
-            Kind.F: list(zip(activations, forward, strict=True)),
-            Kind.B: list(zip(gradients, backward, strict=True)),
-            Kind.I: list(zip(gradients, half, strict=True)),
-            Kind.W: [(None, cost) for cost in half],
+        self.costs = {Kind.F: forward, Kind.B: backward, Kind.I: half, Kind.W: half}
+        # By kind and stage the message of micro-batch 0 that is sent, that is received, or that what computes needs.
+        activations = [stage * number for stage in stages]
+        gradients = [(len(stages) + stage) * number for stage in stages]
+        self.first_messages = {
+            **dict.fromkeys((Kind.F, Kind.RECV_F), activations),
+            **dict.fromkeys((Kind.B, Kind.I, Kind.W, Kind.RECV_B), gradients),
+            Kind.SEND_F: activations[1:],  # to the next stage
+            Kind.SEND_B: [0, *gradients[:-1]],  # to the stage before, which the first has not
         }
-        self.channels: defaultdict[tuple[int, int], _Channel] = defaultdict(_Channel)
-        self.position = [0] * len(self.steps)
-        self.now = [0.0] * len(self.steps)
-        self.awake = deque(range(len(self.steps)))
-        # The rank that waits for a message, and when a message is through; by its SEND and by its RECV.
-        self.waiting: dict[_Message, int] = {}
-        self.ends: dict[_Message, float] = {}
+        # When each message is through, None until then. What comes without one is there from the start.
+        is_message = [*map(schedule.receives_activation, stages), *map(schedule.receives_gradient, stages)]
+        self.through = [None if exists else 0.0 for exists in is_message for _ in range(number)]
+        # The end of a message that was posted first: when, by which rank, and as what.
+        self.posted: dict[int, tuple[float, int, Action]] = {}
+        # From when on a channel is free, by the rank that sends and the one that receives.
+        self.free: defaultdict[tuple[int, int], float] = defaultdict(float)
+        self.position = [0] * num_ranks
+        self.now = [0.0] * num_ranks
+        self.awake = deque(range(num_ranks))
+        self.waiting: dict[int, int] = {}  # the rank that waits for a message
         self.events: list[Event] = []
 
     def run(self) -> Iterable[Event]:
@@ -262,46 +258,44 @@ class _Clock:
 
     def _advance(self, rank: int) -> None:
         """Does the rank's steps until one has to wait for a message that is not through."""
-        steps, ends, now = self.steps[rank], self.ends, self.now[rank]
+        steps, now = self.steps[rank], self.now[rank]
+        first_messages, through, posted, costs = self.first_messages, self.through, self.posted, self.costs
         for index in range(self.position[rank], len(steps)):
-            action = steps[index].action
+            action, _, awaits = steps[index]
+            for kind, stage, micro_batch in awaits:
+                assert micro_batch is not None, "a message has a micro-batch"
+                message = first_messages[kind][stage] + micro_batch
+                end = through[message]
+                if end is None:
+                    return self._wait(rank, index, now, message)
+                now = max(now, end)
             kind, stage, micro_batch = action
-            awaited: tuple[_Message, ...] = steps[index].awaits
-            cost = None
-            if kind in self.compute:
-                incoming, cost = self.compute[kind][stage]
-                if incoming is not None:
-                    awaited = (*awaited, (incoming, stage, micro_batch))
-            ready = now
-            for message in awaited:
-                if message not in ends:
-                    self.waiting[message] = rank
-                    self.position[rank], self.now[rank] = index, now
-                    return
-                ready = max(ready, ends[message])
-            now = ready
-            if cost is not None:
-                now = ready + cost
-                self.events.append(Event(rank, action, ready, now))
-            elif kind is not _GRAD_SYNC:
-                self._post(rank, action, now)
+            if micro_batch is None:  # GRAD_SYNC
+                continue
+            message = first_messages[kind][stage] + micro_batch
+            if kind in costs:
+                end = through[message]
+                if end is None:
+                    return self._wait(rank, index, now, message)
+                start = max(now, end)
+                now = start + costs[kind][stage]
+                self.events.append(Event(rank, action, start, now))
+            elif message in posted:
+                self._transfer(message, (now, rank, action), posted.pop(message))
+            else:
+                posted[message] = now, rank, action
         self.position[rank] = len(steps)
 
-    def _post(self, rank: int, action: Action, now: float) -> None:
-        """Posts one end of a message, and times the message where the other end waits already."""
-        kind, stage, _ = action
-        peer = self.placement[stage + 1 if kind in _TO_NEXT_STAGE else stage - 1]
-        is_send = kind in SEND_KINDS
-        channel = self.channels[(rank, peer) if is_send else (peer, rank)]
-        own, others = (channel.sends, channel.receives) if is_send else (channel.receives, channel.sends)
-        if not others:
-            own.append((now, action))
-            return
-        posted, other = others.popleft()
-        start = max(now, posted, channel.free)
-        end = channel.free = start + self.message
-        for one in (action, other):
-            self.ends[one] = end
-            if one in self.waiting:
-                self.awake.append(self.waiting.pop(one))
-        self.events.append(Event(rank, action, start, end) if is_send else Event(peer, other, start, end))
+    def _wait(self, rank: int, index: int, now: float, message: int) -> None:
+        """Lets a rank sleep before a step, from `now` on, until a message is through."""
+        self.position[rank], self.now[rank], self.waiting[message] = index, now, rank
+
+    def _transfer(self, message: int, last: tuple[float, int, Action], first: tuple[float, int, Action]) -> None:
+        """Times a message whose ends are both posted, and wakes who waits for it."""
+        send, receive = (last, first) if last[2].kind in SEND_KINDS else (first, last)
+        channel = send[1], receive[1]
+        start = max(send[0], receive[0], self.free[channel])
+        end = self.through[message] = self.free[channel] = start + self.message_cost
+        self.events.append(Event(send[1], send[2], start, end))
+        if message in self.waiting:
+            self.awake.append(self.waiting.pop(message))

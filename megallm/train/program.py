@@ -74,12 +74,14 @@ def _tell(program: Program, config: Config) -> None:
         sys.stdout.write(difference_yaml(replace(config, plan=PlanConfig())))
         return
     world_size = _check(program, config)
-    from megallm.plan.dry_run import dry_run
+    from megallm.plan.dry_run import dry_run, without_garbage_collection
 
-    print(dry_run(config, world_size))
-    _print_load_preview(program.name, config, world_size)
-    # Where the process ends Python looks for cycles once more, a fifth of the time of a large plan, but not here.
-    gc.freeze()
+    with without_garbage_collection():
+        print(dry_run(config, world_size))
+        _print_load_preview(program.name, config, world_size)
+        # Python would look for cycles when the plan is told and again where the process ends, a fifth of the time of a
+        # large one, but not in what is frozen.
+        gc.freeze()
 
 
 def _check(program: Program, config: Config) -> int:
