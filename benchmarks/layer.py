@@ -43,7 +43,9 @@ ATTENTION = ("attention", "flash", "cudnn", "efficient")
 
 
 class Layer:
-    """A layer with what it needs to run as in training."""
+    """A layer with what it needs to run as in the midst of a stage: its first norm adds what the layer before leaves to
+    be added, and what it leaves itself is the affair of the one after it.
+    """
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.mesh = Mesh(MeshShape(), 0, device)
@@ -61,17 +63,20 @@ class Layer:
         )
         self.reducer.start_step(10**9)  # zeroes the gradients once, for any number of passes
         length, batch, width = config.data.seq_length, config.training.micro_batch_size, config.model.hidden_size
-        self.hidden = torch.randn(length, batch, width, device=device).to(torch.bfloat16).requires_grad_()
-        self.gradient = torch.randn(length, batch, width, device=device).to(torch.bfloat16)
+        # The first norm computes the gradient of the first two in any case; none of them keeps it.
+        self.hidden, self.branch, self.gradient = (
+            torch.randn(length, batch, width, device=device).to(torch.bfloat16) for _ in range(3)
+        )
         tokens = torch.zeros(batch, length, dtype=torch.int64, device=device)
-        self.batch = {"tokens": tokens, "sample_ids": torch.arange(batch, device=device)}
+        self.sequence = self.stage.describe_sequence(
+            {"tokens": tokens, "sample_ids": torch.arange(batch, device=device)}, None
+        )
 
     def pass_through(self, stopwatch: Stopwatch) -> None:
         with stopwatch.measure("forward"):
-            (output,) = self.stage((self.hidden,), self.batch, None)
+            outputs = self.stage.layers[0](self.hidden, self.branch, self.sequence)
         with stopwatch.measure("backward"):
-            output.backward(self.gradient)
-        self.hidden.grad = None
+            torch.autograd.backward(outputs, (self.gradient, self.gradient))
 
 
 def measure(config: Config, device: torch.device, repeats: int) -> dict[str, Any]:
@@ -117,9 +122,9 @@ def roofline(config: Config, flops: ModelFlops, reached: Gpu) -> dict[str, float
     """Seconds at least, by what they go to."""
     model, tokens = config.model, config.data.seq_length * config.training.micro_batch_size
     attention = flops.half - flops.weights  # of the model: a forward pass, and twice that backward
-    # Bytes of bfloat16 for each element of hidden states: two norms, each with the residual sum before it and the
-    # residual's gradient after it (forward 4, backward 4, but for the first sum, which the layer before makes), and the
-    # turning of queries and keys (4 and 4). For each of the MLP's inner vector: gate, up and their product (3 and 5).
+    # Numbers that are read or written for each element of hidden states: two norms, each with the residual sum before
+    # it and the residual's gradient after it (forward 4, backward 4), and the turning of queries and keys (4 and 4). For
+    # each of the MLP's inner vector: gate, up and their product (3 and 5).
     assert model.ffn_hidden_size, "the configuration is resolved"
     elements = tokens * (24 * model.hidden_size + 8 * model.ffn_hidden_size)
     return {

@@ -22,8 +22,16 @@ def norm_settings(config: ModelConfig) -> NormSettings:
     return NormSettings(config.normalization, config.norm_epsilon, config.apply_layernorm_1p)
 
 
+def added(hidden: torch.Tensor, branch: torch.Tensor | None) -> torch.Tensor:
+    """The sum of what a layer returns, where no norm makes it."""
+    return hidden if branch is None else hidden + branch
+
+
 class TransformerLayer(nn.Module):
     """Pre-norm layer: [sequence (/ tp), batch, hidden] -> the same shape.
+
+    Hidden states come and go as two summands, of which the second (the `branch` that the MLP was) may be None: the norm
+    that the next layer begins with adds them on its way.
 
     With a parallel residual, attention and MLP both read the layer's input. With the residual taken after the norm,
     attention and MLP are added to their own normalised inputs: then a norm stands between any two sums, as in a
@@ -74,20 +82,17 @@ class TransformerLayer(nn.Module):
         )
         self.mlp_dropout = HiddenDropout(f"{name}.mlp_output", config.hidden_dropout, context)
 
-    def forward(self, hidden: torch.Tensor, sequence: SequenceContext) -> torch.Tensor:
-        normalised, hidden = self.attention_norm.of_sum(hidden, None)
+    def forward(
+        self, hidden: torch.Tensor, branch: torch.Tensor | None, sequence: SequenceContext
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        normalised, hidden = self.attention_norm.of_sum(hidden, branch)
         attended, bias = self.attention(normalised, sequence), self.attention.output.bias
-        residual = normalised if self.residual_after_norm else hidden
         if self.parallel_residual:
-            residual = self.attention_dropout(attended, sequence, bias, residual)
-            normalised = self.mlp_norm(hidden)
-        elif self.attention_dropout.of(sequence) is not None:
-            total = self.attention_dropout(attended, sequence, bias, residual)
-            normalised, residual = self.mlp_norm.of_sum(total, None)
+            normalised, hidden = self.mlp_norm.of_sum(hidden, None)
+            residual = added(*self.attention_dropout.onto(hidden, attended, bias, sequence))
         else:
-            attended = self.attention_dropout(attended, sequence, bias)
-            normalised, residual = self.mlp_norm.of_sum(attended, residual)
-        if self.residual_after_norm:
-            residual = normalised
+            residual = normalised if self.residual_after_norm else hidden
+            normalised, total = self.mlp_norm.of_sum(*self.attention_dropout.onto(residual, attended, bias, sequence))
+            residual = normalised if self.residual_after_norm else total
         widened = recompute.run(self.mlp, normalised, again=self.recompute_mlp)
-        return self.mlp_dropout(widened, sequence, self.mlp.output.bias, residual)
+        return self.mlp_dropout.onto(residual, widened, self.mlp.output.bias, sequence)

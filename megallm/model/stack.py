@@ -8,11 +8,15 @@ from torch import nn
 from megallm.config.tree import ModelConfig, TrainingConfig
 from megallm.layers import recompute
 from megallm.layers.context import LayoutContext, SequenceContext
-from megallm.model.block import TransformerLayer
+from megallm.model.block import TransformerLayer, added
 
 
 class LayerStack(nn.ModuleList):
-    """Layers `numbers` of a transformer, one after another: [sequence (/ tp), batch, hidden] -> the same shape."""
+    """Layers `numbers` of a transformer, one after another: [sequence (/ tp), batch, hidden] -> the same shape.
+
+    Within a run of layers each leaves its last addition to the first norm of the next; what a run returns, and what is
+    kept of it where it is computed again, is one tensor.
+    """
 
     def __init__(
         self, name: str, numbers: range, model: ModelConfig, training: TrainingConfig, context: LayoutContext
@@ -27,9 +31,10 @@ class LayerStack(nn.ModuleList):
         return hidden
 
     def _run(self, layers: range, hidden: torch.Tensor, sequence: SequenceContext) -> torch.Tensor:
+        branch = None
         for number in layers:
-            hidden = self[number](hidden, sequence)
-        return hidden
+            hidden, branch = self[number](hidden, branch, sequence)
+        return added(hidden, branch)
 
 
 def runs_of_layers(num_layers: int, training: TrainingConfig) -> list[tuple[range, bool]]:
