@@ -123,8 +123,8 @@ def roofline(config: Config, flops: ModelFlops, reached: Gpu) -> dict[str, float
     model, tokens = config.model, config.data.seq_length * config.training.micro_batch_size
     attention = flops.half - flops.weights  # of the model: a forward pass, and twice that backward
     # Numbers that are read or written for each element of hidden states: two norms, each with the residual sum before
-    # it and the residual's gradient after it (forward 4, backward 4), and the turning of queries and keys (4 and 4). For
-    # each of the MLP's inner vector: gate, up and their product (3 and 5).
+    # it and the residual's gradient after it (forward 4, backward 4), and the turning of queries and keys (4 and 4).
+    # For each of the MLP's inner vector: gate, up and their product (3 and 5).
     assert model.ffn_hidden_size, "the configuration is resolved"
     elements = tokens * (24 * model.hidden_size + 8 * model.ffn_hidden_size)
     return {
