@@ -68,7 +68,8 @@ def make_engine(num_layers: int) -> Engine:
         "data.mock_data": True,
     }
     mesh = Mesh(MeshShape(), 0, torch.device("cpu"))
-    engine = build_engine(resolve(build(settings), 1), GPTTask(VOCAB_SIZE), mesh)
+    config = resolve(build(settings), 1)
+    engine = build_engine(config, GPTTask.from_config(config), mesh)
     take_step(engine)
     return engine
 

@@ -114,7 +114,8 @@ def megallm_contender(layout: Layout, rank: int) -> TakeStep:
     }
     keep_freed_memory()  # as a training program does when it starts
     mesh = Mesh(MeshShape(tp=layout.tp, pp=layout.pp, dp=layout.dp), rank, torch.device("cpu"))
-    engine = build_engine(resolve(build(settings), layout.world_size), GPTTask(VOCAB_SIZE), mesh)
+    config = resolve(build(settings), layout.world_size)
+    engine = build_engine(config, GPTTask.from_config(config), mesh)
 
     def take_step(step: int) -> float:
         text = text_of_step(step)

@@ -364,6 +364,18 @@ class TrainingConfig:
         "tokens for which output layer and loss are computed at once, such as 1024, so that a micro-batch's logits "
         "never exist whole, for a third more of the output layer's time; 0 is all of a micro-batch",
     )
+    label_smoothing: float = option(
+        0.0,
+        "--label-smoothing",
+        "share of each target's probability that training spreads over all words, as in torch; the log's lm loss, in "
+        "training and evaluation, is without it",
+    )
+    z_loss_coeff: float = option(
+        0.0,
+        "--z-loss-coeff",
+        "training also lowers this, such as 1e-4, times the mean square of the logarithm of the softmax's denominator, "
+        "which keeps logits from drifting (PaLM); the log has that mean square as z loss, and lm loss is without it",
+    )
     device: str = option("auto", "--device", "where to run", choices=("auto", "cpu", "cuda"))
     ops: list[str] = option(  # noqa: RUF009 (a fresh list for each tree: see `option`)
         [],

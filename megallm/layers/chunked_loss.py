@@ -11,7 +11,13 @@ from torch.nn import functional
 
 from megallm.layers.context import LayoutContext
 from megallm.layers.regions import gather_first_dim, reduce_scatter_first_dim
-from megallm.ops.cross_entropy import CrossEntropy, local_statistics, logit_gradients_, statistics_over_ranks
+from megallm.ops.cross_entropy import (
+    CrossEntropy,
+    TokenLosses,
+    local_statistics,
+    logit_gradients_,
+    statistics_over_ranks,
+)
 
 
 def chunked_cross_entropy(
@@ -22,7 +28,7 @@ def chunked_cross_entropy(
     context: LayoutContext,
     chunk_size: int,
     bias: nn.Parameter | None = None,
-) -> torch.Tensor:
+) -> TokenLosses:
     """Cross-entropy of the product of `hidden` and `weight`, which is made for `chunk_size` tokens at a time.
 
     hidden: [sequence (/ tp), batch, hidden], the same as for `column_parallel_linear`.
@@ -30,12 +36,11 @@ def chunked_cross_entropy(
     targets: int64 [sequence, batch].
     loss: what the loss of a token is, over the vocabulary of `context.tp` (see `loss_over`).
 
-    Returns the loss of each token: [sequence, batch], float32 or float64. Only the input and two numbers of each token
-    are kept: the backward pass makes each chunk's logits again, writes their gradient over them, and hands on the
+    Returns the losses of each token: [sequence, batch], float32 or float64. Only the input and two numbers of each
+    token are kept: the backward pass makes each chunk's logits again, writes their gradient over them, and hands on the
     chunk's part of both products' gradients. That costs a third of the output layer's time once more.
     """
-    losses: torch.Tensor = _ChunkedLoss.apply(hidden, weight, bias, targets, loss, context, chunk_size)
-    return losses
+    return TokenLosses(*_ChunkedLoss.apply(hidden, weight, bias, targets, loss, context, chunk_size))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -49,7 +54,7 @@ class _ChunkedLoss(torch.autograd.Function):
         loss: CrossEntropy,
         context: LayoutContext,
         chunk_size: int,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, ...]:
         rows, labels = _input_rows(hidden, context), targets.reshape(-1)
         parts = [
             local_statistics(functional.linear(chunk, weight, bias), own, loss, context.operators.of("cross_entropy"))
@@ -61,11 +66,13 @@ class _ChunkedLoss(torch.autograd.Function):
         # The parameters themselves, not saved copies: the sink knows them.
         ctx.weight, ctx.bias, ctx.loss, ctx.context, ctx.chunk_size = weight, bias, loss, context, chunk_size
         ctx.save_for_backward(hidden, targets, statistics.largest, statistics.exponentials)
-        return statistics.losses.view(targets.shape)
+        objective, *told = (each.view(targets.shape) for each in statistics.losses)
+        ctx.mark_non_differentiable(*told)
+        return objective, *told
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_losses: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_losses: torch.Tensor, *of_what_is_told: None) -> tuple[torch.Tensor | None, ...]:
         hidden, targets, *statistics = ctx.saved_tensors
         weight, bias, context = ctx.weight, ctx.bias, ctx.context
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional
 from megallm.communication import Group
 from megallm.layers.context import LayoutContext, WeightGradients
 from megallm.layers.regions import scatter_sum_sequence, sum_over_group
-from megallm.ops.cross_entropy import CrossEntropy, Reduce, cross_entropy
+from megallm.ops.cross_entropy import CrossEntropy, Reduce, TokenLosses, token_losses
 from megallm.ops.embedding import add_rows
 from megallm.parameter import Description, InitialMethod, make_parameter, padded_part
 
@@ -119,20 +120,21 @@ def embed_tokens(tokens: torch.Tensor, weight: nn.Parameter, context: LayoutCont
 
 
 def vocabulary_cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, group: Group, implementation: str = "auto"
-) -> torch.Tensor:
-    """Cross-entropy of each token, in nats, float32 or float64.
+    logits: torch.Tensor, targets: torch.Tensor, loss: CrossEntropy, group: Group, implementation: str = "auto"
+) -> TokenLosses:
+    """The losses of each token, in nats: [sequence, batch], float32 or float64.
 
     logits: [sequence, batch, padded vocabulary / tp]; the backward pass writes their gradient over them; columns from
-        `vocab_size` on are padding and get no probability.
-    targets: int64 [sequence, batch], below `vocab_size`; -100 for a token that has no loss.
+        `loss.vocab_size` on are padding and get no probability.
+    targets: int64 [sequence, batch], below `loss.vocab_size`; -100 for a token that has no loss.
+    loss: what it is where one rank has the whole vocabulary.
     """
-    return cross_entropy(logits, targets, loss_over(group, vocab_size, logits.shape[-1]), implementation)
+    return token_losses(logits, targets, loss_over(group, loss, logits.shape[-1]), implementation)
 
 
-def loss_over(group: Group, vocab_size: int, columns: int) -> CrossEntropy:
+def loss_over(group: Group, loss: CrossEntropy, columns: int) -> CrossEntropy:
     """The loss over a vocabulary of which each rank of the group holds `columns`, the last ones perhaps padding."""
-    return CrossEntropy(vocab_size, first=group.rank * columns, reduce=_reduction_over(group))
+    return replace(loss, first=group.rank * columns, reduce=_reduction_over(group))
 
 
 def _reduction_over(group: Group) -> Reduce:

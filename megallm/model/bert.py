@@ -22,6 +22,7 @@ from megallm.model.block import norm_settings
 from megallm.model.embedding import Batch
 from megallm.model.initial import initial_methods
 from megallm.model.stage import TransformerStage
+from megallm.model.word_loss import word_loss
 from megallm.ops import gelu
 
 
@@ -29,8 +30,8 @@ class BERTHead(nn.Module):
     """Final norm; words at every position, and with the binary head whether the two texts are in another order.
 
     [sequence (/ tp), batch, hidden] -> logits [sequence, batch, padded vocabulary / tp], and [batch, 2]. Where logits
-    are to be made in chunks of tokens and the micro-batch has labels, the losses of its tokens instead: [sequence,
-    batch].
+    are to be made in chunks of tokens and the micro-batch has labels, the losses of its tokens instead (see
+    `TokenLosses`): [sequence, batch].
     """
 
     def __init__(self, config: Config, context: LayoutContext, weight: nn.Parameter, padded_size: int) -> None:
@@ -47,7 +48,7 @@ class BERTHead(nn.Module):
         self.weight = weight
         self.bias = vocabulary_bias("output.bias", model.vocab_size, padded_size, context)
         self.next_sentence = NextSentence(model, context) if model.bert_binary_head else None
-        self.loss = loss_over(context.tp, model.vocab_size, weight.shape[0])
+        self.loss = loss_over(context.tp, word_loss(config), weight.shape[0])
         self.chunk_size = loss_chunk_size(config)
 
     def forward(self, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, ...]:
@@ -58,12 +59,12 @@ class BERTHead(nn.Module):
             activated = value_of_first_rank(activated, self.context.tp)
         transformed = self.transform_norm(activated)
         words = self._words(transformed, batch)
-        return (words,) if self.next_sentence is None else (words, self.next_sentence(hidden))
+        return words if self.next_sentence is None else (*words, self.next_sentence(hidden))
 
-    def _words(self, transformed: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _words(self, transformed: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, ...]:
         """Logits or losses."""
         if self.chunk_size is None or "labels" not in batch:
-            return column_parallel_linear(transformed, self.weight, self.context) + self.bias
+            return (column_parallel_linear(transformed, self.weight, self.context) + self.bias,)
         labels = words_to_find(batch)
         return chunked_cross_entropy(
             transformed, self.weight, labels, self.loss, self.context, self.chunk_size, self.bias

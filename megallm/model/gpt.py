@@ -16,13 +16,15 @@ from megallm.layers.norm import Norm
 from megallm.model.block import norm_settings
 from megallm.model.embedding import Batch
 from megallm.model.stage import TransformerStage
+from megallm.model.word_loss import word_loss
 
 
 class GPTHead(nn.Module):
     """Final norm and output layer.
 
     [sequence (/ tp), batch, hidden] -> a tuple of logits [sequence, batch, padded vocabulary / tp]. Where these are to
-    be made in chunks of tokens and the micro-batch has labels, the losses of its tokens instead: [sequence, batch].
+    be made in chunks of tokens and the micro-batch has labels, the losses of its tokens instead (see `TokenLosses`):
+    [sequence, batch].
     """
 
     def __init__(self, config: Config, context: LayoutContext, weight: nn.Parameter) -> None:
@@ -30,16 +32,15 @@ class GPTHead(nn.Module):
         self.context = context
         self.norm = Norm("decoder.final_norm", norm_settings(config.model), config.model.hidden_size, context)
         self.weight = weight
-        assert config.model.vocab_size, "the configuration is resolved"
-        self.loss = loss_over(context.tp, config.model.vocab_size, weight.shape[0])
+        self.loss = loss_over(context.tp, word_loss(config), weight.shape[0])
         self.chunk_size = loss_chunk_size(config)
 
-    def forward(self, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor]:
+    def forward(self, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, ...]:
         hidden = self.norm(hidden)
         if self.chunk_size is None or "labels" not in batch:
             return (column_parallel_linear(hidden, self.weight, self.context),)
         labels = batch["labels"].t()  # [batch, sequence] -> [sequence, batch]
-        return (chunked_cross_entropy(hidden, self.weight, labels, self.loss, self.context, self.chunk_size),)
+        return chunked_cross_entropy(hidden, self.weight, labels, self.loss, self.context, self.chunk_size)
 
 
 class GPTStage(TransformerStage):

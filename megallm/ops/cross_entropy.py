@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +16,13 @@ from megallm.ops.library import NATIVE, register_fakes
 __all__ = [
     "CrossEntropy",
     "Reduce",
+    "TokenLosses",
     "cross_entropy",
     "local_statistics",
     "logit_gradients_",
     "loss_statistics",
     "statistics_over_ranks",
+    "token_losses",
 ]
 
 # (tensor, "sum" or "max") -> None: reduces the tensor in place over the ranks that share the vocabulary.
@@ -39,7 +41,8 @@ class CrossEntropy:
         vocab_size: words over all ranks; columns beyond them are padding and get no probability.
         first: the vocabulary's number of this rank's first column.
         label_smoothing: the share of the target's probability that is spread over all words, as in torch.
-        z_loss: coefficient of the squared logarithm of the softmax's denominator, which keeps logits from drifting.
+        z_loss: coefficient of the squared logarithm of the softmax's denominator, which keeps logits from drifting
+            (Chowdhery et al. 2022, arXiv:2204.02311, section 5).
         ignore_index: a target whose token has no loss.
         reduce: over the ranks that share the vocabulary.
     """
@@ -60,7 +63,20 @@ def cross_entropy(logits: Tensor, targets: Tensor, loss: CrossEntropy, implement
     The backward pass writes the gradient over the logits, which nothing else may need by then; it works once. Nothing
     waits for the host. Statistics are summed in float32 (float64 for float64), in an order that the row alone decides.
     """
-    return _CrossEntropy.apply(logits, targets, loss, implementation)
+    return token_losses(logits, targets, loss, implementation).objective
+
+
+class TokenLosses(NamedTuple):
+    """Of each token [...], 0 where its target is ignored; float32 or float64. Only the objective has a gradient."""
+
+    objective: Tensor  # with label smoothing and z-loss, as `cross_entropy` has it
+    plain: Tensor  # without them: L - x[target]
+    squares: Tensor  # L^2
+
+
+def token_losses(logits: Tensor, targets: Tensor, loss: CrossEntropy, implementation: str = "auto") -> TokenLosses:
+    """What `cross_entropy` returns, and what it is made of."""
+    return TokenLosses(*_CrossEntropy.apply(logits, targets, loss, implementation))
 
 
 @dataclass(frozen=True)
@@ -69,7 +85,7 @@ class Statistics:
 
     largest: Tensor
     exponentials: Tensor  # sum of exp(x - largest)
-    losses: Tensor
+    losses: TokenLosses
 
 
 def loss_statistics(logits: Tensor, targets: Tensor, loss: CrossEntropy, implementation: str = "auto") -> Statistics:
@@ -100,13 +116,16 @@ def statistics_over_ranks(largest: Tensor, sums: Tensor, targets: Tensor, loss: 
     exponentials, predicted, total = sums.unbind(0)
     logarithm = exponentials.log()
     # Taken from the largest, where the numbers are small, lest large logits cost digits.
-    losses = logarithm + (largest - predicted)
+    plain = logarithm + (largest - predicted)
+    squares = (logarithm + largest).square()
+    objective = plain
     if loss.label_smoothing:
         mean = total / loss.vocab_size
-        losses = losses * (1.0 - loss.label_smoothing) + (logarithm + (largest - mean)) * loss.label_smoothing
+        objective = plain * (1.0 - loss.label_smoothing) + (logarithm + (largest - mean)) * loss.label_smoothing
     if loss.z_loss:
-        losses = losses + (logarithm + largest).square() * loss.z_loss
-    losses = losses.masked_fill(targets.reshape(-1) == loss.ignore_index, 0.0)
+        objective = objective + squares * loss.z_loss
+    ignored = targets.reshape(-1) == loss.ignore_index
+    losses = TokenLosses(*(each.masked_fill(ignored, 0.0) for each in (objective, plain, squares)))
     # By itself: the other two sums are not kept for the backward pass.
     return Statistics(largest, exponentials.clone(), losses)
 
@@ -143,16 +162,20 @@ def logit_gradients_(
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, loss: CrossEntropy, implementation: str) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, loss: CrossEntropy, implementation: str
+    ) -> tuple[Tensor, ...]:
         logits = logits.contiguous()  # as the product that made it left it
         statistics = loss_statistics(logits, targets, loss, implementation)
         ctx.save_for_backward(logits, targets, statistics.largest, statistics.exponentials)
         ctx.loss, ctx.implementation = loss, implementation
-        return statistics.losses.view(targets.shape)
+        objective, *told = (each.view(targets.shape) for each in statistics.losses)
+        ctx.mark_non_differentiable(*told)
+        return objective, *told
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_losses: Tensor, *of_what_is_told: None) -> tuple[Tensor, None, None, None]:
         logits, targets, *statistics = ctx.saved_tensors
         # Without its history: the product that made the logits does not need them in its backward pass.
         logits = logits.detach()

@@ -92,6 +92,8 @@ RANGES = {
     "training.exit_duration_in_mins": _POSITIVE,
     "training.recompute_num_layers": _COUNT,
     "training.loss_chunk_size": _NATURAL,
+    "training.label_smoothing": _PROBABILITY,
+    "training.z_loss_coeff": _NATURAL,
     "training.loss_scale": _POSITIVE,
     "training.initial_loss_scale": _POSITIVE,
     "training.min_loss_scale": _POSITIVE,

@@ -13,6 +13,9 @@ first backward pass, since it depends on the data alone. Each micro-batch on eac
 and gradients are plain sums over micro-batches and ranks. `scale` is the loss scale of float16 and 1 in every other
 precision; the optimizer divides the sums by it, in float32, before it does anything else with them. A batch in which
 nothing counts has loss 0.
+
+Label smoothing and z-loss are part of S_t where it is differentiated. What is told of a term, in training and in an
+evaluation, is S_t / N_t without them, so that it can be compared with any other run's.
 """
 
 from __future__ import annotations
@@ -26,11 +29,15 @@ from megallm.communication import Group
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One term on one micro-batch: its name, weight, and sum (scalar tensor with gradient)."""
+    """One term on one micro-batch: its name, weight, and sum (scalar tensor).
+
+    `objective` is what is differentiated where that is not the sum itself. A term of weight 0 is only told.
+    """
 
     name: str
     weight: float
     sum: torch.Tensor
+    objective: torch.Tensor | None = None
 
 
 class LossScaler:
@@ -65,5 +72,7 @@ class LossScaler:
         total = terms[0].sum.new_zeros(())
         for number, term in enumerate(terms):
             self.sums[number] += term.sum.detach()
-            total = total + term.sum * (term.weight / counts[number]).to(term.sum.dtype)
+            if term.weight:
+                objective = term.sum if term.objective is None else term.objective
+                total = total + objective * (term.weight / counts[number]).to(objective.dtype)
         return total * self._scale.to(total.dtype)

@@ -137,11 +137,13 @@ class Reporter:
         """Publishes an evaluation on the validation data, on one `dataset` of several, or on the test data."""
         if not self.report:
             return
-        # As Megatron does, the exponential of a loss that means nothing yet is cut off.
-        perplexities = {name: math.exp(min(20.0, value)) for name, value in losses.items()}
+        # As Megatron does, the exponential of a loss that means nothing yet is cut off. That of a z-loss never does.
+        perplexities = {name: math.exp(min(20.0, value)) for name, value in losses.items() if name != "z_loss"}
         text = " | ".join(
-            f"{name.replace('_', ' ')} value: {value:.6E} | {name.replace('_', ' ')} PPL: {perplexities[name]:.6E}"
-            for name, value in losses.items()
+            f"{name.replace('_', ' ')} {kind}: {values[name]:.6E}"
+            for name in losses
+            for kind, values in (("value", losses), ("PPL", perplexities))
+            if name in values
         )
         on_dataset = f" on {dataset}" if dataset else ""
         print(f" {'test' if test else 'validation'} loss at iteration {iteration}{on_dataset} | {text} |", flush=True)

@@ -26,6 +26,7 @@ ONE_OF_EACH_STAGE = FULL | {"training.recompute_method": "block"}
 BOTH_MODULES = SELECTIVE | {"training.recompute_modules": ["core_attn", "mlp"]}
 ONE_PER_MICRO_BATCH = {"training.micro_batch_size": 1}
 IN_CHUNKS = {"training.loss_chunk_size": 5}
+REGULARISED = {"training.label_smoothing": 0.1, "training.z_loss_coeff": 0.02}
 TWO_PER_MICRO_BATCH = {"training.micro_batch_size": 2}
 FOUR_PER_MICRO_BATCH = {"training.micro_batch_size": 4}
 EIGHT_LAYERS = {"model.num_layers": 8}
@@ -98,8 +99,8 @@ CASES = [
     Case("llama, tensor, no sequence parallelism", LLAMA, tp=2, layout=NO_SEQUENCE_PARALLEL),
     Case("gpt tied, tensor, vocabulary 51", GPT | ODD_VOCABULARY, tp=2),
     Case(
-        "gpt tied, tensor, vocabulary 51, loss in chunks, ragged mask",
-        GPT | ODD_VOCABULARY,
+        "gpt tied, tensor, vocabulary 51, loss in chunks, smoothed, z-loss, ragged mask",
+        GPT | ODD_VOCABULARY | REGULARISED,
         tp=2,
         layout=TWO_PER_MICRO_BATCH | IN_CHUNKS,
         mask="ragged",

@@ -23,7 +23,7 @@ import megallm.layers.norm
 import megallm.model.embedding
 import megallm.parameter
 import megallm.train.step
-import megallm.train.tasks.gpt
+import megallm.train.tasks.words
 from megallm.communication import Channel, Group, Transport, Work
 from megallm.data_parallel.buckets import Bucket
 from megallm.data_parallel.optimizer import BucketOptimizer
@@ -334,14 +334,14 @@ class _Muted:
 
 
 def _lose_reduction_in_cross_entropy(patch: pytest.MonkeyPatch, reduction: str) -> None:
-    cross_entropy = megallm.train.tasks.gpt.vocabulary_cross_entropy
+    cross_entropy = megallm.train.tasks.words.vocabulary_cross_entropy
     patch.setattr(
-        megallm.train.tasks.gpt,
+        megallm.train.tasks.words,
         "vocabulary_cross_entropy",
-        lambda logits, targets, size, group, *others: cross_entropy(
+        lambda logits, targets, loss, group, *others: cross_entropy(
             logits,
             targets,
-            size,
+            loss,
             _Muted(group, reduction),  # type: ignore[arg-type]
             *others,
         ),
@@ -370,12 +370,12 @@ def padded_vocabulary_enters_the_norm(patch: pytest.MonkeyPatch) -> None:
 
 
 def padded_vocabulary_gets_probability(patch: pytest.MonkeyPatch) -> None:
-    cross_entropy = megallm.train.tasks.gpt.vocabulary_cross_entropy
+    cross_entropy = megallm.train.tasks.words.vocabulary_cross_entropy
     patch.setattr(
-        megallm.train.tasks.gpt,
+        megallm.train.tasks.words,
         "vocabulary_cross_entropy",
-        lambda logits, targets, size, group, *others: cross_entropy(
-            logits, targets, logits.shape[-1] * group.size, group, *others
+        lambda logits, targets, loss, group, *others: cross_entropy(
+            logits, targets, replace(loss, vocab_size=logits.shape[-1] * group.size), group, *others
         ),
     )
 

@@ -18,6 +18,8 @@ from megallm.config import resolve
 from megallm.config.dictionary import build
 from megallm.layers.context import LayoutContext
 from megallm.mesh import Mesh, MeshShape
+from megallm.model.word_loss import word_loss
+from megallm.ops.cross_entropy import CrossEntropy
 from megallm.train.engine import Engine, build_engine
 from megallm.train.hugging_face import begin_with
 from megallm.train.loss import LossTerm
@@ -125,8 +127,8 @@ def _their_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch
 class _KeepingTask(GPTTask):
     """Keeps copies of the logits, which the loss overwrites."""
 
-    def __init__(self, vocab_size: int) -> None:
-        super().__init__(vocab_size)
+    def __init__(self, loss: CrossEntropy) -> None:
+        super().__init__(loss)
         self.logits: list[torch.Tensor] = []
 
     def loss_terms(self, outputs: tuple[torch.Tensor, ...], batch: Any, context: LayoutContext) -> list[LossTerm]:
@@ -152,8 +154,9 @@ def run_ours(rank: int, name: str, dtype: torch.dtype, tp: int, pp: int, folder:
         "optimizer.clip_grad": MAX_NORM,
     }
     mesh = Mesh(MeshShape(tp=tp, pp=pp), rank, torch.device("cpu"))
-    task = _KeepingTask(VOCAB_SIZE)
-    engine = build_engine(resolve(build(settings), tp * pp), task, mesh)
+    config = resolve(build(settings), tp * pp)
+    task = _KeepingTask(word_loss(config))
+    engine = build_engine(config, task, mesh)
     begin_with(engine, str(folder))
     sums, counts = evaluate_step(engine, micro_batches(engine, batch_of_step(1)))
     task.logits.clear()

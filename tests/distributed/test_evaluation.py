@@ -1,15 +1,19 @@
-"""What an evaluation leaves for those that come after it."""
+"""What an evaluation measures, and what it leaves for those that come after it."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from unittest.mock import Mock
 
+import pytest
+import torch
+
 from megallm.data.samples.mock import MockDataset
 from megallm.train.datasets import Datasets
 from megallm.train.evaluation import Evaluation
+from megallm.train.step import evaluate_step, train_step
 from megallm.train.stopping import NOTHING, Wish
-from tests.distributed.parity import LLAMA, Case, make_engine
+from tests.distributed.parity import GPT, LLAMA, Case, global_batch, make_engine, masked_batch, micro_batches
 
 
 def test_the_longest_evaluation_is_remembered_and_what_was_read_is_counted() -> None:
@@ -30,3 +34,24 @@ def test_the_longest_evaluation_is_remembered_and_what_was_read_is_counted() -> 
         evaluation.run(reporter, lambda: NOTHING)
         assert evaluation.seconds == longest + 1000
         assert engine.progress.consumed_valid_samples == 4 * batch
+
+
+@pytest.mark.parametrize("chunk_size", [0, 5])
+@pytest.mark.parametrize("kind", ["gpt", "bert"])
+def test_losses_that_are_told_have_no_smoothing_and_no_z_loss(kind: str, chunk_size: int) -> None:
+    """Neither those of an evaluation nor those of a step; the step itself is another."""
+    regularised = {"training.label_smoothing": 0.1, "training.z_loss_coeff": 0.02}
+    evaluated, trained, norms = [], [], []
+    for more in ({}, regularised):
+        engine = make_engine(0, Case("", GPT | more | {"training.loss_chunk_size": chunk_size}, kind=kind))
+        sizes = engine.config.training.global_batch_size, engine.config.data.seq_length, engine.config.model.vocab_size
+        batches = micro_batches(engine, masked_batch(0, *sizes) if kind == "bert" else global_batch(0, *sizes, "full"))
+        sums, counts = evaluate_step(engine, batches)
+        metrics = train_step(engine, batches)
+        evaluated.append(dict(zip(engine.task.term_names, (sums / counts).tolist(), strict=True)))
+        trained.append(dict(zip(engine.task.term_names, metrics.losses.tolist(), strict=True)))
+        norms.append(metrics.grad_norm)
+    for plain, told in (evaluated, trained):
+        assert told.pop("z_loss") > 1.0, "the mean square of the logarithm of some 50 words' exponentials"
+        assert told == pytest.approx(plain, rel=1e-12)
+    assert not torch.isclose(*norms, rtol=1e-3)

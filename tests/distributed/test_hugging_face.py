@@ -49,7 +49,7 @@ def run_on(rank: int, root: Path) -> None:
         }
         config = resolve(build(settings), SHAPE.world_size)
         check_export(config)
-        engine = build_engine(config, GPTTask(VOCAB_SIZE), mesh)
+        engine = build_engine(config, GPTTask.from_config(config), mesh)
         begin_with(engine, str(place / "theirs"))
         train_step(engine, micro_batches(engine, global_batch(0, 8, SEQUENCE_LENGTH, VOCAB_SIZE, "full")))
         saved = save_engine(engine, str(place))

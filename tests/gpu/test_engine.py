@@ -30,7 +30,7 @@ def losses(case: Case, device: str, num_steps: int = 5, **settings: bool) -> lis
     )
     config = resolve(build(values), 1)
     assert config.model.vocab_size
-    engine = build_engine(config, GPTTask(config.model.vocab_size), Mesh(MeshShape(), 0, torch.device(device)))
+    engine = build_engine(config, GPTTask.from_config(config), Mesh(MeshShape(), 0, torch.device(device)))
     found = []
     for step in range(num_steps):
         batch = global_batch(step, 8, config.data.seq_length, config.model.vocab_size, case.mask)
@@ -60,7 +60,7 @@ def test_a_step_waits_for_nothing(precision, features):
     settings = Case("one GPU", features).settings() | {"training.fp64": False, f"training.{precision}": True}
     config = resolve(build(settings), 1)
     assert config.model.vocab_size
-    engine = build_engine(config, GPTTask(config.model.vocab_size), Mesh(MeshShape(), 0, torch.device("cuda")))
+    engine = build_engine(config, GPTTask.from_config(config), Mesh(MeshShape(), 0, torch.device("cuda")))
     parts = micro_batches(engine, global_batch(0, 8, 16, config.model.vocab_size, "full"))
     train_step(engine, parts)
     torch.cuda.set_sync_debug_mode("error")

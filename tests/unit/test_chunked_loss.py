@@ -14,7 +14,7 @@ from megallm.config.operators import OperatorChoices
 from megallm.layers.chunked_loss import chunked_cross_entropy
 from megallm.layers.context import LayoutContext
 from megallm.layers.linear import column_parallel_linear
-from megallm.ops.cross_entropy import CrossEntropy, cross_entropy
+from megallm.ops.cross_entropy import CrossEntropy, TokenLosses, token_losses
 from megallm.train.saved_bytes import SavedBytes
 
 SEQUENCE, BATCH, HIDDEN, VOCABULARY, COLUMNS = 7, 3, 16, 23, 26
@@ -48,9 +48,9 @@ def whole(
     loss: CrossEntropy,
     layout: LayoutContext,
     bias: nn.Parameter | None = None,
-) -> torch.Tensor:
+) -> TokenLosses:
     logits = column_parallel_linear(hidden, weight, layout)
-    return cross_entropy(logits if bias is None else logits + bias, targets, loss)
+    return token_losses(logits if bias is None else logits + bias, targets, loss)
 
 
 @pytest.mark.parametrize("ops", ["auto", "reference"])
@@ -61,9 +61,11 @@ def test_chunks_compute_what_the_whole_does(chunk_size: int, with_bias: bool, op
     leaves = [hidden, weight, bias] if with_bias else [hidden, weight]
     loss = CrossEntropy(VOCABULARY, label_smoothing=0.1, z_loss=1e-2)
     more = {"bias": bias} if with_bias else {}
-    expected = whole(hidden, weight, targets, loss, context(), **more)
-    losses = chunked_cross_entropy(hidden, weight, targets, loss, context(ops=ops), chunk_size, **more)
+    expected, *told = whole(hidden, weight, targets, loss, context(), **more)
+    losses, *found = chunked_cross_entropy(hidden, weight, targets, loss, context(ops=ops), chunk_size, **more)
     torch.testing.assert_close(losses, expected, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(found, told, rtol=1e-12, atol=0.0)
+    assert not any(each.requires_grad for each in found)
     assert (losses[6] == 0).all() and losses[2, 1] == 0, "ignored"
     wanted, found = (torch.autograd.grad(it, leaves, grad) for it in (expected, losses))
     for got, want in zip(found, wanted, strict=True):
@@ -73,7 +75,7 @@ def test_chunks_compute_what_the_whole_does(chunk_size: int, with_bias: bool, op
 def test_a_sink_gets_the_part_of_every_chunk() -> None:
     hidden, weight, _, targets, grad = inputs(torch.float64)
     loss = CrossEntropy(VOCABULARY)
-    (wanted,) = torch.autograd.grad(whole(hidden, weight, targets, loss, context()), weight, grad)
+    (wanted,) = torch.autograd.grad(whole(hidden, weight, targets, loss, context()).objective, weight, grad)
     layout, total, numbers = context(), torch.zeros(COLUMNS, HIDDEN, dtype=torch.float64), []
 
     def sink(parameter: nn.Parameter, grad_output: torch.Tensor, input: torch.Tensor) -> None:
@@ -82,7 +84,7 @@ def test_a_sink_gets_the_part_of_every_chunk() -> None:
         total.addmm_(grad_output.t(), input)
 
     layout.weight_gradients.sink = sink
-    chunked_cross_entropy(hidden, weight, targets, loss, layout, 8).backward(grad)
+    chunked_cross_entropy(hidden, weight, targets, loss, layout, 8).objective.backward(grad)
     assert numbers == [8, 8, 5]
     assert weight.grad is None
     torch.testing.assert_close(total, wanted, rtol=1e-12, atol=1e-14)
@@ -105,7 +107,7 @@ def test_nothing_is_computed_for_what_needs_no_gradient(frozen: str, of_a_chunk:
     hidden, weight, _, targets, grad = inputs(torch.float64)
     hidden.requires_grad_(frozen != "hidden")
     weight.requires_grad_(frozen != "weight")
-    losses = chunked_cross_entropy(hidden, weight, targets, CrossEntropy(VOCABULARY), context(), 7)
+    losses = chunked_cross_entropy(hidden, weight, targets, CrossEntropy(VOCABULARY), context(), 7).objective
     with _Products() as products:
         losses.backward(grad)
     assert products.number == 3 * of_a_chunk, "of each chunk the logits, and a gradient for each factor that wants one"
@@ -121,7 +123,7 @@ def test_parts_of_a_16_bit_gradient_are_summed_in_32_bits() -> None:
     bias = nn.Parameter(torch.zeros(words, dtype=torch.bfloat16))
     targets, grad = torch.zeros(tokens, 1, dtype=torch.int64), torch.full((tokens, 1), float(words))
     layout = context(torch.bfloat16)
-    losses = chunked_cross_entropy(hidden, weight, targets, CrossEntropy(words), layout, 1, bias)
+    losses = chunked_cross_entropy(hidden, weight, targets, CrossEntropy(words), layout, 1, bias).objective
     found = torch.autograd.grad(losses, [hidden, weight, bias], grad)
     assert losses.dtype == torch.float32 and {it.dtype for it in found} == {torch.bfloat16}
     wanted = tokens * torch.tensor([1.0 - words, 1.0, 1.0, 1.0])
@@ -150,9 +152,9 @@ def test_only_the_logits_of_a_chunk_are_ever_there(chunk_size: int | None) -> No
     loss, layout, tokens = CrossEntropy(VOCABULARY), context(), SEQUENCE * BATCH
     with _Largest() as largest, SavedBytes([hidden, weight, targets]) as saved:
         if chunk_size is None:
-            losses = whole(hidden, weight, targets, loss, layout)
+            losses = whole(hidden, weight, targets, loss, layout).objective
         else:
-            losses = chunked_cross_entropy(hidden, weight, targets, loss, layout, chunk_size)
+            losses = chunked_cross_entropy(hidden, weight, targets, loss, layout, chunk_size).objective
         kept = saved.current
         losses.backward(grad)
     if chunk_size is None:
@@ -168,7 +170,9 @@ def test_two_runs_give_the_same_bits() -> None:
     runs = []
     for _ in range(2):
         hidden, weight, _, targets, grad = inputs(torch.float32)
-        losses = chunked_cross_entropy(hidden, weight, targets, CrossEntropy(VOCABULARY), context(torch.float32), 5)
+        losses = chunked_cross_entropy(
+            hidden, weight, targets, CrossEntropy(VOCABULARY), context(torch.float32), 5
+        ).objective
         runs.append((losses, *torch.autograd.grad(losses, [hidden, weight], grad)))
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
@@ -180,7 +184,7 @@ def test_compiles_as_one_graph() -> None:
     layout, loss, leaves = context(torch.float32), CrossEntropy(VOCABULARY), [hidden, weight]
 
     def in_chunks(hidden: torch.Tensor, weight: nn.Parameter, targets: torch.Tensor) -> torch.Tensor:
-        return chunked_cross_entropy(hidden, weight, targets, loss, layout, 8)
+        return chunked_cross_entropy(hidden, weight, targets, loss, layout, 8).objective
 
     compiled = torch.compile(in_chunks, fullgraph=True, backend="aot_eager")
     found, expected = (function(hidden, weight, targets) for function in (compiled, in_chunks))

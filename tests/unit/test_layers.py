@@ -19,6 +19,7 @@ from megallm.layers.positions import (
     sinusoidal_table,
 )
 from megallm.ops import Dropout, dropout_add
+from megallm.ops.cross_entropy import CrossEntropy
 from megallm.parameter import initialize
 from megallm.random import stream_key
 
@@ -141,7 +142,7 @@ def test_cross_entropy_is_that_of_torch(dtype: torch.dtype, bound: float, paddin
 
     ours_input = logits.clone().requires_grad_()
     # As in the model, the logits are the output of another operator, so that they may be overwritten.
-    losses = vocabulary_cross_entropy(ours_input * 1.0, targets, vocab_size, ALONE)
+    losses = vocabulary_cross_entropy(ours_input * 1.0, targets, CrossEntropy(vocab_size), ALONE).objective
     assert losses.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     (losses * weights.to(losses.dtype)).sum().backward()
 
@@ -156,7 +157,7 @@ def test_cross_entropy_is_that_of_torch(dtype: torch.dtype, bound: float, paddin
 
 def test_cross_entropy_of_large_logits_is_finite() -> None:
     logits = torch.tensor([[[1e4, -1e4, 0.0]]])
-    losses = vocabulary_cross_entropy(logits.clone(), torch.tensor([[1]]), 3, ALONE)
+    losses = vocabulary_cross_entropy(logits.clone(), torch.tensor([[1]]), CrossEntropy(3), ALONE).objective
     assert losses.tolist() == [[2e4]]
 
 

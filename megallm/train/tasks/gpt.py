@@ -6,25 +6,25 @@ import torch
 
 from megallm.config.tree import Config
 from megallm.layers.context import LayoutContext
-from megallm.layers.embedding import vocabulary_cross_entropy
 from megallm.model.embedding import Batch
 from megallm.model.gpt import GPTStage
+from megallm.model.word_loss import word_loss
+from megallm.ops.cross_entropy import CrossEntropy
 from megallm.train.loss import LossTerm
+from megallm.train.tasks.words import word_term_names, word_terms
 
 
 class GPTTask:
     """Mean cross-entropy over the tokens that the loss mask lets count."""
 
-    term_names: tuple[str, ...] = ("lm_loss",)
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
+    def __init__(self, loss: CrossEntropy) -> None:
+        self.loss = loss
+        self.term_names = word_term_names(loss)
 
     @classmethod
     def from_config(cls, config: Config) -> GPTTask:
         """The task of a resolved configuration."""
-        assert config.model.vocab_size, "the configuration is resolved"
-        return cls(config.model.vocab_size)
+        return cls(word_loss(config))
 
     def build_stage(
         self, config: Config, layers: range, context: LayoutContext, *, is_first: bool, is_last: bool
@@ -35,15 +35,10 @@ class GPTTask:
         return stage
 
     def counts(self, batch: Batch) -> torch.Tensor:
-        """Tokens that count: [1]."""
-        return batch["loss_mask"].sum().reshape(1)
+        """Tokens that count: [terms]."""
+        return batch["loss_mask"].sum().expand(len(self.term_names))
 
     def loss_terms(self, outputs: tuple[torch.Tensor, ...], batch: Batch, context: LayoutContext) -> list[LossTerm]:
         """The sum of the counting tokens' cross-entropies."""
-        losses = outputs[0]
-        if losses.dim() == 3:  # logits [sequence, batch, vocabulary]
-            labels = batch["labels"].t()  # [batch, sequence] -> [sequence, batch]
-            losses = vocabulary_cross_entropy(
-                losses, labels, self.vocab_size, context.tp, context.operators.of("cross_entropy")
-            )
-        return [LossTerm("lm_loss", 1.0, (losses * batch["loss_mask"].t()).sum())]
+        labels = batch["labels"].t()  # [batch, sequence] -> [sequence, batch]
+        return word_terms(outputs, labels, batch, self.loss, context)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megallm.ops.cross_entropy import CrossEntropy, cross_entropy
+from megallm.ops.cross_entropy import CrossEntropy, cross_entropy, token_losses
 
 every_implementation = pytest.mark.parametrize("implementation", ["auto", "reference"])
 
@@ -45,6 +45,21 @@ def test_z_loss(implementation):
 
 
 @every_implementation
+def test_what_is_told_is_plain(implementation):
+    torch.manual_seed(0)
+    logits = (torch.randn(5, 21, dtype=torch.float64) * 3).requires_grad_()
+    targets = torch.tensor([3, 20, -100, 0, 7])
+    loss = CrossEntropy(21, label_smoothing=0.2, z_loss=0.3)
+    losses = token_losses(logits * 1.0, targets, loss, implementation)
+    squares = logits.logsumexp(-1).square().masked_fill(targets == -100, 0.0)
+    smoothed = F.cross_entropy(logits, targets, reduction="none", label_smoothing=0.2)
+    torch.testing.assert_close(losses.objective, smoothed + 0.3 * squares)
+    torch.testing.assert_close(losses.plain, F.cross_entropy(logits, targets, reduction="none").detach())
+    torch.testing.assert_close(losses.squares, squares.detach())
+    assert [each.requires_grad for each in losses] == [True, False, False]
+
+
+@every_implementation
 def test_nothing_but_ignored_targets(implementation):
     logits = torch.full((3, 8), torch.nan, requires_grad=True)
     losses = cross_entropy(logits * 1.0, torch.full((3,), -100), CrossEntropy(8), implementation)
@@ -78,6 +93,7 @@ def test_the_gradient_is_written_over_the_logits_once(implementation):
 @every_implementation
 def test_over_ranks(ranks, implementation):
     """Parts of the vocabulary one after the other, reduced by hand; the last may be padding altogether."""
+    regularised = {"label_smoothing": 0.1, "z_loss": 0.02}
     torch.manual_seed(0)
     width, size = 8, 14
     logits = torch.randn(6, ranks * width, dtype=torch.float64) * 5
@@ -97,14 +113,20 @@ def test_over_ranks(ranks, implementation):
 
     def run():
         return [
-            cross_entropy(part * 1.0, targets, CrossEntropy(size, first=rank * width, reduce=reduce), implementation)
+            cross_entropy(
+                part * 1.0,
+                targets,
+                CrossEntropy(size, first=rank * width, reduce=reduce, **regularised),
+                implementation,
+            )
             for rank, part in enumerate(parts)
         ]
 
     run()
     total.append(torch.stack(sums).sum(0))
     whole = logits[:, :size].clone().requires_grad_()
-    expected = F.cross_entropy(whole, targets, reduction="none")
+    expected = F.cross_entropy(whole, targets, reduction="none", label_smoothing=0.1)
+    expected = expected + 0.02 * whole.logsumexp(-1).square()
     wanted = gradients(expected, whole, grad)
     found = []
     for losses, part in zip(run(), parts, strict=True):

@@ -9,6 +9,7 @@ from megallm import ops
 from megallm.communication import Group, Transport
 from megallm.layers.attention import attend
 from megallm.layers.embedding import vocabulary_cross_entropy
+from megallm.ops.cross_entropy import CrossEntropy
 from megallm.ops.norm import rms_norm_reference
 from megallm.random import stream_key
 
@@ -71,8 +72,8 @@ def test_cross_entropy_of_large_logits_and_a_large_vocabulary() -> None:
     logits[0, 0, 5] = 60_000.0
     targets = torch.tensor([[5, 0], [1, 2], [3, 99_999]])
     wide = logits.double().requires_grad_()
-    exact = vocabulary_cross_entropy(wide.clone(), targets, 100_000, ALONE)
-    losses = vocabulary_cross_entropy(logits.requires_grad_().clone(), targets, 100_000, ALONE)
+    exact = vocabulary_cross_entropy(wide.clone(), targets, CrossEntropy(100_000), ALONE).objective
+    losses = vocabulary_cross_entropy(logits.requires_grad_().clone(), targets, CrossEntropy(100_000), ALONE).objective
     assert losses.dtype == torch.float32
     assert torch.allclose(losses.double(), exact, rtol=1e-5, atol=1e-6)
     # Scaled, as a loss scale does it: by itself what most words get lies below 2^-24.
