@@ -31,13 +31,18 @@ from megallm.communication import Group
 class LossTerm:
     """One term on one micro-batch: its name, weight, and sum (scalar tensor).
 
-    `objective` is what is differentiated where that is not the sum itself. A term of weight 0 is only told.
+    `objective` is what training lowers where that is not the sum itself. A term of weight 0 is only told.
     """
 
     name: str
     weight: float
     sum: torch.Tensor
     objective: torch.Tensor | None = None
+
+    @property
+    def differentiated(self) -> torch.Tensor:
+        """Scalar tensor with gradient."""
+        return self.sum if self.objective is None else self.objective
 
 
 class LossScaler:
@@ -73,6 +78,5 @@ class LossScaler:
         for number, term in enumerate(terms):
             self.sums[number] += term.sum.detach()
             if term.weight:
-                objective = term.sum if term.objective is None else term.objective
-                total = total + objective * (term.weight / counts[number]).to(objective.dtype)
+                total = total + term.differentiated * (term.weight / counts[number]).to(total.dtype)
         return total * self._scale.to(total.dtype)

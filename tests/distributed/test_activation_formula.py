@@ -170,7 +170,7 @@ def _count(
         outputs = stage(() if is_first else (input,), batch, step)
         terms = task.loss_terms(outputs, batch, context) if is_last else None
         kept = saved.current
-    (sum(term.sum for term in terms) if terms else outputs[0].float().sum()).backward()
+    (sum(term.differentiated for term in terms) if terms else outputs[0].float().sum()).backward()
     del outputs, terms
     assert saved.current == 0, "after the backward pass nothing is kept"
     over_both = sum(

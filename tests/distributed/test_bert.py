@@ -14,6 +14,7 @@ from megallm.config import resolve
 from megallm.config.dictionary import build
 from megallm.layers.context import LayoutContext
 from megallm.mesh import Mesh, MeshShape
+from megallm.ops.cross_entropy import CrossEntropy
 from megallm.parameter import description_of, piece_views
 from megallm.train.engine import Engine, build_engine
 from megallm.train.loss import LossTerm
@@ -140,7 +141,7 @@ class _KeepingTask(BERTTask):
     """Keeps copies of the logits, which the loss overwrites."""
 
     def __init__(self) -> None:
-        super().__init__(VOCAB_SIZE, next_sentence=True)
+        super().__init__(CrossEntropy(VOCAB_SIZE), next_sentence=True)
         self.outputs: list[tuple[torch.Tensor, ...]] = []
 
     def loss_terms(self, outputs: tuple[torch.Tensor, ...], batch: Any, context: LayoutContext) -> list[LossTerm]:
