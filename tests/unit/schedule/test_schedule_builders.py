@@ -132,38 +132,33 @@ def shapes(all_micro_batches):
                 yield "interleaved", num_ranks, num_virtual, num_micro_batches
 
 
-THINNED = (1, 2, 3, 5, 8, 9, 13)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["1f1b", "gpipe", "interleaved"])
-def test_thinned_grid_is_correct(name):
-    for shape in shapes(THINNED):
-        if shape[0] == name:
-            check(*shape)
-
-
-@pytest.mark.parametrize("all_micro_batches", [(1, 3, 6), pytest.param(range(1, 33, 2), marks=pytest.mark.slow)])
-def test_evaluation_grid_is_correct(all_micro_batches):
-    for shape in shapes(all_micro_batches):
-        check(*shape, forward_only=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("all_micro_batches", [(2, 5), pytest.param((1, 7, 16), marks=pytest.mark.slow)])
-def test_frozen_grid_is_correct(all_micro_batches):
-    for name, num_ranks, num_virtual, num_micro_batches in shapes(all_micro_batches):
-        num_stages = num_ranks * num_virtual
-        for first_trainable_stage in {1, num_stages // 2, num_stages - 1} & set(range(1, num_stages)):
-            check(name, num_ranks, num_virtual, num_micro_batches, first_trainable_stage=first_trainable_stage)
+# Of 1F1B and GPipe only matters whether there are fewer micro-batches than ranks, as many or more; the interleaved
+# schedule deals each number in a way of its own.
+SOME = (1, 2, 3, 5, 8, 9, 13)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", range(1, 9))
 def test_whole_grid_is_correct(num_ranks):
     for shape in shapes(range(1, 33)):
-        if shape[1] == num_ranks:
+        name, ranks, _, num_micro_batches = shape
+        if ranks == num_ranks and (name == "interleaved" or num_micro_batches in SOME):
             check(*shape)
+
+
+@pytest.mark.parametrize("all_micro_batches", [(1, 3, 6), pytest.param((9, 16, 31), marks=pytest.mark.slow)])
+def test_evaluation_grid_is_correct(all_micro_batches):
+    for shape in shapes(all_micro_batches):
+        check(*shape, forward_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("all_micro_batches", [(2, 5), (1, 11)])
+def test_frozen_grid_is_correct(all_micro_batches):
+    for name, num_ranks, num_virtual, num_micro_batches in shapes(all_micro_batches):
+        num_stages = num_ranks * num_virtual
+        for first_trainable_stage in {1, num_stages // 2, num_stages - 1} & set(range(1, num_stages)):
+            check(name, num_ranks, num_virtual, num_micro_batches, first_trainable_stage=first_trainable_stage)
 
 
 @pytest.mark.parametrize("group", [4, 5, 6, 9])

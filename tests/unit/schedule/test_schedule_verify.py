@@ -307,7 +307,7 @@ def test_unchanged_schedules_are_sound(case):
 
 
 @pytest.mark.parametrize("kind", MUTATIONS)
-@pytest.mark.parametrize("rounds", [12, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [12, pytest.param(120, marks=pytest.mark.slow)])
 def test_random_mutations(kind, rounds):
     rejected = accepted = 0
     for number, schedule in enumerate(CASES.values()):
