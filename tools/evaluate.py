@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 PROGRAM = "evaluate.py"
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = ToolParser(__doc__)
     parser.add_argument("--load", required=True, help="folder of checkpoints, or of one checkpoint")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -44,10 +43,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> None:
-    arguments = parse(sys.argv[1:])
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
     try:
-        run(arguments)
+        run(options)
     except ValueError as error:
         fail(PROGRAM, error)
     except KeyboardInterrupt:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import replace
 
 from megallm.config import fail
@@ -21,7 +20,7 @@ from megallm.data.command_line import ToolParser
 PROGRAM = "generate.py"
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = ToolParser(__doc__)
     parser.add_argument("--load", required=True, help="folder of checkpoints, or of one checkpoint")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -50,10 +49,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> None:
-    arguments = parse(sys.argv[1:])
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
     try:
-        run(arguments)
+        run(options)
     except ValueError as error:
         fail(PROGRAM, error)
     except KeyboardInterrupt:

@@ -8,13 +8,14 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pretrain_gpt import main
+import pretrain_gpt
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -80,8 +81,10 @@ def python(script: str, *arguments: str, timeout: float = 300.0) -> Ended:
     return run([sys.executable, script, *arguments], timeout)
 
 
-def program_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> Ended:
-    """The program for GPT in this process, which has loaded everything that it needs."""
+def program_here(
+    capsys: pytest.CaptureFixture[str], *arguments: str, main: Callable[[list[str]], object] = pretrain_gpt.main
+) -> Ended:
+    """A program, by default that for GPT, in this process, which has loaded everything that it needs."""
     capsys.readouterr()
     code: object = 0
     try:

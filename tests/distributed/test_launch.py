@@ -6,19 +6,23 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import pretrain_gpt
 from megallm.schedule import Kind, Timeline
 from tests.distributed.launch import (
     COMPARED,
     ROOT,
     TINY,
     Ended,
+    program_here,
     python,
     read_lines,
     run,
@@ -30,6 +34,9 @@ from tests.distributed.launch import (
     validation_lines,
     without,
 )
+from tools import evaluate, generate
+
+Here = Callable[..., Ended]
 
 FIELDS = {
     "iteration",
@@ -84,6 +91,12 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Run:
         *("--timeline", str(folder / "timeline"), "--timeline-step", "2"),
     )
     return Run(folder, succeeded(ended))
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str]) -> Here:
+    """Starts the program in this process: `program_here`."""
+    return partial(program_here, capsys)
 
 
 def assert_same_series(got: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
@@ -156,14 +169,6 @@ def test_timeline_of_one_process(single: Run) -> None:
 # Layouts
 
 
-def test_two_processes(single: Run, tmp_path: Path) -> None:
-    flags = ["--metrics-jsonl", str(tmp_path / "metrics.jsonl"), "--use-distributed-optimizer"]
-    ended = succeeded(torchrun(2, "pretrain_gpt.py", *TINY, *flags))
-    assert_same_series(series(tmp_path / "metrics.jsonl"), series(single.metrics))
-    # The first process speaks for all.
-    assert len(LOG_LINE.findall(ended.output)) == 3
-
-
 THREADS = """
 import os
 import sys
@@ -177,25 +182,36 @@ os.write(1, f"threads {names}\\n".encode())
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
-def test_no_thread_of_a_process_group_is_left_at_the_end(tmp_path: Path) -> None:
-    """One that still held a tensor when the interpreter ends would now and then abort a run that went well."""
+@pytest.fixture
+def counting(tmp_path: Path) -> str:
+    """The program, which names its threads at the end."""
     script = tmp_path / "count_threads.py"
     script.write_text(THREADS)
-    layout = ["--pipeline-model-parallel-size", "2", "--use-distributed-optimizer"]
-    ended = succeeded(torchrun(4, str(script), *TINY, *layout))
-    counted = [line for line in ended.output.splitlines() if line.startswith("threads")]
-    assert len(counted) == 4
+    return str(script)
+
+
+def assert_no_thread_of_a_process_group_is_left(num_processes: int, *ended: Ended) -> None:
+    """One that still held a tensor when the interpreter ends would now and then abort a run that went well."""
+    counted = [line for one in ended for line in one.output.splitlines() if line.startswith("threads")]
+    assert len(counted) == num_processes
     assert not [line for line in counted if "gloo" in line]
 
 
+def test_two_processes(single: Run, counting: str, tmp_path: Path) -> None:
+    flags = ["--metrics-jsonl", str(tmp_path / "metrics.jsonl"), "--use-distributed-optimizer"]
+    ended = succeeded(torchrun(2, counting, *TINY, *flags))
+    assert_same_series(series(tmp_path / "metrics.jsonl"), series(single.metrics))
+    # The first process speaks for all.
+    assert len(LOG_LINE.findall(ended.output)) == 3
+    assert_no_thread_of_a_process_group_is_left(2, ended)
+
+
 @pytest.mark.slow
-def test_two_machines(single: Run, tmp_path: Path) -> None:
+def test_two_machines(single: Run, counting: str, tmp_path: Path) -> None:
     """Tensor and pipeline parallelism across two launchers, interleaved, with the pipeline's timeline."""
     ended = two_machines(
         2,
-        "pretrain_gpt.py",
+        counting,
         *TINY,
         *("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"),
         *("--num-virtual-stages-per-pipeline-rank", "2", "--timeline-step", "3"),
@@ -205,6 +221,7 @@ def test_two_machines(single: Run, tmp_path: Path) -> None:
         succeeded(machine)
     assert_same_series(series(tmp_path / "metrics.jsonl"), series(single.metrics))
     assert sorted(len(LOG_LINE.findall(machine.output)) for machine in ended) == [0, 3]
+    assert_no_thread_of_a_process_group_is_left(4, *ended)
     files = sorted(tmp_path.glob("timeline.rank*.jsonl"))
     assert [file.name for file in files] == ["timeline.rank0.jsonl", "timeline.rank1.jsonl"]
     for rank, file in enumerate(files):
@@ -238,10 +255,10 @@ def test_stopped_and_resumed_under_another_layout(single: Run, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_run_that_is_over_says_so(tmp_path: Path) -> None:
+def test_a_run_that_is_over_says_so(tmp_path: Path, here: Here) -> None:
     flags = [*without(TINY, "--eval-interval", "--eval-iters"), "--save", str(tmp_path / "checkpoints")]
-    succeeded(python("pretrain_gpt.py", *flags))
-    again = succeeded(python("pretrain_gpt.py", *flags, "--load", str(tmp_path / "checkpoints")))
+    succeeded(here(*flags))
+    again = succeeded(here(*flags, "--load", str(tmp_path / "checkpoints")))
     assert "nothing was trained and nothing saved: iteration 6" in again.output
     assert not LOG_LINE.search(again.output)
 
@@ -288,22 +305,22 @@ def assert_one_clear_answer(ended: Ended, wanted: str) -> None:
 
 
 @pytest.mark.parametrize("mistake", mistakes())
-def test_mistake_in_one_process(mistake: str) -> None:
+def test_mistake_in_one_process(mistake: str, here: Here) -> None:
     flags, wanted = MISTAKES[mistake]
-    assert_one_clear_answer(python("pretrain_gpt.py", *flags, timeout=60.0), wanted)
+    assert_one_clear_answer(here(*flags), wanted)
 
 
 @pytest.fixture(scope="session")
 def checkpoint_of_another_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("other") / "checkpoints")
     flags = [*without(TINY, "--train-iters", "--num-layers", "--eval-interval"), "--num-layers", "2"]
-    succeeded(python("pretrain_gpt.py", *flags, "--train-iters", "2", "--save", folder))
+    pretrain_gpt.main([*flags, "--train-iters", "2", "--save", folder])
     return folder
 
 
 @pytest.mark.slow
-def test_another_model_in_one_process(checkpoint_of_another_model: str) -> None:
-    ended = python("pretrain_gpt.py", *TINY, "--load", checkpoint_of_another_model, timeout=60.0)
+def test_another_model_in_one_process(checkpoint_of_another_model: str, here: Here) -> None:
+    ended = here(*TINY, "--load", checkpoint_of_another_model)
     assert_one_clear_answer(ended, "saved from another model: num_layers is 2 there and 4 here")
 
 
@@ -317,7 +334,7 @@ def assert_one_clear_answer_of_two(ended: Ended, wanted: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mistake", ["missing data", *mistakes()[1:4], "unknown flag"])
+@pytest.mark.parametrize("mistake", ["missing data", "world size", mistakes()[3], "unknown flag"])
 def test_mistake_in_two_processes(mistake: str) -> None:
     flags, wanted = MISTAKES[mistake]
     begin = time.monotonic()
@@ -392,13 +409,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
             *("--tokenizer-type", "HuggingFaceTokenizer", *text.tokenizer),
         )
     )
-    succeeded(
-        python(
-            "pretrain_gpt.py",
+    pretrain_gpt.main(
+        [
             *text.flags,
             *("--train-iters", "60", "--fp64", "--save", f"{folder}/checkpoints"),
             *("--eval-interval", "60", "--eval-iters", "2", "--metrics-jsonl", f"{folder}/metrics.jsonl"),
-        )
+        ]
     )
     return text
 
@@ -423,7 +439,7 @@ def test_bfloat16_trains_as_float64_does(text: Text, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_generation_does_not_depend_on_the_layout(text: Text) -> None:
+def test_generation_does_not_depend_on_the_layout(text: Text, here: Here) -> None:
     # The tokenizer is found where the training found it.
     flags = ["--load", f"{text.folder}/checkpoints", "--prompt", "def main(", "--num-tokens", "24", "--device", "cpu"]
     alone = succeeded(python("tools/generate.py", *flags, "--temperature", "0"))
@@ -432,40 +448,42 @@ def test_generation_does_not_depend_on_the_layout(text: Text) -> None:
     layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
     together = succeeded(torchrun(4, "tools/generate.py", *flags, *layout, "--temperature", "0"))
     assert together.output == alone.output
-    sampled = [succeeded(python("tools/generate.py", *flags, "--seed", seed)).output for seed in ("1", "1", "2")]
+    sampled = [succeeded(here(*flags, "--seed", seed, main=generate.main)).output for seed in ("1", "1", "2")]
     assert sampled[0] == sampled[1] != sampled[2]
 
 
 @pytest.mark.slow
-def test_prompts_of_a_file_are_continued_one_by_one_and_end_where_they_are_to(text: Text, tmp_path: Path) -> None:
+def test_prompts_of_a_file_are_continued_one_by_one_and_end_where_they_are_to(
+    text: Text, tmp_path: Path, here: Here
+) -> None:
     flags = ["--load", f"{text.folder}/checkpoints", "--num-tokens", "12", "--device", "cpu", "--json"]
     (tmp_path / "prompts.txt").write_text("def main(\n\nimport re\nimport os\n")
     prompts = ["--prompts", str(tmp_path / "prompts.txt"), "--batch-size", "2"]
     ended = succeeded(torchrun(2, "tools/generate.py", *flags, *prompts))
     first, second, third = map(json.loads, ended.output.splitlines())
     assert [it["prompt"] for it in (first, second, third)] == ["def main(", "import re", "import os"]
-    alone = succeeded(python("tools/generate.py", *flags, "--prompt", "import os", "--seed", "1236"))
+    alone = succeeded(here(*flags, "--prompt", "import os", "--seed", "1236", main=generate.main))
     assert json.loads(alone.output) == third
     stop = first["continuation"].strip()[3]
-    stopped = succeeded(python("tools/generate.py", *flags, "--prompt", "def main(", "--stop", stop, "@@@"))
+    stopped = succeeded(here(*flags, "--prompt", "def main(", "--stop", stop, "@@@", main=generate.main))
     before = json.loads(stopped.output)["continuation"]
     assert before == first["continuation"].split(stop)[0]
-    assert_one_clear_answer(python("tools/generate.py", *flags, "--prompts", str(tmp_path)), "cannot be read")
+    assert_one_clear_answer(here(*flags, "--prompts", str(tmp_path), main=generate.main), "cannot be read")
 
 
 @pytest.mark.slow
-def test_a_dataset_and_its_text_are_evaluated_alike_in_two_layouts(text: Text, tmp_path: Path) -> None:
+def test_a_dataset_and_its_text_are_evaluated_alike_in_two_layouts(text: Text, tmp_path: Path, here: Here) -> None:
     flags = ["--load", f"{text.folder}/checkpoints", "--device", "cpu", "--json"]
     file = tmp_path / "held_out.py"
     file.write_text("def main(argv: list[str]) -> int:\n    return len(argv)\n" * 40)
-    alone = json.loads(succeeded(python("tools/evaluate.py", *flags, "--text", str(file))).output)
+    alone = json.loads(succeeded(here(*flags, "--text", str(file), main=evaluate.main)).output)
     assert alone["bytes"] == file.stat().st_size
     assert alone["words"] == len(file.read_text().split())
     layout = ["--pipeline-model-parallel-size", "2", "--micro-batch-size", "2", "--text", str(file)]
     together = json.loads(succeeded(torchrun(2, "tools/evaluate.py", *flags, *layout)).output)
     assert together == pytest.approx(alone, rel=1e-6)
     some = [*flags, "--data-path", text.prefix, "--max-documents", "3"]
-    assert json.loads(succeeded(python("tools/evaluate.py", *some)).output)["perplexity_per_token"] > 1
+    assert json.loads(succeeded(here(*some, main=evaluate.main)).output)["perplexity_per_token"] > 1
 
 
 @pytest.mark.slow
@@ -482,7 +500,7 @@ def test_texts_are_written_during_the_training(text: Text, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_mistakes_of_generation(text: Text, single: Run, tmp_path: Path) -> None:
+def test_mistakes_of_generation(text: Text, tmp_path: Path, here: Here) -> None:
     content = json.loads((text.folder / "tokenizer.json").read_bytes())
     words = content["model"]["vocab"]
     words["a"], words["b"] = words["b"], words["a"]
@@ -500,21 +518,21 @@ def test_mistakes_of_generation(text: Text, single: Run, tmp_path: Path) -> None
             "/nowhere.json",
         ),
     ):
-        assert_one_clear_answer(python("tools/generate.py", *flags, "--device", "cpu"), wanted)
+        assert_one_clear_answer(here(*flags, "--device", "cpu", main=generate.main), wanted)
 
 
 @pytest.mark.slow
-def test_a_run_that_trains_nothing_evaluates_what_it_loads(tmp_path: Path) -> None:
+def test_a_run_that_trains_nothing_evaluates_what_it_loads(tmp_path: Path, here: Here) -> None:
     metrics = ["--metrics-jsonl", str(tmp_path / "metrics.jsonl")]
-    succeeded(python("pretrain_gpt.py", *TINY, *metrics, "--save", str(tmp_path / "checkpoints")))
+    succeeded(here(*TINY, *metrics, "--save", str(tmp_path / "checkpoints")))
     skipping = [*TINY, *metrics, "--load", str(tmp_path / "checkpoints"), "--save", str(tmp_path / "others")]
-    ended = succeeded(python("pretrain_gpt.py", *skipping, "--skip-train"))
+    ended = succeeded(here(*skipping, "--skip-train"))
     assert "> nothing is trained, as --skip-train says\n" in ended.output
     assert [line["iteration"] for line in training_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert [line["iteration"] for line in validation_lines(tmp_path / "metrics.jsonl")] == [3, 6, 6]
     assert not list((tmp_path / "others").glob("iter_*"))
     wanted = "the validation data has 12 samples, but this run reads up to sample 20"
-    assert_one_clear_answer(python("pretrain_gpt.py", *skipping, "--skip-train", "--eval-iters", "1"), wanted)
+    assert_one_clear_answer(here(*skipping, "--skip-train", "--eval-iters", "1"), wanted)
 
 
 @pytest.mark.slow
@@ -535,20 +553,20 @@ def test_starting_imports_nothing_large_that_a_run_does_not_need() -> None:
 
 
 @pytest.mark.slow
-def test_data_that_would_end_too_early_is_refused_before_the_first_step(tmp_path: Path) -> None:
+def test_data_that_would_end_too_early_is_refused_before_the_first_step(tmp_path: Path, here: Here) -> None:
     flags = [*without(TINY, "--eval-interval", "--eval-iters"), "--save", str(tmp_path), "--exit-interval", "3"]
-    succeeded(python("pretrain_gpt.py", *flags))
+    succeeded(here(*flags))
     fewer = without(TINY, "--eval-interval", "--eval-iters", "--global-batch-size")
-    again = python("pretrain_gpt.py", *fewer, "--global-batch-size", "2", "--load", str(tmp_path), timeout=60.0)
+    again = here(*fewer, "--global-batch-size", "2", "--load", str(tmp_path))
     assert_one_clear_answer(again, "the training data has 12 samples, but this run reads up to sample 18")
     assert "changed since it was saved: training.global_batch_size: 4 -> 2" in again.output
 
 
 @pytest.mark.slow
-def test_a_place_that_cannot_be_written_to_is_told_before_the_first_step(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_to_is_told_before_the_first_step(tmp_path: Path, here: Here) -> None:
     (tmp_path / "file").write_text("")
     for flag, place, wanted in (
         ("--save", tmp_path / "file", "--save: .*file cannot be written to"),
         ("--metrics-jsonl", tmp_path, "--metrics-jsonl .* is a folder"),
     ):
-        assert_one_clear_answer(python("pretrain_gpt.py", *TINY, flag, str(place), timeout=60.0), wanted)
+        assert_one_clear_answer(here(*TINY, flag, str(place)), wanted)
