@@ -22,6 +22,7 @@ SHORTER = {
     "--exit-interval 60": "--exit-interval 3",
     "--eval-iters 4": "--eval-iters 1",
     "--log-interval 20": "--log-interval 1",
+    "tools/evaluate.py --load": "tools/evaluate.py --max-documents 3 --load",
 }
 
 

@@ -399,7 +399,7 @@ def test_killed_at_any_moment_the_next_one_finds_or_builds_it_and_cleans_up(tmp_
     in_processes(1, ask_slowly, folder, "key")
     whole = time.monotonic() - begun
     stages = {"nothing": 0, "unfinished": 0, "stored": 0}
-    for _ in range(60):
+    for _ in range(30):
         shutil.rmtree(folder, ignore_errors=True)
         victim = FORK.Process(target=ask_slowly, args=(0, folder, "key"))
         victim.start()
@@ -423,7 +423,7 @@ def test_killed_at_any_moment_the_next_one_finds_or_builds_it_and_cleans_up(tmp_
 @pytest.mark.slow
 def test_some_of_many_killed_the_others_finish(tmp_path):
     generator = random.Random(6)
-    for trial in range(25):
+    for trial in range(15):
         folder = tmp_path / f"cache{trial}"
         processes = [FORK.Process(target=ask_slowly, args=(number, folder, "key")) for number in range(4)]
         for process in processes:
