@@ -19,8 +19,6 @@ FAST = (
     "llama, full recompute, ragged mask",
     "llama, tensor",
     "gpt tied, tensor, vocabulary 51, no sequence parallelism",
-    "gpt, tensor, both dropouts",
-    "gpt, tensor 2, three query groups",
     "llama, 1f1b",
     "gpt tied, interleaved",
     "gpt, data, sharded, overlapped, delayed",
