@@ -37,6 +37,27 @@ __device__ __forceinline__ void sigmoids(A x, A& gate, A& opposite) {
 __device__ __forceinline__ float normal_distribution(float x) { return normcdff(x); }
 __device__ __forceinline__ double normal_distribution(double x) { return normcdf(x); }
 
+// The normal distribution and e^(-x^2/2). In 16 bits its tail is the latter times a polynomial in 1 / (1 + p |x|), of
+// the form of Abramowitz and Stegun 7.1.26, fitted anew: good to 3.3e-5 of its value, as far as that is a normal
+// number, which is a fifteenth of float16's unit in the last place. The accurate one takes twice as long as the memory.
+template <typename Scalar, typename A>
+__device__ __forceinline__ void normal(A x, A& probability, A& exponential_of_square) {
+  if constexpr (sizeof(Scalar) == 2) {
+    const float t = cuda::fast_reciprocal(1.0f + 0.375f * fabsf(x));
+    exponential_of_square = cuda::fast_power_of_two(-0.7213475204444817f * x * x);
+    float polynomial = -0.09098517f;
+    polynomial = polynomial * t + 0.20104319f;
+    polynomial = polynomial * t + 0.08297414f;
+    polynomial = polynomial * t + 0.15792004f;
+    polynomial = polynomial * t + 0.14904113f;
+    const float tail = exponential_of_square * (polynomial * t);
+    probability = x < 0.0f ? tail : 1.0f - tail;
+  } else {
+    probability = normal_distribution(x);
+    exponential_of_square = exponential<Scalar>(A(-0.5) * x * x);
+  }
+}
+
 template <Kind kKind, typename Scalar, typename A>
 __device__ __forceinline__ A value_and_slope(A x, A& slope) {
   if constexpr (kKind == Kind::kSilu) {
@@ -45,8 +66,9 @@ __device__ __forceinline__ A value_and_slope(A x, A& slope) {
     slope = gate * (A(1) + x * opposite);
     return x * gate;
   } else if constexpr (kKind == Kind::kGelu) {
-    const A probability = normal_distribution(x);
-    slope = probability + x * (exponential<Scalar>(A(-0.5) * x * x) * A(0.3989422804014327));
+    A probability, exponential_of_square;
+    normal<Scalar>(x, probability, exponential_of_square);
+    slope = probability + x * (exponential_of_square * A(0.3989422804014327));
     return x * probability;
   } else if constexpr (kKind == Kind::kGeluTanh) {
     // (1 + tanh z) / 2 is the sigmoid of 2 z.

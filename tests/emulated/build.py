@@ -26,6 +26,7 @@ EMULATION = Path(__file__).resolve().parent
 LAUNCH = re.compile(r"([\w:]+(?:<[^<>;]*>)?)\s*<<<(.*?)>>>\((.*?)\);", re.DOTALL)
 STORE = re.compile(r'asm volatile\("st\.global\.v4\.b32.*?\);', re.DOTALL)
 RECIPROCAL = re.compile(r'asm\("rcp\.approx.*?\);', re.DOTALL)
+POWER = re.compile(r'asm\("ex2\.approx.*?\);', re.DOTALL)
 # It is the last thing in a file of CPU operators.
 REGISTRATION_ON_CPU = re.compile(r"STABLE_TORCH_LIBRARY_IMPL\(megallm, CPU, .*", re.DOTALL)
 
@@ -70,7 +71,8 @@ def rewrite_sources(tree: Path) -> None:
         file.write_text(rewrite_launches(file.read_text()))
     support = tree / "csrc/include/cuda_support.cuh"
     plain = replace(STORE, "*pointer = words;", support.read_text(), support.name)
-    support.write_text(replace(RECIPROCAL, "result = 1.0f / x;", plain, support.name))
+    plain = replace(RECIPROCAL, "result = 1.0f / x;", plain, support.name)
+    support.write_text(replace(POWER, "result = exp2f(x);", plain, support.name))
     # What stays are the operators' signatures.
     for file in (tree / "csrc/cpu").glob("*.cpp"):
         if "STABLE_TORCH_LIBRARY_FRAGMENT" in file.read_text():

@@ -47,5 +47,9 @@ def test_a_row_of_a_table_that_nearly_all_tokens_use():
     accuracy.check_a_much_used_row("cpu")
 
 
+def test_gelu_of_every_number_of_16_bits():
+    accuracy.check_gelu_of_every_number("cpu")
+
+
 def test_no_gradient_where_nothing_is_seen():
     accuracy.check_unseen_keys("cpu")

@@ -7,6 +7,7 @@ put every case through every check, `tests/emulated/operators.py` through those 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megallm.ops.accumulate import accumulate_weight_gradient
+from megallm.ops.activation import gelu
 from megallm.ops.dropout import Dropout
 from megallm.ops.embedding import accumulate_rows
 from megallm.ops.softmax import scaled_masked_softmax
@@ -309,6 +311,24 @@ def check_a_much_used_row(device: str) -> None:
     accumulate_rows(exact, gradient.double(), rows, "reference")
     assert torch.equal(tables[0], tables[1])
     assert_not_worse("table", tables[0], tables[2], exact)
+
+
+def check_gelu_of_every_number(device: str) -> None:
+    """In 16 bits each value is good to a unit in its last place, however near to 0; each slope to one of its terms'."""
+    for dtype in (torch.bfloat16, torch.float16):
+        numbers = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype)
+        x = numbers[numbers.isfinite()].view(-1, 64).to(device).requires_grad_()
+        y = gelu(x, implementation="native")
+        (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        wide = x.detach().double()
+        probability = 0.5 * torch.special.erfc(-wide / math.sqrt(2))
+        density = (-0.5 * wide.square()).exp() / math.sqrt(2 * math.pi)
+        exact, terms = wide * probability, probability + (wide * density).abs()
+        # An exponential below float32's smallest normal number may be 0, and x is 13 there.
+        finfo = torch.finfo(dtype)
+        least = max(finfo.smallest_normal * finfo.eps, 8 * torch.finfo(torch.float32).smallest_normal)
+        assert ((y.double() - exact).abs() <= finfo.eps * exact.abs() + least).all(), dtype
+        assert ((slope.double() - probability - wide * density).abs() <= finfo.eps * terms + least).all(), dtype
 
 
 def check_unseen_keys(device: str) -> None:

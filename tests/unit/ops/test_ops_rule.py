@@ -84,6 +84,10 @@ def test_not_finite_values_stay_in_their_row(case: Case):
     accuracy.check_non_finite(case, "cpu")
 
 
+def test_gelu_of_every_number_of_16_bits():
+    accuracy.check_gelu_of_every_number("cpu")
+
+
 def test_no_gradient_where_nothing_is_seen():
     accuracy.check_unseen_keys("cpu")
 
