@@ -20,6 +20,8 @@ from typing import NoReturn
 import numpy as np
 import torch
 
+from megallm.data.process_count import check_process_count
+
 _ALIGNMENT = 64
 _FULL, _END, _FAILED = b"f", b"e", b"!"
 # A worker whose parent is gone without closing its pipes (another child may hold them) notices after so long.
@@ -47,6 +49,7 @@ class ReadingWorkers:
         num_workers: int,
         depth: int,
     ) -> None:
+        check_process_count("--num-workers", num_workers)
         self._read, self._depth = read, depth
         self._form = {name: (array.dtype, array.shape, array.nbytes) for name, array in form.items()}
         self._slot_bytes = sum(_aligned(size) for _, _, size in self._form.values())

@@ -9,6 +9,7 @@ from types import TracebackType
 from megallm.data.prepare.encoding import Encoded, EncodeSettings
 from megallm.data.prepare.pieces import Input, Piece
 from megallm.data.prepare.worker import Worker
+from megallm.data.process_count import check_process_count
 
 # Pieces that each worker may have waiting, being worked on, or done and not yet written.
 PIECES_PER_WORKER = 3
@@ -18,9 +19,13 @@ class Pool:
     """Worker processes, and a thread for each that waits for its answers. Leaving the block ends all of them.
 
     The processes are fresh ones: tokenizer libraries hold threads, which do not survive a fork.
+
+    Raises:
+        ValueError: there may not be so many processes.
     """
 
     def __init__(self, settings: EncodeSettings, source: Input, workers: int) -> None:
+        check_process_count("--workers", workers)
         self._workers: list[Worker] = []
         try:
             for _ in range(workers):

@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -108,6 +109,14 @@ def leaves_no_children():
     before = children()
     yield
     assert children() <= before
+
+
+@pytest.mark.usefixtures("leaves_no_children")
+def test_more_workers_than_may_be_started_are_refused_at_once(mock, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (1024, 4096))
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("a process was started"))
+    with pytest.raises(ValueError, match=r"--num-workers 9999999: .* allows 1,024 in all; give at most 480$"):
+        next(iter(build_loader(mock, sampler_of(50, 0, 12, DataShare(1, 1, 2)), 9999999)))
 
 
 def test_workers_keep_the_order_however_unevenly_they_read():
