@@ -1,6 +1,7 @@
 """The simulator against closed formulas, an independent model's figures, and times worked out by hand."""
 
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -83,6 +84,20 @@ def test_two_ranks_by_hand():
     assert timeline.makespan == 8.0
     assert timeline.rank_bubbles == pytest.approx((1 - 4 / 8, 1 - 3 / 8))
     assert timeline.bubble == pytest.approx(1 - 7 / 16)
+
+
+def test_a_channel_takes_one_message_at_a_time():
+    """Between two ranks each channel carries activations of both chunks and gradients."""
+    timeline = timed("interleaved", 2, 2, 6, message=1.5)
+    for rank in range(2):
+        sends = sorted((event.start, event.end) for event in timeline.events if event.rank == rank and is_send(event))
+        assert len(sends) == 18
+        assert all(before[1] <= after[0] for before, after in pairwise(sends))
+        assert any(before[1] == after[0] for before, after in pairwise(sends)), "one had to wait"
+
+
+def is_send(event: Event) -> bool:
+    return event.action.kind in (Kind.SEND_F, Kind.SEND_B)
 
 
 def test_costs_per_stage_must_fit_the_stages():
