@@ -1,5 +1,6 @@
 // target += scale * source on the CPU, where the source may have 16 bits.
 
+#include "cpu/pieces.h"
 #include "cpu/simd.h"
 #include "include/flat.h"
 
@@ -15,10 +16,14 @@ constexpr int64_t kGrain = 32768;
 template <typename Target, typename Source>
 MEGALLM_INLINE void add_elements(Target* __restrict__ target, const Source* __restrict__ source, Target scale,
                                  int64_t begin, int64_t end) {
+  pieces::for_pieces(end - begin, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+    stream::fetch_ahead(target + begin + column, count);
+    stream::fetch_ahead(source + begin + column, count);
 #pragma omp simd
-  for (int64_t i = begin; i < end; ++i) {
-    target[i] += scale * widen(source[i]);
-  }
+    for (int64_t i = begin + column; i < begin + column + count; ++i) {
+      target[i] += scale * widen(source[i]);
+    }
+  });
 }
 
 // Per-processor versions exist for plain functions only, not for templates.

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/pieces.h"
 #include "cpu/simd.h"
 #include "cpu/vector_math.h"
 
@@ -55,7 +56,9 @@ MEGALLM_INLINE void row_statistics(const Scalar* x, int64_t width, RowStatistics
         [&](int64_t i)
             __attribute__((always_inline)) { return exponential(static_cast<Accumulator>(widen(block[i]) - shift)); },
         [&](int64_t i) __attribute__((always_inline)) { return static_cast<Accumulator>(widen(block[i])); },
-        block_exponentials, block_all);
+        block_exponentials, block_all,
+        // The next block or row, which is gone over for its largest value first.
+        [&](int64_t i, int64_t count) __attribute__((always_inline)) { stream::fetch(block + size + i, count); });
     exponentials += block_exponentials;
     all += block_all;
   }
@@ -65,10 +68,13 @@ MEGALLM_INLINE void row_statistics(const Scalar* x, int64_t width, RowStatistics
 template <typename Scalar, typename Accumulator>
 MEGALLM_INLINE void row_gradient(Scalar* x, int64_t width, Accumulator largest, Accumulator factor,
                                  Accumulator subtracted) {
+  pieces::for_pieces(width, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+    stream::fetch_ahead(x + column, count);
 #pragma omp simd
-  for (int64_t i = 0; i < width; ++i) {
-    narrow(exponential(static_cast<Accumulator>(widen(x[i]) - largest)) * factor - subtracted, x[i]);
-  }
+    for (int64_t i = column; i < column + count; ++i) {
+      narrow(exponential(static_cast<Accumulator>(widen(x[i]) - largest)) * factor - subtracted, x[i]);
+    }
+  });
 }
 
 // Per-processor versions exist for plain functions only, not for templates.

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/column_sums.h"
+#include "cpu/pieces.h"
 #include "cpu/simd.h"
 
 namespace megallm::norm {
@@ -27,8 +28,8 @@ struct ForwardRows {
   const Accumulator* bias;  // zeros without one
   Accumulator epsilon;
   int64_t width;
-  Scalar* sum;  // x itself is read without a residual
-  Scalar* y;
+  pieces::Target<Scalar> sum;  // x itself is read without a residual
+  pieces::Target<Scalar> y;
   Accumulator* mean;
   Accumulator* reciprocal;
 };
@@ -45,20 +46,29 @@ struct BackwardRows {
   const Accumulator* mean;
   const Accumulator* reciprocal;
   int64_t width;
-  Scalar* grad_input;
+  pieces::Target<Scalar> grad_input;
 };
 
+// `kept` has place for a row where the sum is streamed, since it is read again.
 template <bool kCentred, typename Scalar, typename Accumulator>
-MEGALLM_INLINE void forward_row(const ForwardRows<Scalar, Accumulator>& rows, int64_t row) {
+MEGALLM_INLINE void forward_row(const ForwardRows<Scalar, Accumulator>& rows, int64_t row, Scalar* kept) {
   const Scalar* x = rows.x + row * rows.x_stride;
   const int64_t width = rows.width;
   if (rows.residual != nullptr) {
     const Scalar* residual = rows.residual + row * rows.residual_stride;
-    Scalar* __restrict__ sum = rows.sum + row * width;
+    Scalar* const target = rows.sum.data + row * width;
+    Scalar* __restrict__ sum = rows.sum.streamed ? kept : target;
+    pieces::for_pieces(width, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+      stream::fetch_ahead(x + column, count);
+      stream::fetch_ahead(residual + column, count);
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-      narrow(widen(x[i]) + widen(residual[i]), sum[i]);
-    }
+      for (int64_t i = column; i < column + count; ++i) {
+        narrow(widen(x[i]) + widen(residual[i]), sum[i]);
+      }
+      if (rows.sum.streamed) {
+        stream::write(target + column, sum + column, count * static_cast<int64_t>(sizeof(Scalar)));
+      }
+    });
     x = sum;
   }
   Accumulator mean = 0;
@@ -76,15 +86,19 @@ MEGALLM_INLINE void forward_row(const ForwardRows<Scalar, Accumulator>& rows, in
   rows.reciprocal[row] = reciprocal;
   const Accumulator* weight = rows.weight;
   const Accumulator* bias = rows.bias;
-  Scalar* __restrict__ y = rows.y + row * width;
-#pragma omp simd
-  for (int64_t i = 0; i < width; ++i) {
+  const auto value = [&](int64_t i) __attribute__((always_inline)) {
     if constexpr (kCentred) {
-      narrow((widen(x[i]) - mean) * reciprocal * weight[i] + bias[i], y[i]);
+      return (widen(x[i]) - mean) * reciprocal * weight[i] + bias[i];
     } else {
-      narrow(widen(x[i]) * reciprocal * weight[i], y[i]);
+      return widen(x[i]) * reciprocal * weight[i];
     }
-  }
+  };
+  pieces::write_row(rows.y, row * width, width, value,
+                    [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+                      if (rows.residual == nullptr) {
+                        stream::fetch(x + rows.x_stride + column, count);
+                      }
+                    });
 }
 
 // What the elements of a row's gradient need of the whole row.
@@ -110,7 +124,7 @@ MEGALLM_INLINE RowMeans<Accumulator> row_means(const BackwardRows<Scalar, Accumu
         [&](int64_t i)
             __attribute__((always_inline)) { return widen(grad_output[i]) * weight[i] * (widen(x[i]) - mean); },
         [&](int64_t i) __attribute__((always_inline)) { return widen(grad_output[i]) * weight[i]; }, means.product,
-        means.grad);
+        means.grad, [](int64_t, int64_t) __attribute__((always_inline)) {});
     means.grad /= width;
   } else {
     means.product = simd::sum_over_row<Accumulator>(rows.width, [&](int64_t i) __attribute__((always_inline)) {
@@ -128,17 +142,23 @@ MEGALLM_INLINE void input_gradient(const BackwardRows<Scalar, Accumulator>& rows
   const Scalar* x = rows.sum + row * rows.sum_stride;
   const Scalar* grad_sum = kGradSum ? rows.grad_sum + row * rows.grad_sum_stride : nullptr;
   const Accumulator* weight = rows.weight;
-  Scalar* __restrict__ grad_input = rows.grad_input + row * rows.width;
-#pragma omp simd
-  for (int64_t i = 0; i < rows.width; ++i) {
+  const auto value = [&](int64_t i) __attribute__((always_inline)) {
     const Accumulator normalised = (widen(x[i]) - means.mean) * means.reciprocal;
     Accumulator result =
         means.reciprocal * (widen(grad_output[i]) * weight[i] - means.grad - normalised * means.product);
     if constexpr (kGradSum) {
       result += widen(grad_sum[i]);
     }
-    narrow(result, grad_input[i]);
-  }
+    return result;
+  };
+  pieces::write_row(rows.grad_input, row * rows.width, rows.width, value,
+                    [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+                      stream::fetch(grad_output + rows.grad_output_stride + column, count);
+                      stream::fetch(x + rows.sum_stride + column, count);
+                      if constexpr (kGradSum) {
+                        stream::fetch_ahead(grad_sum + column, count);
+                      }
+                    });
 }
 
 // Adds the rows to the sums in `partial`: of the weight's gradient, then of the bias's. Several rows at once read and
@@ -167,9 +187,10 @@ MEGALLM_INLINE void add_parameter_gradients(const BackwardRows<Scalar, Accumulat
 }
 
 template <bool kCentred, typename Scalar, typename Accumulator>
-MEGALLM_INLINE void forward_range(const ForwardRows<Scalar, Accumulator>& rows, int64_t begin, int64_t end) {
+MEGALLM_INLINE void forward_range(const ForwardRows<Scalar, Accumulator>& rows, int64_t begin, int64_t end,
+                                  Scalar* kept) {
   for (int64_t row = begin; row < end; ++row) {
-    forward_row<kCentred>(rows, row);
+    forward_row<kCentred>(rows, row, kept);
   }
 }
 
@@ -196,8 +217,9 @@ MEGALLM_INLINE void backward_range(const BackwardRows<Scalar, Accumulator>& rows
 
 // Per-processor versions exist for plain functions only, not for templates.
 #define MEGALLM_NORM_ROWS(Scalar, Accumulator, name, kCentred)                                                        \
-  MEGALLM_CLONES void name##_forward_rows(const ForwardRows<Scalar, Accumulator>& rows, int64_t begin, int64_t end) { \
-    forward_range<kCentred>(rows, begin, end);                                                                        \
+  MEGALLM_CLONES void name##_forward_rows(const ForwardRows<Scalar, Accumulator>& rows, int64_t begin, int64_t end,   \
+                                          Scalar* kept) {                                                             \
+    forward_range<kCentred>(rows, begin, end, kept);                                                                  \
   }                                                                                                                   \
   MEGALLM_CLONES void name##_backward_rows(const BackwardRows<Scalar, Accumulator>& rows, int64_t begin, int64_t end, \
                                            Accumulator* partial) {                                                    \
@@ -241,13 +263,16 @@ void run_forward(const Forward& call, double epsilon) {
                                               bias.data(),
                                               static_cast<Accumulator>(epsilon),
                                               width,
-                                              static_cast<Scalar*>(call.sum.mutable_data_ptr()),
-                                              static_cast<Scalar*>(call.y.mutable_data_ptr()),
+                                              pieces::target<Scalar>(call.sum, width),
+                                              pieces::target<Scalar>(call.y, width),
                                               static_cast<Accumulator*>(call.mean.mutable_data_ptr()),
                                               static_cast<Accumulator*>(call.reciprocal.mutable_data_ptr())};
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width));
   torch::stable::parallel_for(0, call.x.count, grain, [&](int64_t begin, int64_t end) {
-    call.centred ? centred_forward_rows(rows, begin, end) : plain_forward_rows(rows, begin, end);
+    std::vector<Scalar> kept(rows.sum.streamed ? width : 0);
+    call.centred ? centred_forward_rows(rows, begin, end, kept.data())
+                 : plain_forward_rows(rows, begin, end, kept.data());
+    stream::finish();
   });
 }
 
@@ -265,11 +290,12 @@ void run_backward(const Backward& call) {
                                                static_cast<const Accumulator*>(call.mean.const_data_ptr()),
                                                static_cast<const Accumulator*>(call.reciprocal.const_data_ptr()),
                                                width,
-                                               static_cast<Scalar*>(call.grad_input.mutable_data_ptr())};
+                                               pieces::target<Scalar>(call.grad_input, width)};
   for_blocks_of_rows<Accumulator>(call.sum.count, call.grad_parameters.numel(), &call.grad_parameters,
                                   [&](int64_t begin, int64_t end, Accumulator* partial) {
                                     call.centred ? centred_backward_rows(rows, begin, end, partial)
                                                  : plain_backward_rows(rows, begin, end, partial);
+                                    stream::finish();
                                   });
 }
 

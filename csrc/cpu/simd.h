@@ -112,10 +112,10 @@ MEGALLM_INLINE Accumulator sum_over_row(int64_t width, const Term& term) {
   return static_cast<Accumulator>(total);
 }
 
-// Two such sums in one pass.
-template <typename Accumulator, typename First, typename Second>
+// Two such sums in one pass; ahead(start, elements) is called before each part of it, and asks for what is read next.
+template <typename Accumulator, typename First, typename Second, typename Ahead>
 MEGALLM_INLINE void two_sums_over_row(int64_t width, const First& first, const Second& second, Accumulator& first_sum,
-                                      Accumulator& second_sum) {
+                                      Accumulator& second_sum, const Ahead& ahead) {
   double first_total = 0;
   double second_total = 0;
   for (int64_t block = 0; block < width; block += kSumBlock) {
@@ -124,6 +124,7 @@ MEGALLM_INLINE void two_sums_over_row(int64_t width, const First& first, const S
     Accumulator second_lanes[kLanes] = {};
     int64_t start = block;
     for (; start + kLanes <= stop; start += kLanes) {
+      ahead(start, kLanes);
 #pragma omp simd
       for (int lane = 0; lane < kLanes; ++lane) {
         first_lanes[lane] += first(start + lane);

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "cpu/simd.h"
+#include "cpu/stream.h"
 #include "include/flat.h"
 
 namespace megallm::sum_of_squares {
@@ -19,6 +20,7 @@ MEGALLM_INLINE double block_sum(const Scalar* values, int64_t count) {
   double lanes[kDoubles] = {};
   int64_t start = 0;
   for (; start + kDoubles <= count; start += kDoubles) {
+    stream::fetch_ahead(values + start, kDoubles);
 #pragma omp simd
     for (int lane = 0; lane < kDoubles; ++lane) {
       const double value = values[start + lane];

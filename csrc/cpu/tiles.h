@@ -19,20 +19,12 @@ namespace megallm::tiles {
 // Elements of a tile: a handful of buffers of this size stay in the first-level cache.
 constexpr int64_t kTile = 1024;
 
-// Elements that are read, computed and written before the next ones: so few that the processor fetches those meanwhile.
-// Loops over a piece all have this many iterations, so that the compiler needs no code for a rest; at the end of a row
-// they compute on zeros, which are not written.
-constexpr int64_t kPiece = 128;
-
 // Vectors of 64 bytes that lie across two cache lines would take twice as long.
 template <typename Scalar, int64_t kSize = kTile>
 struct alignas(64) Buffer {
   Scalar values[kSize];
   operator Scalar*() { return values; }
 };
-
-template <typename Scalar>
-using Piece = Buffer<Scalar, kPiece>;
 
 template <typename Scalar>
 MEGALLM_INLINE void widen_all(const Scalar* __restrict__ data, int64_t count, float* __restrict__ result) {
@@ -115,90 +107,6 @@ struct Target {
 inline Source source(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.scalar_type()}; }
 inline Source source(const Rows& rows) { return source(rows.tensor); }
 inline Target target(const Tensor& tensor) { return {tensor.mutable_data_ptr(), tensor.scalar_type()}; }
-
-template <typename Scalar>
-MEGALLM_INLINE const Scalar* padded(const Scalar* data, int64_t count, Piece<Scalar>& buffer) {
-  if (count == kPiece) {
-    return data;
-  }
-  std::memset(static_cast<void*>(buffer.values), 0, sizeof(buffer));
-  std::memcpy(static_cast<void*>(buffer.values), data, count * sizeof(Scalar));
-  return buffer;
-}
-
-// `count` elements from `offset` on, widened where they are not of the accumulation type, and zeros behind them.
-template <typename Scalar>
-MEGALLM_INLINE const float* read_piece_of(const void* data, int64_t offset, int64_t count, float* buffer) {
-  Piece<Scalar> rest;
-  widen_all(padded(static_cast<const Scalar*>(data) + offset, count, rest), kPiece, buffer);
-  return buffer;
-}
-
-MEGALLM_INLINE const float* read_piece(const Source& source, int64_t offset, int64_t count, Piece<float>& buffer) {
-  switch (source.type) {
-    case ScalarType::BFloat16:
-      return read_piece_of<simd::BFloat16>(source.data, offset, count, buffer);
-    case ScalarType::Half:
-      return read_piece_of<simd::Half>(source.data, offset, count, buffer);
-    default:
-      return padded(static_cast<const float*>(source.data) + offset, count, buffer);
-  }
-}
-
-MEGALLM_INLINE const double* read_piece(const Source& source, int64_t offset, int64_t count, Piece<double>& buffer) {
-  return padded(static_cast<const double*>(source.data) + offset, count, buffer);
-}
-
-// A piece of a row from `column` on, with the bias there, which may be null. The bias is in the accumulation type, and
-// has a piece more behind it.
-template <typename A>
-MEGALLM_INLINE const A* read_biased_piece(const Source& source, int64_t row_start, int64_t column, int64_t count,
-                                          const void* bias, Piece<A>& buffer) {
-  const A* values = read_piece(source, row_start + column, count, buffer);
-  if (bias == nullptr) {
-    return values;
-  }
-  const A* added = static_cast<const A*>(bias) + column;
-#pragma omp simd
-  for (int64_t i = 0; i < kPiece; ++i) {
-    buffer[i] = values[i] + added[i];
-  }
-  return buffer;
-}
-
-// Where to compute `count` elements from `offset` on, before `write_piece`: in place if that holds a whole piece.
-template <typename A>
-MEGALLM_INLINE A* place_of_piece(const Target& target, int64_t offset, int64_t count, Piece<A>& buffer) {
-  const bool wide = target.type == ScalarType::Float || target.type == ScalarType::Double;
-  return wide && count == kPiece ? static_cast<A*>(target.data) + offset : buffer;
-}
-
-template <typename Scalar>
-MEGALLM_INLINE void write_piece_of(void* data, int64_t offset, int64_t count, const float* values) {
-  Scalar* result = static_cast<Scalar*>(data) + offset;
-  if (count == kPiece) {
-    narrow_all(values, kPiece, result);
-    return;
-  }
-  Piece<Scalar> rest;
-  narrow_all(values, kPiece, rest.values);
-  std::memcpy(static_cast<void*>(result), rest.values, count * sizeof(Scalar));
-}
-
-template <typename A>
-MEGALLM_INLINE void write_piece(const Target& target, int64_t offset, int64_t count, const A* values) {
-  if constexpr (sizeof(A) == sizeof(float)) {
-    if (target.type == ScalarType::BFloat16) {
-      return write_piece_of<simd::BFloat16>(target.data, offset, count, values);
-    }
-    if (target.type == ScalarType::Half) {
-      return write_piece_of<simd::Half>(target.data, offset, count, values);
-    }
-  }
-  if (count < kPiece) {
-    std::memcpy(static_cast<A*>(target.data) + offset, values, count * sizeof(A));
-  }
-}
 
 [[maybe_unused]] MEGALLM_CLONES static void add(const float* left, const float* right, int64_t count,
                                                 float* __restrict__ result) {
