@@ -2,13 +2,13 @@
 
     python benchmarks/ops.py [--device cuda] [--threads 1 2] [--only swiglu rms_norm] [--output FILE]
 
-On the CPU the figure is eager's time over the native operator's: above 1 the native operator is faster. On a GPU it is
-the bytes that an operator must move at least, over its time, as a fraction of what a copy reaches in the same process;
-cold, with the L2 cache flushed before each call, and warm. Beside the reference in eager mode stand the same one
-compiled by torch (`--compile`, which takes many seconds for each), torch's own fused operators, and those of apex,
-Liger and QuACK where they are installed. All take turns, and the median of each counts, so that a change of the
-machine's speed meets all. On the CPU the C library keeps freed memory, for all of them, as it does in training, so that
-no figure holds the system's zeroing of pages.
+On the CPU the figure is eager's time over the native operator's: above 1 the native operator is faster; beside it that
+of a copy, which reads and writes as many bytes together as the operator must at least. On a GPU it is these bytes over
+its time, as a fraction of what a copy reaches in the same process; cold, with the L2 cache flushed before each call,
+and warm. Beside the reference in eager mode stand the same one compiled by torch (`--compile`, which takes many seconds
+for each), torch's own fused operators, and those of apex, Liger and QuACK where they are installed. All take turns, and
+the median of each counts, so that a change of the machine's speed meets all. On the CPU the C library keeps freed
+memory, for all of them, as it does in training, so that no figure holds the system's zeroing of pages.
 """
 
 from __future__ import annotations
@@ -360,6 +360,20 @@ class Pass:
         return self._function(*self._inputs)
 
 
+class Copy:
+    """A copy that reads and writes as many bytes together as an operator must, into memory that is there."""
+
+    def __init__(self, moved_bytes: int) -> None:
+        self._source = torch.zeros(moved_bytes // 2, dtype=torch.uint8)
+        self._target = torch.zeros_like(self._source)
+
+    def prepare(self) -> None:
+        pass
+
+    def __call__(self) -> object:
+        return self._target.copy_(self._source)
+
+
 class Clock:
     """Seconds of one call: of the device's own clock on a GPU, there with a cold or a warm cache."""
 
@@ -411,10 +425,13 @@ def measure(
     for name, moved in zip(("forward", "backward"), all_moved, strict=True):
         if not moved:
             continue
-        passes = {
+        bytes_moved = int(moved * shape[0] * shape[1] * dtype.itemsize)
+        passes: dict[str, Pass | Copy] = {
             who: Pass(function, inputs, backward=name == "backward", spends_its_inputs=operator.spends_its_inputs)
             for who, function in functions.items()
         }
+        if device.type == "cpu":
+            passes["copy"] = Copy(bytes_moved)
         for state in ("cold", "warm") if device.type == "cuda" else ("warm",):
             times: dict[str, list[float]] = {who: [] for who in passes}
             for repeat in range(arguments.repeats + 2):
@@ -423,7 +440,6 @@ def measure(
                     taken = clock.seconds(work, cold=state == "cold")
                     if repeat >= 2:
                         times[who].append(taken)
-            bytes_moved = moved * shape[0] * shape[1] * dtype.itemsize
             records.append(
                 {
                     "operator": operator.name,
@@ -433,7 +449,7 @@ def measure(
                     "dtype": str(dtype).removeprefix("torch."),
                     "threads": torch.get_num_threads(),
                     "cache": state,
-                    "bytes": int(bytes_moved),
+                    "bytes": bytes_moved,
                     "milliseconds": {who: spread(values) for who, values in times.items()},
                 }
             )

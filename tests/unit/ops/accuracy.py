@@ -299,6 +299,21 @@ def check_determinism(case: Case, device: str) -> None:
             start = stop
 
 
+def check_large(case: Case) -> None:
+    """Results that the CPU writes past its caches have the bits of a few of their rows alone, which it does not."""
+    for dtype in case.dtypes:
+        inputs = case.inputs((1030, 2080), dtype, "cpu")  # the last piece of a row is not whole
+        grads = case.output_gradients(inputs)
+        whole = case.results(inputs, grads, "native")
+        assert whole["y0"].nbytes >= 4 << 20
+        rows = slice(1000, 1030)
+        part = {key: tensor if key in case.shared else tensor[rows] for key, tensor in inputs.items()}
+        found = case.results(part, [grad[rows] for grad in grads], "native")
+        sums = {f"grad_{name}" for name in case.shared}
+        expected = {name: value[rows] for name, value in whole.items() if name not in sums}
+        check_same(found, expected, exact=True, what=f"{case.name}: rows of a large tensor, {dtype}")
+
+
 def check_a_much_used_row(device: str) -> None:
     """Many blocks share its sum: an entry of few tokens before it, runs that end and begin at any place."""
     generator = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ from megallm.config.operators import OPERATORS
 from megallm.ops.library import NATIVE
 from tests.unit.ops import accuracy
 from tests.unit.ops.accuracy import Case
-from tests.unit.ops.cases import CASES
+from tests.unit.ops.cases import CASES, activation, norm
 
 BUILT = [case for case in CASES if case.operator in NATIVE.on_cpu]
 # Operators that are no functions of rows have their tests in a file of their own.
@@ -70,6 +70,12 @@ def test_slices_are_not_copied(case: Case):
 @every_case
 def test_deterministic_and_independent_of_the_batch(case: Case):
     accuracy.check_determinism(case, "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*activation.CASES, *norm.CASES], ids=str)
+def test_large_results_are_those_of_their_rows(case: Case):
+    accuracy.check_large(case)
 
 
 @pytest.mark.slow
