@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = Path(__file__).resolve().parent
+HEADERS = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
 
 # kernel<SOME, 8><<<grid, threads, 0, stream>>>(arguments);
 LAUNCH = re.compile(r"([\w:]+(?:<[^<>;]*>)?)\s*<<<(.*?)>>>\((.*?)\);", re.DOTALL)
@@ -30,20 +32,25 @@ POWER = re.compile(r'asm\("ex2\.approx.*?\);', re.DOTALL)
 # It is the last thing in a file of CPU operators.
 REGISTRATION_ON_CPU = re.compile(r"STABLE_TORCH_LIBRARY_IMPL\(megallm, CPU, .*", re.DOTALL)
 
-# Slow code that is compiled quickly.
-FLAGS = ("-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno")
+FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno")
+# Slow code that is compiled quickly; slower code that is compiled still more quickly.
+OPTIMISATION = ("-O1", "-g1")
+QUICK = ("-O0", "-g0")
 # An access that is not aligned as its type must be is reported, and ends the process.
 CHECKS = ("-fsanitize=alignment", "-fno-sanitize-recover=alignment")
 
 
+def has_cuda_headers() -> bool:
+    return (HEADERS / "cuda_runtime.h").is_file()
+
+
 def cuda_headers() -> Path:
-    headers = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
-    if not (headers / "cuda_runtime.h").is_file():
+    if not has_cuda_headers():
         raise SystemExit(
-            f"The emulated kernels are compiled with a CUDA toolkit's headers, and {headers}/cuda_runtime.h is not "
+            f"The emulated kernels are compiled with a CUDA toolkit's headers, and {HEADERS}/cuda_runtime.h is not "
             "there. Install a toolkit (no GPU and no driver is needed), or let CUDA_HOME name the folder of one."
         )
-    return headers
+    return HEADERS
 
 
 def replace(pattern: re.Pattern[str], replacement: str, source: str, what: str) -> str:
@@ -90,16 +97,30 @@ def copy_python(tree: Path) -> None:
     embedding.write_text(replace(unsorted, "", embedding.read_text(), embedding.name))
 
 
-def build(tree: Path, headers: Path) -> None:
+def join_sources(tree: Path) -> list[Path]:
+    """What is to be compiled: most of the time goes into headers, which files that are joined read once.
+
+    The kernels are two, for two processes.
+    """
+    kernels, others = (sorted((tree / "csrc" / room).glob("*.cpp")) for room in ("cuda", "cpu"))
+    joined = {"kernels_0.cpp": kernels[::2], "kernels_1.cpp": kernels[1::2], "cpu.cpp": others}
+    for name, files in joined.items():
+        text = "".join(f'#include "{file.parent.name}/{file.name}"\n' for file in files)
+        (tree / "csrc" / name).write_text(text)
+    return [tree / "csrc" / name for name in (*joined, "emulation.cpp", "bindings/module.cpp")]
+
+
+def build(tree: Path, headers: Path, optimisation: Sequence[str] = OPTIMISATION) -> None:
     """Compiles csrc of `tree` to its megallm/_C.so."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     includes = [tree / "csrc", *cpp_extension.include_paths(), headers, sysconfig.get_path("include")]
-    flags = [*FLAGS, '-DMEGALLM_CUDA_ARCHITECTURES="emulated"', *(f"-I{folder}" for folder in includes)]
-    sources = sorted((tree / "csrc").rglob("*.cpp"))
+    defined = '-DMEGALLM_CUDA_ARCHITECTURES="emulated"'
+    flags = [*FLAGS, *optimisation, defined, *(f"-I{folder}" for folder in includes)]
+    sources = join_sources(tree)
 
     def compile_one(source: Path) -> None:
         # The CPU's own operators are not run.
-        checks = () if source.parent.name == "cpu" else CHECKS
+        checks = () if source.name == "cpu.cpp" else CHECKS
         command = [*compiler, *flags, *checks, "-c", str(source), "-o", str(source.with_suffix(".o"))]
         subprocess.run(command, check=True)
 
@@ -115,12 +136,13 @@ def build(tree: Path, headers: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tree", type=Path, help="the folder; what it has is removed first")
-    tree = parser.parse_args().tree.resolve()
-    headers = cuda_headers()
+    parser.add_argument("--quick", action="store_true", help="compile quickly what then runs slowly")
+    arguments = parser.parse_args()
+    tree, headers = arguments.tree.resolve(), cuda_headers()
     shutil.rmtree(tree, ignore_errors=True)
     rewrite_sources(tree)
     copy_python(tree)
-    build(tree, headers)
+    build(tree, headers, QUICK if arguments.quick else OPTIMISATION)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Every CUDA kernel, emulated on the CPU, by the checks of the operators that a GPU passes.
 
-Run by `make emulated-test` in the copy of the project that `build.py` makes; its name keeps it out of `make test`.
+Run by `make emulated-test`, and a part of it by `test_emulated.py`, in the copy of the project that `build.py` makes.
+Its name keeps it out of `make test` in the project itself.
 """
 
 import pytest
@@ -53,3 +54,9 @@ def test_gelu_of_every_number_of_16_bits():
 
 def test_no_gradient_where_nothing_is_seen():
     accuracy.check_unseen_keys("cpu")
+
+
+@every_case
+def test_once(case: Case):
+    """Each kernel in every dtype: single elements, vectors for a warp, vectors for a block."""
+    accuracy.check_shapes(case, "cpu", ((5, 33), (9, 64), (3, 1032)))
