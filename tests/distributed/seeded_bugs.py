@@ -171,7 +171,10 @@ def mean_of_the_means_of_micro_batches(patch: pytest.MonkeyPatch) -> Prepare:
 
         def means(outputs: Any, batch: dict[str, torch.Tensor], context: Any) -> list[LossTerm]:
             counted = batch["loss_mask"].sum().clamp(min=1.0)
-            return [replace(term, sum=term.sum / counted) for term in loss_terms(outputs, batch, context)]
+            return [
+                replace(term, sum=term.sum / counted, objective=term.differentiated / counted)
+                for term in loss_terms(outputs, batch, context)
+            ]
 
         patch.setattr(engine.task, "loss_terms", means)
 
