@@ -263,7 +263,7 @@ void run_forward(const Forward& call) {
                                  call.bias ? bias.data() : nullptr,
                                  width,
                                  call.gated,
-                                 pieces::target<Scalar>(call.y, width)};
+                                 pieces::target<Scalar>(call.y, width, call.gated && sizeof(Scalar) > 2)};
   const int64_t tiles_per_row = (width + kTile - 1) / kTile;
   torch::stable::parallel_for(
       0, count * tiles_per_row, std::max<int64_t>(1, kGrain / std::min(width, kTile)), [&](int64_t begin, int64_t end) {
@@ -287,7 +287,7 @@ void run_backward(const Backward& call) {
                                   call.bias ? bias.data() : nullptr,
                                   width,
                                   call.gated,
-                                  pieces::target<Scalar>(call.grad_input, width)};
+                                  pieces::target<Scalar>(call.grad_input, width, call.gated && sizeof(Scalar) > 2)};
   const Tensor* grad_bias = call.bias ? &call.grad_bias : nullptr;
   for_blocks_of_rows<A>(call.x.count, call.x.width, grad_bias, [&](int64_t begin, int64_t end, A* partial) {
     for (int64_t row = begin; row < end; ++row) {

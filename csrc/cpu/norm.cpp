@@ -269,9 +269,10 @@ void run_forward(const Forward& call, double epsilon) {
                                               static_cast<Accumulator*>(call.reciprocal.mutable_data_ptr())};
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width));
   torch::stable::parallel_for(0, call.x.count, grain, [&](int64_t begin, int64_t end) {
-    std::vector<Scalar> kept(rows.sum.streamed ? width : 0);
-    call.centred ? centred_forward_rows(rows, begin, end, kept.data())
-                 : plain_forward_rows(rows, begin, end, kept.data());
+    using Line = tiles::Buffer<Scalar, stream::kLine / sizeof(Scalar)>;
+    std::vector<Line> lines(rows.sum.streamed ? width * sizeof(Scalar) / stream::kLine : 0);
+    Scalar* kept = lines.empty() ? nullptr : lines[0].values;
+    call.centred ? centred_forward_rows(rows, begin, end, kept) : plain_forward_rows(rows, begin, end, kept);
     stream::finish();
   });
 }

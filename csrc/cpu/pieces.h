@@ -137,10 +137,11 @@ MEGALLM_INLINE void write_row(const Target<Scalar>& target, int64_t offset, int6
   });
 }
 
-// In rows of `width` elements, of which a piece never holds parts of two.
+// In rows of `width` elements, of which a piece never holds parts of two. Where computing takes longer than moving the
+// memory, it is not streamed.
 template <typename Scalar>
-Target<Scalar> target(const Tensor& tensor, int64_t width) {
-  return {static_cast<Scalar*>(tensor.mutable_data_ptr()), stream::pays(tensor, width)};
+Target<Scalar> target(const Tensor& tensor, int64_t width, bool moves_more_than_it_computes = true) {
+  return {static_cast<Scalar*>(tensor.mutable_data_ptr()), moves_more_than_it_computes && stream::pays(tensor, width)};
 }
 
 }  // namespace megallm::pieces

@@ -10,7 +10,7 @@
 #include "include/rows.h"
 
 #if defined(__SSE2__)
-#include <emmintrin.h>
+#include <immintrin.h>
 #else
 #include <cstring>
 #endif
@@ -53,8 +53,18 @@ inline bool pays(const Tensor& result, int64_t width) {
 #endif
 }
 
-// Copies whole cache lines.
-MEGALLM_INLINE void write(void* result, const void* values, int64_t bytes) {
+// Copies whole cache lines, from memory that begins at a multiple of 64 bytes. A version for each width of vectors: no
+// compiler makes such stores of a loop.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+[[maybe_unused]] __attribute__((target("avx512f"))) static void write(void* result, const void* values, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kLine) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(static_cast<char*>(result) + i),
+                        _mm512_load_si512(static_cast<const char*>(values) + i));
+  }
+}
+__attribute__((target("default")))
+#endif
+[[maybe_unused]] static void write(void* result, const void* values, int64_t bytes) {
 #if defined(__SSE2__)
   auto* to = static_cast<__m128i*>(result);
   const auto* from = static_cast<const __m128i*>(values);
