@@ -38,7 +38,8 @@ struct Silu {
 struct Gelu {
   template <bool kShort, typename A>
   static MEGALLM_INLINE A value(A x) {
-    return simd::positive_part(x) - std::fabs(x) * simd::normal_tail<kShort>(std::fabs(x), simd::bell<kShort>(x));
+    const A tail = simd::normal_tail<kShort>(std::fabs(x), simd::bell<kShort>(x));
+    return x * (x < A(0) ? tail : A(1) - tail);
   }
   template <bool kShort, typename A>
   static MEGALLM_INLINE A value_and_slope(A x, A& slope) {

@@ -271,7 +271,7 @@ void run_forward(const Forward& call, double epsilon) {
   torch::stable::parallel_for(0, call.x.count, grain, [&](int64_t begin, int64_t end) {
     using Line = tiles::Buffer<Scalar, stream::kLine / sizeof(Scalar)>;
     std::vector<Line> lines(rows.sum.streamed ? width * sizeof(Scalar) / stream::kLine : 0);
-    Scalar* kept = lines.empty() ? nullptr : lines[0].values;
+    Scalar* kept = reinterpret_cast<Scalar*>(lines.data());
     call.centred ? centred_forward_rows(rows, begin, end, kept) : plain_forward_rows(rows, begin, end, kept);
     stream::finish();
   });

@@ -1,5 +1,4 @@
-// Rows piece by piece, in the accumulation type: operators that compute much for each element are written once for
-// float32 and float64, and see 16-bit types through these.
+// Rows piece by piece: read ahead of, computed in the accumulation type, and written past the caches where that pays.
 
 #pragma once
 

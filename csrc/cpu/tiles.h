@@ -1,4 +1,4 @@
-// Pieces of rows in the accumulation type. Operators that compute much for each element are written once for float32
+// Tiles of rows in the accumulation type. Operators that compute much for each element are written once for float32
 // and float64 and see 16-bit types through these: no version of the arithmetic for each type.
 
 #pragma once

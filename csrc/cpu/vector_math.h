@@ -11,7 +11,7 @@
 
 namespace megallm::simd {
 
-// Functions with kShort are for results that are rounded to 16 bits: polynomials with fewer terms, 1.4e-5 of the result
+// Functions with kShort are for results that are rounded to 16 bits: polynomials with fewer terms, 2.2e-5 of the result
 // wrong at most, where the rounding of float16 takes up to 4.9e-4 and that of bfloat16 eight times as much.
 
 // e^x of -88 <= x <= 0, within 2 units in the last place; 0 below -87.7, where float32 would be subnormal. x = n log 2
@@ -62,17 +62,6 @@ template <bool>
 MEGALLM_INLINE double decay(double x) {
   return std::exp(-x);
 }
-
-// x where it is positive, otherwise 0; of a NaN a NaN or 0.
-MEGALLM_INLINE float positive_part(float x) {
-  int32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  bits = bits > 0 ? bits : 0;
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
-}
-
-MEGALLM_INLINE double positive_part(double x) { return x > 0 ? x : 0; }
 
 // x sigmoid(y), for a y that is no NaN unless x is one. Nothing overflows: only e^-|y| is computed.
 template <bool kShort, typename Accumulator>

@@ -66,8 +66,9 @@ class _ChunkedLoss(torch.autograd.Function):
         # The parameters themselves, not saved copies: the sink knows them.
         ctx.weight, ctx.bias, ctx.loss, ctx.context, ctx.chunk_size = weight, bias, loss, context, chunk_size
         ctx.save_for_backward(hidden, targets, statistics.largest, statistics.exponentials)
-        objective, *told = (each.view(targets.shape) for each in statistics.losses)
+        objective, *told = (each.view(targets.shape) for each in statistics.losses.tensors())
         ctx.mark_non_differentiable(*told)
+        ctx.set_materialize_grads(False)
         return objective, *told
 
     @staticmethod

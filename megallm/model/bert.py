@@ -68,7 +68,7 @@ class BERTHead(nn.Module):
         labels = words_to_find(batch)
         return chunked_cross_entropy(
             transformed, self.weight, labels, self.loss, self.context, self.chunk_size, self.bias
-        )
+        ).tensors()
 
 
 def words_to_find(batch: Batch) -> torch.Tensor:

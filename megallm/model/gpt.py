@@ -40,7 +40,7 @@ class GPTHead(nn.Module):
         if self.chunk_size is None or "labels" not in batch:
             return (column_parallel_linear(hidden, self.weight, self.context),)
         labels = batch["labels"].t()  # [batch, sequence] -> [sequence, batch]
-        return chunked_cross_entropy(hidden, self.weight, labels, self.loss, self.context, self.chunk_size)
+        return chunked_cross_entropy(hidden, self.weight, labels, self.loss, self.context, self.chunk_size).tensors()
 
 
 class GPTStage(TransformerStage):

@@ -54,6 +54,10 @@ class CrossEntropy:
     ignore_index: int = -100
     reduce: Reduce = alone
 
+    @property
+    def is_regularised(self) -> bool:
+        return self.label_smoothing != 0.0 or self.z_loss != 0.0
+
 
 def cross_entropy(logits: Tensor, targets: Tensor, loss: CrossEntropy, implementation: str = "auto") -> Tensor:
     """Loss of each token in nats: [...] for `logits` [..., columns] and int64 `targets` [...]; float32 or float64.
@@ -70,8 +74,13 @@ class TokenLosses(NamedTuple):
     """Of each token [...], 0 where its target is ignored; float32 or float64. Only the objective has a gradient."""
 
     objective: Tensor  # with label smoothing and z-loss, as `cross_entropy` has it
-    plain: Tensor  # without them: L - x[target]
-    squares: Tensor  # L^2
+    # Only where one of them is on; otherwise the objective is the plain loss.
+    plain: Tensor | None = None  # L - x[target]
+    squares: Tensor | None = None  # L^2
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """As many as there are."""
+        return tuple(each for each in self if each is not None)
 
 
 def token_losses(logits: Tensor, targets: Tensor, loss: CrossEntropy, implementation: str = "auto") -> TokenLosses:
@@ -116,18 +125,21 @@ def statistics_over_ranks(largest: Tensor, sums: Tensor, targets: Tensor, loss: 
     exponentials, predicted, total = sums.unbind(0)
     logarithm = exponentials.log()
     # Taken from the largest, where the numbers are small, lest large logits cost digits.
-    plain = logarithm + (largest - predicted)
-    squares = (logarithm + largest).square()
-    objective = plain
-    if loss.label_smoothing:
-        mean = total / loss.vocab_size
-        objective = plain * (1.0 - loss.label_smoothing) + (logarithm + (largest - mean)) * loss.label_smoothing
-    if loss.z_loss:
-        objective = objective + squares * loss.z_loss
+    plain = objective = logarithm + (largest - predicted)
+    losses = [plain]
+    if loss.is_regularised:
+        squares = (logarithm + largest).square()
+        if loss.label_smoothing:
+            mean = total / loss.vocab_size
+            objective = plain * (1.0 - loss.label_smoothing) + (logarithm + (largest - mean)) * loss.label_smoothing
+        if loss.z_loss:
+            objective = objective + squares * loss.z_loss
+        losses = [objective, plain, squares]
     ignored = targets.reshape(-1) == loss.ignore_index
-    losses = TokenLosses(*(each.masked_fill(ignored, 0.0) for each in (objective, plain, squares)))
+    for each in losses:
+        each.masked_fill_(ignored, 0.0)
     # By itself: the other two sums are not kept for the backward pass.
-    return Statistics(largest, exponentials.clone(), losses)
+    return Statistics(largest, exponentials.clone(), TokenLosses(*losses))
 
 
 def logit_gradients_(
@@ -169,8 +181,9 @@ class _CrossEntropy(torch.autograd.Function):
         statistics = loss_statistics(logits, targets, loss, implementation)
         ctx.save_for_backward(logits, targets, statistics.largest, statistics.exponentials)
         ctx.loss, ctx.implementation = loss, implementation
-        objective, *told = (each.view(targets.shape) for each in statistics.losses)
+        objective, *told = (each.view(targets.shape) for each in statistics.losses.tensors())
         ctx.mark_non_differentiable(*told)
+        ctx.set_materialize_grads(False)
         return objective, *told
 
     @staticmethod

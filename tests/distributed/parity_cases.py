@@ -146,7 +146,12 @@ CASES = [
         layout=NO_SEQUENCE_PARALLEL,
         kind="bert",
     ),
-    Case("bert, rotary, no binary head, 1f1b", BERT | ROTARY | NO_BINARY_HEAD | DROPOUT, pp=2, kind="bert"),
+    Case(
+        "bert, rotary, no binary head, smoothed, z-loss, 1f1b",
+        BERT | ROTARY | NO_BINARY_HEAD | DROPOUT | REGULARISED,
+        pp=2,
+        kind="bert",
+    ),
     Case("bert, rotary, no binary head, tensor", BERT | ROTARY | NO_BINARY_HEAD, tp=2, layout=IN_CHUNKS, kind="bert"),
     Case("bert, pre-norm, interleaved", GPT, pp=2, layout=TWO_STAGES | TWO_PER_MICRO_BATCH, kind="bert"),
     # four processes
@@ -228,8 +233,8 @@ CASES = [
     ),
     # eight processes, every axis at once
     Case(
-        "bert, all axes, sharded, selective, loss in chunks",
-        BERT | DROPOUT | ODD_VOCABULARY,
+        "bert, all axes, sharded, selective, loss in chunks, smoothed, z-loss",
+        BERT | DROPOUT | ODD_VOCABULARY | REGULARISED,
         tp=2,
         pp=2,
         dp=2,

@@ -11,7 +11,7 @@ from tests.distributed.parity import Case, References, compare, run_case
 from tests.distributed.parity_cases import CASES
 from tests.distributed.pool import WorkerPool
 
-# The fast tier: each axis, and most features once, in the cheapest case that has it.
+# The fast tier: each axis, and most features, in the cheapest case that has it.
 FAST = (
     "llama, micro-batch 1",
     "gpt, both dropouts, micro-batch 4",

@@ -16,7 +16,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def test_every_kernel_stands_for_the_operator_of_the_cpu():
-    assert NATIVE.cuda_architectures == ("emulated",), "these tests are for `make emulated-test`"
+    assert NATIVE.cuda_architectures == ("emulated",), "these tests are for `make emulated-test` and `tests/emulated`"
     assert NATIVE.on_cpu == set(OPERATORS)
 
 

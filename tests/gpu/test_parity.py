@@ -21,7 +21,7 @@ CORE = (
     "gpt, data, sharded, overlapped, delayed",
     "llama, tensor 2 pipeline 2, clipped, dropout",
     "llama, all axes, interleaved, sharded",
-    "bert, all axes, sharded, selective, loss in chunks",
+    "bert, all axes, sharded, selective, loss in chunks, smoothed, z-loss",
 )
 
 

@@ -20,7 +20,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from megallm.data.process_count import check_process_count
+from megallm.data.open_files import check_process_count
 
 _ALIGNMENT = 64
 _FULL, _END, _FAILED = b"f", b"e", b"!"

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
+from megallm.data.open_files import check_process_count
 from megallm.data.prepare.encoding import Encoded, EncodeSettings
 from megallm.data.prepare.pieces import Input, Piece
 from megallm.data.prepare.worker import Worker
-from megallm.data.process_count import check_process_count
 
 # Pieces that each worker may have waiting, being worked on, or done and not yet written.
 PIECES_PER_WORKER = 3

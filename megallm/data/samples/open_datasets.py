@@ -5,6 +5,8 @@ from collections import OrderedDict
 from threading import Lock
 from typing import Protocol
 
+from megallm.data.open_files import allow_files
+
 # Files and memory maps of one open dataset, and of the indices of its samples.
 FILES_OF_A_DATASET = 8
 # Linux lets a process have 65,530 maps unless told otherwise.
@@ -38,15 +40,7 @@ class OpenDatasets:
         with self._lock:
             if dataset not in self._open:
                 self._open[dataset] = None
-                _allow_files(4 * FILES_OF_A_DATASET * len(self._open))
+                allow_files(4 * FILES_OF_A_DATASET * len(self._open))
             self._open.move_to_end(dataset)
             while len(self._open) > self._limit:
                 self._open.popitem(last=False)[0].close()
-
-
-def _allow_files(count: int) -> None:
-    """Raises the limit of open files of this process to `count`, or as far as it may."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -32,9 +32,12 @@ def word_terms(
     if outputs[0].dim() == 3:  # logits
         losses = vocabulary_cross_entropy(outputs[0], labels, loss, context.tp, context.operators.of("cross_entropy"))
     else:
-        losses = TokenLosses(*outputs[:3])
+        losses = TokenLosses(*outputs[: 3 if loss.is_regularised else 1])
     counted = batch["loss_mask"].t()  # [batch, sequence] -> [sequence, batch]
-    terms = [LossTerm("lm_loss", 1.0, (losses.plain * counted).sum(), (losses.objective * counted).sum())]
+    objective = (losses.objective * counted).sum()
+    if losses.plain is None or losses.squares is None:
+        return [LossTerm("lm_loss", 1.0, objective)]
+    terms = [LossTerm("lm_loss", 1.0, (losses.plain * counted).sum(), objective)]
     if loss.z_loss:
         # Its gradient is in that of the other term.
         terms.append(LossTerm("z_loss", 0.0, (losses.squares * counted).sum()))

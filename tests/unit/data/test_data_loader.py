@@ -114,8 +114,9 @@ def leaves_no_children():
 @pytest.mark.usefixtures("leaves_no_children")
 def test_more_workers_than_may_be_started_are_refused_at_once(mock, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda what: (1024, 4096))
+    monkeypatch.setattr(resource, "setrlimit", lambda what, limits: None)
     monkeypatch.setattr(os, "fork", lambda: pytest.fail("a process was started"))
-    with pytest.raises(ValueError, match=r"--num-workers 9999999: .* allows 1,024 in all; give at most 480$"):
+    with pytest.raises(ValueError, match=r"--num-workers 9999999: .* allows 4,096 in all; give at most 2016$"):
         next(iter(build_loader(mock, sampler_of(50, 0, 12, DataShare(1, 1, 2)), 9999999)))
 
 

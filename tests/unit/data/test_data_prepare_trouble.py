@@ -59,11 +59,12 @@ def test_the_first_bad_document_stops_the_job(tool, tokenizer_json, tmp_path, mo
 def test_more_workers_than_may_be_started_are_refused_at_once(tool, tokenizer_json, tmp_path, monkeypatch):
     (tmp_path / "in.jsonl").write_bytes(GOOD)
     monkeypatch.setattr(resource, "getrlimit", lambda what: (1024, 4096))
+    monkeypatch.setattr(resource, "setrlimit", lambda what, limits: None)
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
     command = arguments(tokenizer_json, tmp_path / "out" / "x", tmp_path / "in.jsonl")
     code, _, err = tool("preprocess_data", *command, "--workers", 9999999)
     assert code == 2
-    assert "--workers 9999999: 2 files are open for each of the processes" in err and "give at most 480" in err
+    assert "--workers 9999999: 2 files are open for each of the processes" in err and "give at most 2016" in err
     assert list((tmp_path / "out").iterdir()) == []
 
 

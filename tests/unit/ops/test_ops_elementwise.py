@@ -37,6 +37,15 @@ def test_gate_is_the_first_half():
     torch.testing.assert_close(ops.swiglu(gate_up)[0, 1], 7 * F.silu(torch.tensor(2.0)))
 
 
+@pytest.mark.skipif(not NATIVE.in_use, reason=f"native operators: {NATIVE.reason}")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", [ops.gelu, ops.gelu_tanh])
+def test_activations_of_infinity_are_infinite(activation, dtype):
+    x = torch.tensor([float("inf"), float("nan"), 3e4, 0.0], dtype=dtype)
+    found = activation(x, None, "native")
+    assert found[0] == float("inf") and found[1].isnan() and torch.equal(found[2:], x[2:])
+
+
 def test_plain_activations():
     x = torch.tensor([-2.0, 0.0, 3.0], dtype=torch.float64, requires_grad=True)
     normal = 0.5 * (1 + torch.erf(x / 2**0.5))
