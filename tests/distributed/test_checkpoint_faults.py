@@ -154,7 +154,7 @@ def reachable(point: str, how: str) -> bool:
 
 
 KILLS = [(point, place, how) for point, place in PLACES for how in HOW if reachable(point, how)]
-# In the background a kill before each place is enough, and one after the last of a rank: it finds what others leave.
+# In the background kills before a place are enough, since each finds what one after the place before leaves.
 KEPT = ".before@", "checkpoint.rows.write.after@1"
 KILLS = [kill for kill in KILLS if kill[2] != "in the background" or any(kept in kill[1] for kept in KEPT)]
 
