@@ -15,7 +15,7 @@ TWO_AT_ONCE := -n 2 --dist loadfile
 help:
 	@echo "make install    .venv with pinned dependencies and the built extensions"
 	@echo "make demo       from this machine's own text to a trained model, in three dimensions of parallelism"
-	@echo "make test       all tests (17 minutes on two cores); make test-fast: the quick ones"
+	@echo "make test       all tests (13 to 17 minutes on two cores); make test-fast: the quick ones"
 	@echo "make parity     every layout against one process in float64, as a table"
 	@echo "make lint       formatting, lint, types; make format: repair what can be repaired"
 	@echo "make emulated-test  the CUDA kernels' tests, on the CPU; needs a CUDA toolkit's headers, no GPU"
