@@ -38,7 +38,7 @@ MEGALLM_ADD_RANGE(float, BFloat16)
 MEGALLM_ADD_RANGE(float, Half)
 #undef MEGALLM_ADD_RANGE
 
-template <typename Target, typename Source>
+template <typename Source, typename Target = simd::Accumulation<Source>>
 void run(const Tensor& target, const Tensor& source, double scale) {
   Target* to = static_cast<Target*>(target.mutable_data_ptr());
   const Source* from = static_cast<const Source*>(source.const_data_ptr());
@@ -49,16 +49,7 @@ void run(const Tensor& target, const Tensor& source, double scale) {
 
 void accumulate(const Tensor& target, const Tensor& source, double scale) {
   check_accumulation(target, source);
-  switch (source.scalar_type()) {
-    case ScalarType::Float:
-      return run<float, float>(target, source, scale);
-    case ScalarType::Double:
-      return run<double, double>(target, source, scale);
-    case ScalarType::BFloat16:
-      return run<float, BFloat16>(target, source, scale);
-    default:
-      return run<float, Half>(target, source, scale);
-  }
+  simd::dispatch(source.scalar_type(), [&](auto scalar) { run<decltype(scalar)>(target, source, scale); });
 }
 
 }  // namespace

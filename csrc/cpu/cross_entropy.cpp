@@ -100,7 +100,7 @@ Accumulator* data(const Tensor& tensor) {
 
 int64_t rows_per_thread(int64_t width) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)); }
 
-template <typename Scalar, typename Accumulator>
+template <typename Scalar, typename Accumulator = simd::Accumulation<Scalar>>
 void run_statistics(const Statistics& call) {
   const Scalar* logits = call.logits.data<Scalar>();
   const int64_t* targets = static_cast<const int64_t*>(call.targets.const_data_ptr());
@@ -121,7 +121,7 @@ void run_statistics(const Statistics& call) {
   });
 }
 
-template <typename Scalar, typename Accumulator>
+template <typename Scalar, typename Accumulator = simd::Accumulation<Scalar>>
 void run_gradient(const Gradient& call, int64_t vocab_size, double smoothing, double z_loss, int64_t ignore_index) {
   Scalar* logits = data<Scalar>(call.logits);
   const int64_t* targets = static_cast<const int64_t*>(call.targets.const_data_ptr());
@@ -155,19 +155,7 @@ void run_gradient(const Gradient& call, int64_t vocab_size, double smoothing, do
 
 std::tuple<Tensor, Tensor> statistics(const Tensor& logits, const Tensor& targets, int64_t first, int64_t vocab_size) {
   const Statistics call = prepare_statistics(logits, targets, first, vocab_size);
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      run_statistics<float, float>(call);
-      break;
-    case ScalarType::Double:
-      run_statistics<double, double>(call);
-      break;
-    case ScalarType::BFloat16:
-      run_statistics<BFloat16, float>(call);
-      break;
-    default:
-      run_statistics<Half, float>(call);
-  }
+  simd::dispatch(logits.scalar_type(), [&](auto scalar) { run_statistics<decltype(scalar)>(call); });
   return {call.largest, call.sums};
 }
 
@@ -175,16 +163,9 @@ void backward(const Tensor& logits, const Tensor& targets, const Tensor& largest
               const Tensor& grad_losses, int64_t first, int64_t vocab_size, double smoothing, double z_loss,
               int64_t ignore_index) {
   const Gradient call = prepare_gradient(logits, targets, largest, sums, grad_losses, first, vocab_size);
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return run_gradient<float, float>(call, vocab_size, smoothing, z_loss, ignore_index);
-    case ScalarType::Double:
-      return run_gradient<double, double>(call, vocab_size, smoothing, z_loss, ignore_index);
-    case ScalarType::BFloat16:
-      return run_gradient<BFloat16, float>(call, vocab_size, smoothing, z_loss, ignore_index);
-    default:
-      return run_gradient<Half, float>(call, vocab_size, smoothing, z_loss, ignore_index);
-  }
+  simd::dispatch(logits.scalar_type(), [&](auto scalar) {
+    run_gradient<decltype(scalar)>(call, vocab_size, smoothing, z_loss, ignore_index);
+  });
 }
 
 }  // namespace

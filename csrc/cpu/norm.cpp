@@ -249,7 +249,7 @@ std::vector<Accumulator> widened(const Tensor& parameter) {
   return result;
 }
 
-template <typename Scalar, typename Accumulator>
+template <typename Scalar, typename Accumulator = simd::Accumulation<Scalar>>
 void run_forward(const Forward& call, double epsilon) {
   const int64_t width = call.x.width;
   const std::vector<Accumulator> weight = widened<Scalar, Accumulator>(call.weight);
@@ -277,7 +277,7 @@ void run_forward(const Forward& call, double epsilon) {
   });
 }
 
-template <typename Scalar, typename Accumulator>
+template <typename Scalar, typename Accumulator = simd::Accumulation<Scalar>>
 void run_backward(const Backward& call) {
   const int64_t width = call.sum.width;
   const std::vector<Accumulator> weight = widened<Scalar, Accumulator>(call.weight);
@@ -304,19 +304,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const std::o
                                                    const Tensor& weight, const std::optional<Tensor>& bias,
                                                    double epsilon, bool centred) {
   const Forward call = prepare_forward(x, residual, weight, bias, centred);
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      run_forward<float, float>(call, epsilon);
-      break;
-    case ScalarType::Double:
-      run_forward<double, double>(call, epsilon);
-      break;
-    case ScalarType::BFloat16:
-      run_forward<BFloat16, float>(call, epsilon);
-      break;
-    default:
-      run_forward<Half, float>(call, epsilon);
-  }
+  simd::dispatch(x.scalar_type(), [&](auto scalar) { run_forward<decltype(scalar)>(call, epsilon); });
   return {call.y, call.sum, call.mean, call.reciprocal};
 }
 
@@ -324,19 +312,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& sum
                                     const Tensor& mean, const Tensor& reciprocal, const std::optional<Tensor>& grad_sum,
                                     bool centred) {
   const Backward call = prepare_backward(grad_output, sum, weight, mean, reciprocal, grad_sum, centred);
-  switch (sum.scalar_type()) {
-    case ScalarType::Float:
-      run_backward<float, float>(call);
-      break;
-    case ScalarType::Double:
-      run_backward<double, double>(call);
-      break;
-    case ScalarType::BFloat16:
-      run_backward<BFloat16, float>(call);
-      break;
-    default:
-      run_backward<Half, float>(call);
-  }
+  simd::dispatch(sum.scalar_type(), [&](auto scalar) { run_backward<decltype(scalar)>(call); });
   return {call.grad_input, call.grad_parameters};
 }
 

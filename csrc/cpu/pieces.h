@@ -13,16 +13,13 @@
 
 namespace megallm::pieces {
 
+using simd::Accumulation;
+
 // Elements that are read, computed and written before the next ones: so few that the processor fetches those meanwhile.
-// Loops over a piece all have this many iterations, so that the compiler needs no code for a rest; at the end of a row
-// they compute on zeros, which are not written.
 constexpr int64_t kPiece = 128;
 
 template <typename Scalar>
 using Piece = tiles::Buffer<Scalar, kPiece>;
-
-template <typename Scalar>
-using Accumulation = std::conditional_t<std::is_same_v<Scalar, double>, double, float>;
 
 template <typename Scalar>
 MEGALLM_INLINE const Scalar* padded(const Scalar* data, int64_t count, Piece<Scalar>& buffer) {
@@ -34,7 +31,8 @@ MEGALLM_INLINE const Scalar* padded(const Scalar* data, int64_t count, Piece<Sca
   return buffer;
 }
 
-// `count` elements, and zeros behind them: in place if they have the accumulation type, otherwise widened.
+// `count` elements and zeros behind them: in place if they have the accumulation type, otherwise widened. Loops over a
+// piece so all have as many iterations, and the compiler needs no code for a rest; what comes of zeros is not written.
 template <typename Scalar>
 MEGALLM_INLINE const Accumulation<Scalar>* read(const Scalar* data, int64_t count,
                                                 Piece<Accumulation<Scalar>>& buffer) {
@@ -95,12 +93,10 @@ struct Target {
 
   MEGALLM_INLINE void copy(int64_t offset, int64_t count, const Scalar* values) const {
     const int64_t bytes = count * static_cast<int64_t>(sizeof(Scalar));
-    if (!streamed) {
-      std::memcpy(static_cast<void*>(data + offset), values, bytes);
-    } else if (count == kPiece) {
-      stream::write(data + offset, values, sizeof(Piece<Scalar>));
-    } else {
+    if (streamed) {
       stream::write(data + offset, values, bytes);
+    } else {
+      std::memcpy(static_cast<void*>(data + offset), values, bytes);
     }
   }
 };
@@ -131,16 +127,15 @@ MEGALLM_INLINE void write_row(const Target<Scalar>& target, int64_t offset, int6
       simd::narrow(value(column + i), result[i]);
     }
     if (target.streamed) {
-      stream::write(target.data + offset + column, piece.values, count * static_cast<int64_t>(sizeof(Scalar)));
+      target.copy(offset + column, count, piece.values);
     }
   });
 }
 
-// In rows of `width` elements, of which a piece never holds parts of two. Where computing takes longer than moving the
-// memory, it is not streamed.
+// In rows of `width` elements, of which a piece never holds parts of two.
 template <typename Scalar>
-Target<Scalar> target(const Tensor& tensor, int64_t width, bool moves_more_than_it_computes = true) {
-  return {static_cast<Scalar*>(tensor.mutable_data_ptr()), moves_more_than_it_computes && stream::pays(tensor, width)};
+Target<Scalar> target(const Tensor& tensor, int64_t width) {
+  return {static_cast<Scalar*>(tensor.mutable_data_ptr()), stream::pays(tensor, width)};
 }
 
 }  // namespace megallm::pieces

@@ -89,7 +89,7 @@ MEGALLM_ROTATE(BFloat16, float)
 MEGALLM_ROTATE(Half, float)
 #undef MEGALLM_ROTATE
 
-template <typename Scalar, typename Accumulator>
+template <typename Scalar, typename Accumulator = simd::Accumulation<Scalar>>
 void run(const Call& call, bool interleaved, bool inverse) {
   const Accumulator* cosines = static_cast<const Accumulator*>(call.cosines.const_data_ptr());
   const Accumulator* sines = static_cast<const Accumulator*>(call.sines.const_data_ptr());
@@ -121,16 +121,7 @@ void run(const Call& call, bool interleaved, bool inverse) {
 void rotary(const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs, const Tensor& cosines,
             const Tensor& sines, bool interleaved, bool inverse) {
   const Call call = prepare(inputs, outputs, cosines, sines);
-  switch (inputs[0].scalar_type()) {
-    case ScalarType::Float:
-      return run<float, float>(call, interleaved, inverse);
-    case ScalarType::Double:
-      return run<double, double>(call, interleaved, inverse);
-    case ScalarType::BFloat16:
-      return run<BFloat16, float>(call, interleaved, inverse);
-    default:
-      return run<Half, float>(call, interleaved, inverse);
-  }
+  simd::dispatch(inputs[0].scalar_type(), [&](auto scalar) { run<decltype(scalar)>(call, interleaved, inverse); });
 }
 
 }  // namespace

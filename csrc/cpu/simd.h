@@ -2,12 +2,14 @@
 
 #pragma once
 
+#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 // The marked function is compiled for AVX-512, AVX2 and the baseline. Everything it calls must be inlined into it to be
 // part of that, hence MEGALLM_INLINE on the helpers.
@@ -22,6 +24,26 @@ namespace megallm::simd {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+
+// What sums are carried in.
+template <typename Scalar>
+using Accumulation = std::conditional_t<std::is_same_v<Scalar, double>, double, float>;
+
+// Calls `run` with a value of the element type.
+template <typename Run>
+void dispatch(ScalarType type, const Run& run) {
+  switch (type) {
+    case ScalarType::Float:
+      return run(float());
+    case ScalarType::Double:
+      return run(double());
+    case ScalarType::BFloat16:
+      return run(BFloat16());
+    default:
+      return run(Half());
+  }
+}
 
 MEGALLM_INLINE float widen(float value) { return value; }
 MEGALLM_INLINE double widen(double value) { return value; }

@@ -77,7 +77,7 @@ void run_addition(const Addition& call) {
 }
 
 // Each thread goes through all rows in their order, in columns of its own.
-template <typename Target, typename Scalar>
+template <typename Scalar, typename Target = simd::Accumulation<Scalar>>
 void run_gradient(const Gradient& call) {
   Target* target = static_cast<Target*>(call.target.mutable_data_ptr());
   const Scalar* gradient = call.gradient.data<Scalar>();
@@ -100,35 +100,14 @@ void run_gradient(const Gradient& call) {
 
 Tensor add_rows(const Tensor& x, const Tensor& table, const Tensor& rows) {
   const Addition call = prepare_addition(x, table, rows);
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      run_addition<float>(call);
-      break;
-    case ScalarType::Double:
-      run_addition<double>(call);
-      break;
-    case ScalarType::BFloat16:
-      run_addition<BFloat16>(call);
-      break;
-    default:
-      run_addition<Half>(call);
-  }
+  simd::dispatch(x.scalar_type(), [&](auto scalar) { run_addition<decltype(scalar)>(call); });
   return call.y;
 }
 
 void embedding_gradient(const Tensor& target, const Tensor& gradient, const Tensor& rows,
                         const std::optional<Tensor>& order) {
   const Gradient call = prepare_gradient(target, gradient, rows);
-  switch (gradient.scalar_type()) {
-    case ScalarType::Float:
-      return run_gradient<float, float>(call);
-    case ScalarType::Double:
-      return run_gradient<double, double>(call);
-    case ScalarType::BFloat16:
-      return run_gradient<float, BFloat16>(call);
-    default:
-      return run_gradient<float, Half>(call);
-  }
+  simd::dispatch(gradient.scalar_type(), [&](auto scalar) { run_gradient<decltype(scalar)>(call); });
 }
 
 }  // namespace

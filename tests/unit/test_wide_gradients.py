@@ -83,5 +83,6 @@ def bucket_gradient(make: Callable[[LayoutContext], nn.Module], dtype: torch.dty
 @pytest.mark.parametrize("what", MODULES)
 def test_sums_over_tokens_are_not_rounded_before_they_are_added_up(what: str) -> None:
     exact, found = (bucket_gradient(MODULES[what], dtype) for dtype in (torch.float64, torch.bfloat16))
-    # A rounded sum would be wrong by some 1e-3. Activations of 16-bit numbers are computed to 2e-5.
-    assert (found - exact).norm() <= 1e-5 * exact.norm()
+    # A rounded sum would be wrong by some 1e-3. Activations of 16-bit numbers are computed to 2e-5 each.
+    bound = 1e-5 if what == "activation" else 1e-6
+    assert (found - exact).norm() <= bound * exact.norm()
